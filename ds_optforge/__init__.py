@@ -1,0 +1,28 @@
+"""Optimizers for DeepSpeed that know where ZeRO put each weight matrix."""
+
+from ds_optforge.config import ConfigError
+from ds_optforge.integrations.deepspeed import initialize, publish_names, register
+from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler, explain
+from ds_optforge.optimizer import OptForge
+from ds_optforge.orthogonalize import orthogonalize
+from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.zero.layout import LayoutError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "LayoutError",
+    "MuonWithAuxAdam",
+    "OptForge",
+    "OptForgeSchedule",
+    "build_optimizer",
+    "build_scheduler",
+    "explain",
+    "initialize",
+    "orthogonalize",
+    "register",
+]
+
+# A script that imports the package but forgets register(model) then gets OptForge's own message, which names that line.
+publish_names()

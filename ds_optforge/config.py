@@ -1,0 +1,322 @@
+"""The "params" of the optimizer and scheduler sections as pydantic models: one of settings per rule, unknown keys forbidden.
+
+A bad section is one `ConfigError` that lists, for every problem, the path, what was found and what is allowed.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+
+from ds_optforge.orthogonalize import Method, coefficient_set
+from ds_optforge.rules.adamw import AdamW
+from ds_optforge.rules.base import Rule
+from ds_optforge.rules.muon import Muon, Orthogonalization, Scale
+
+Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
+ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
+RuleName: TypeAlias = Literal["muon", "adamw"]
+DTypeName: TypeAlias = Literal["float32", "bfloat16"]
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+Triple = Annotated[tuple[float, float, float], Strict(False)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message has a line per problem: path, what was found, what is allowed."""
+
+
+class Section(BaseModel):
+    """A JSON object with known keys only; numbers are numbers, not strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OrthogonalizationSettings(Section):
+    """How the matrices of a matrix rule are orthogonalized."""
+
+    coefficients: str | Annotated[tuple[Triple, ...], Strict(False)] = Field(
+        "quintic", description="name of a coefficient set, or a list of triples [a, b, c]"
+    )
+    steps: int | None = Field(None, ge=1, description="Newton-Schulz steps; null takes the set's own number (quintic: 5)")
+    method: Method = Field("auto", description="standard, gram, or auto: the one with fewer FLOPs for the shape")
+    dtype: DTypeName = Field("bfloat16", description="of the matrix products")
+    scale: Scale = Field("shape", description="factor of the update, from the matrix's shape")
+
+    @model_validator(mode="after")
+    def _known_set(self) -> "OrthogonalizationSettings":
+        coefficient_set(self.coefficients).sequence(self.steps)
+        return self
+
+    def build(self) -> Orthogonalization:
+        return Orthogonalization(self.coefficients, self.steps, self.method, getattr(torch, self.dtype), self.scale)
+
+
+class RuleSettings(Section):
+    """What every rule reads."""
+
+    rule: ClassVar[RuleName]
+    needs_matrix: ClassVar[bool] = False
+
+    lr: NonNegative = Field(1e-3, description="learning rate")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
+
+    def build(self) -> Rule:
+        """The rule object with everything that no schedule may change."""
+        raise NotImplementedError
+
+    def scheduled(self) -> dict[str, Any]:
+        """The values that live in the parameter group."""
+        return {name: getattr(self, name) for name in self.build().scheduled}
+
+
+class AdamWSettings(RuleSettings):
+    """Fields of ``adamw``."""
+
+    rule: ClassVar[RuleName] = "adamw"
+    betas: Betas = Field((0.9, 0.95), description="decay rates of the first and second moment")
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1e-8, description="added to the root of the second moment")
+
+    def build(self) -> AdamW:
+        return AdamW(eps=self.eps)
+
+
+class MuonSettings(RuleSettings):
+    """Fields of ``muon``."""
+
+    rule: ClassVar[RuleName] = "muon"
+    needs_matrix: ClassVar[bool] = True
+    lr: NonNegative = Field(0.02, description="learning rate")
+    momentum: Beta = Field(0.95, description="decay rate of the gradient's moving average")
+    nesterov: bool = Field(True, description="orthogonalize lerp(gradient, average, momentum) rather than the average")
+    orthogonalization: OrthogonalizationSettings = OrthogonalizationSettings()
+
+    def build(self) -> Muon:
+        return Muon(nesterov=self.nesterov, orthogonalization=self.orthogonalization.build())
+
+
+SETTINGS: dict[str, type[RuleSettings]] = {"muon": MuonSettings, "adamw": AdamWSettings}
+
+
+class ShardingSettings(Section):
+    """How matrices meet their owners. (mode `gather`: every matrix is orthogonalized whole, exactly once.)"""
+
+    mode: Literal["gather"] = "gather"
+    wire_dtype: DTypeName = Field("bfloat16", description="fragments and updates are rounded to it, travelling or not")
+    bucket_numel: int = Field(2**26, ge=1, description="elements per rank of one bucket; bounds the workspace")
+
+
+class Override(BaseModel):
+    """Settings for the parameters whose name matches a regular expression (searched anywhere in the name)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    match: str
+    role: Role | None = None
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"a regular expression ({error})") from None
+        return pattern
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class CommonSettings(Section):
+    """The keys of "params" that belong to no rule."""
+
+    name: RuleName
+    adamw: dict[str, Any] = Field(default_factory=dict, description="for parameters that a matrix rule does not take")
+    roles: dict[Role, dict[str, Any]] = Field(default_factory=dict, description="settings by role, name included")
+    overrides: Annotated[tuple[Override, ...], Strict(False)] = Field((), description="settings by parameter name")
+    sharding: ShardingSettings = ShardingSettings()
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = Field(10.0, description="a longer, thinner matrix falls back to adamw")
+
+
+class OptimizerConfig:
+    """The validated "params" of an OptForge section; `settings` resolves them for one parameter."""
+
+    def __init__(self, section: Mapping[str, Any], path: str = "optimizer.params") -> None:
+        """Raises ConfigError for anything that a parameter could run into later, whatever its role."""
+        self._path = path
+        _refuse_auto(section, path)
+        common = {key: value for key, value in section.items() if key in CommonSettings.model_fields}
+        if "name" not in common:
+            raise ConfigError(f"{path}.name: missing; allowed: {', '.join(SETTINGS)}")
+        self.common = validate(CommonSettings, common, path)
+        self._top = {key: value for key, value in section.items() if key not in common}
+        self.main = self._resolve(self.common.name, [(path, self._top)])
+        if self.common.adamw and not self.main.needs_matrix:
+            raise ConfigError(f"{path}.adamw: got a section; allowed: none, '{self.main.rule}' takes every parameter itself")
+        for role in ROLES:
+            self.settings(role)
+        for index, override in enumerate(self.common.overrides):
+            self._check_override(index, (override.role,) if override.role else ROLES)
+
+    def settings(
+        self, role: Role, overrides: Sequence[int] = (), too_thin: bool = False, own: Mapping[str, Any] | None = None
+    ) -> RuleSettings:
+        """The rule and its settings for a parameter.
+
+        Args:
+            role: of the parameter.
+            overrides: indices of the overrides that match it; later ones win.
+            too_thin: the parameter's aspect ratio is beyond ``max_aspect_ratio``, so a matrix rule does not take it.
+            own: settings of its own parameter group, weaker than overrides and stronger than everything else.
+        """
+        layers = [(f"{self._path}.roles.{role}", self.common.roles.get(role, {})), ("param_groups", dict(own or {}))]
+        layers += [(f"{self._path}.overrides[{i}]", self.common.overrides[i].settings) for i in overrides]
+        layers = [(path, dict(layer)) for path, layer in layers]
+        names = [(path, layer.pop("name")) for path, layer in layers if "name" in layer]
+        path, name = names[-1] if names else (self._path, self.common.name)
+        if not isinstance(name, str) or name not in SETTINGS:
+            raise ConfigError(f"{path}.name: got {name!r}; allowed: {', '.join(SETTINGS)}")
+        falls_back = SETTINGS[name].needs_matrix and (too_thin or (role != "matrix" and not names))
+        return self._resolve("adamw" if falls_back else name, self._base(role, "adamw" if falls_back else name) + layers)
+
+    def _check_override(self, index: int, roles: Sequence[Role]) -> None:
+        """Its parameters are not known yet: it must make sense for at least one role."""
+        problems = []
+        for role in roles:
+            try:
+                self.settings(role, (index,))
+            except ConfigError as error:
+                problems.append(error)
+        if len(problems) == len(roles):
+            raise problems[0]
+
+    def _base(self, role: Role, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """What a rule's settings start from: the top level for the main rule, the ``adamw`` section beside a matrix rule."""
+        top = dict(self._top)
+        if name != self.common.name:
+            shared = {key: top[key] for key in ("lr", "weight_decay") if key in top}
+            top = {"lr": self.main.lr, **shared} if name == "adamw" else shared
+            if name == "adamw":
+                return [(self._path, _for_role(top, role)), (f"{self._path}.adamw", dict(self.common.adamw))]
+        return [(self._path, _for_role(top, role))]
+
+    def _resolve(self, name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RuleSettings:
+        merged: dict[str, Any] = {}
+        paths: dict[str, str] = {}
+        for path, layer in layers:
+            for key, value in layer.items():
+                if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+                    value = {**merged[key], **value}
+                merged[key] = value
+                paths[key] = path
+        return validate(SETTINGS[name], merged, self._path, paths)
+
+
+def _for_role(top: Mapping[str, Any], role: Role) -> dict[str, Any]:
+    """The top level as a role sees it: decay is for matrices and tables, not for scalars, unless their role says so."""
+    return {**top, "weight_decay": 0.0} if role == "scalar" else dict(top)
+
+
+class ScheduleConfig(Section):
+    """The "params" of an OptForgeSchedule section; the fields are named as frameworks fill them."""
+
+    name: Literal["none", "constant", "linear", "cosine"] = Field("constant", description="the curve after the warm-up")
+    warmup_num_steps: int = Field(0, ge=0, description="steps of linear warm-up; the first step is not zero")
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the same as a fraction of all steps")
+    total_num_steps: int | None = Field(None, ge=1, description="optimizer steps of the whole run, warm-up included")
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="of the initial rate, at the last step")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ScheduleConfig":
+        if self.name == "none" and (self.warmup_num_steps or self.warmup_ratio):
+            raise ValueError("name: got 'none' with a warm-up; allowed: 'constant' with a warm-up, or 'none' alone")
+        if self.warmup_num_steps and self.warmup_ratio:
+            raise ValueError("warmup_ratio: got both warmup_num_steps and warmup_ratio; allowed: one of them")
+        if self.total_num_steps is None and (self.name in ("linear", "cosine") or self.warmup_ratio):
+            raise ValueError(f"total_num_steps: missing; allowed: an integer of at least 1 ({self.name!r} needs it)")
+        if self.total_num_steps is not None and self.warmup_num_steps > self.total_num_steps:
+            raise ValueError(f"warmup_num_steps: got {self.warmup_num_steps}; allowed: at most total_num_steps, {self.total_num_steps}")
+        return self
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, however they were given."""
+        return self.warmup_num_steps or round(self.warmup_ratio * (self.total_num_steps or 0))
+
+
+def schedule_config(section: Mapping[str, Any], path: str = "scheduler.params") -> ScheduleConfig:
+    """Validate the "params" of an OptForgeSchedule section. Raises ConfigError."""
+    _refuse_auto(section, path)
+    return validate(ScheduleConfig, section, path)
+
+
+def validate(
+    model: type[Any], values: Mapping[str, Any], path: str, paths: Mapping[str, str] | None = None
+) -> Any:
+    """``model(**values)``, or a ConfigError whose lines start with ``path`` (``paths[key]`` where the key came from there)."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            origin = (paths or {}).get(str(detail["loc"][0]), path) if detail["loc"] else path
+            problems.append(_problem(model, detail, _join(origin, detail["loc"])))
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _join(path: str, location: Sequence[int | str]) -> str:
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path
+
+
+def _problem(model: type[BaseModel], detail: Any, where: str) -> str:
+    found = detail["input"]
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: {_unknown_key(model, detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{where}: missing"
+    if detail["type"] == "value_error":  # of ours: about one field of the section, or about the value itself
+        message = str(detail["ctx"]["error"])
+        return f"{where}.{message}" if isinstance(found, Mapping) else f"{where}: got {found!r}; allowed: {message}"
+    allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    return f"{where}: got {found!r} ({type(found).__name__}); allowed: {allowed}"
+
+
+def _unknown_key(model: type[BaseModel], location: Sequence[int | str]) -> str:
+    inner: Any = model
+    for part in location[:-1]:
+        inner = inner.model_fields[part].annotation
+    allowed = list(inner.model_fields)
+    if issubclass(inner, RuleSettings):
+        others = [name for name, other in SETTINGS.items() if location[-1] in other.model_fields]
+        reason = f"'{inner.rule}' does not read it" + (f" ({', '.join(others)} does)" if others else "")
+        allowed += [key for key in CommonSettings.model_fields if key not in allowed]
+    else:
+        reason = "unknown key"
+    close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+    return f"{reason}; " + (f"did you mean '{close[0]}'? " if close else "") + f"allowed: {', '.join(allowed)}"
+
+
+def _refuse_auto(value: Any, path: str) -> None:
+    """A framework fills "auto" before it builds an optimizer; one that is left is a mistake."""
+    left = list(_autos(value, path))
+    if left:
+        raise ConfigError("\n".join(f'{where}: got "auto" that no framework filled; allowed: a value' for where in left))
+
+
+def _autos(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _autos(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _autos(inner, f"{path}[{index}]")
+    elif value == "auto" and not path.endswith(".orthogonalization.method"):
+        yield path

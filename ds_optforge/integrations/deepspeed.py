@@ -1,0 +1,153 @@
+"""The doors into DeepSpeed: `register` makes the JSON names known, `initialize` is register + deepspeed.initialize."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_optforge import roles
+from ds_optforge.config import ConfigError, OptimizerConfig, schedule_config
+from ds_optforge.optimizer import OptForge
+from ds_optforge.schedules import OptForgeSchedule
+
+# DeepSpeed's own schedulers: they write the same learning rate into every group.
+_FLATTENING_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+
+
+def publish_names() -> None:
+    """Let "type": "OptForge" and "OptForgeSchedule" be found: DeepSpeed looks unknown types up in these torch modules."""
+    torch.optim.OptForge = OptForge  # type: ignore[attr-defined]
+    torch.optim.lr_scheduler.OptForgeSchedule = OptForgeSchedule  # type: ignore[attr-defined]
+
+
+def register(model: nn.Module) -> None:
+    """Make ``model`` trainable with "type": "OptForge" under DeepSpeed, Accelerate and the HF Trainer.
+
+    Tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
+    enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built.
+    """
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.zero import utils as zero_utils
+
+    publish_names()
+    if OptForge not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(OptForge)
+    if OptForgeSchedule.__name__ not in lr_schedules.VALID_LR_SCHEDULES:
+        lr_schedules.VALID_LR_SCHEDULES.append(OptForgeSchedule.__name__)
+    roles.tag(model)
+
+
+def initialize(*, model: nn.Module, config: str | Path | Mapping[str, Any], **arguments: Any) -> tuple[Any, ...]:
+    """``deepspeed.initialize`` with ``model`` registered and ``config`` checked first.
+
+    Args:
+        model: to be trained.
+        config: a DeepSpeed configuration, as a dict or a path to its JSON file.
+        arguments: everything else that deepspeed.initialize takes.
+
+    Returns:
+        deepspeed.initialize's (engine, optimizer, dataloader, scheduler).
+
+    Raises:
+        ConfigError: before any engine exists.
+    """
+    import deepspeed
+
+    loaded = load_config(config)
+    check(loaded)
+    register(model)
+    result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, **arguments)
+    return result
+
+
+def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration as a dict. Raises ConfigError for a file that is missing or is no JSON object."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    try:
+        loaded = json.loads(Path(config).read_text())
+    except OSError as error:
+        raise ConfigError(f"{config}: {error.strerror}; allowed: a DeepSpeed configuration file") from None
+    except ValueError as error:
+        raise ConfigError(f"{config}: not JSON ({error}); allowed: a DeepSpeed configuration file") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{config}: got a {type(loaded).__name__}; allowed: a JSON object")
+    return loaded
+
+
+def optimizer_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The "params" of the optimizer section; ``config`` may also be those params alone."""
+    return _params(config, "optimizer", "OptForge") if "optimizer" in config else config
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Validate what OptForge reads of a DeepSpeed configuration, as far as that is possible without a model.
+
+    Raises:
+        ConfigError: bad "params", a DeepSpeed scheduler that would flatten different learning rates to one, a ZeRO
+            feature that hides the optimizer's slices.
+    """
+    if "optimizer" not in config:
+        raise ConfigError('optimizer: missing; allowed: {"type": "OptForge", "params": {"name": ...}}')
+    optimizer = OptimizerConfig(_params(config, "optimizer", "OptForge"))
+    if "scheduler" in config:
+        kind = _section(config, "scheduler").get("type")
+        if kind == OptForgeSchedule.__name__:
+            schedule_config(_params(config, "scheduler", OptForgeSchedule.__name__))
+        elif kind in _FLATTENING_SCHEDULERS:
+            _refuse_flattening(kind, optimizer)
+    _refuse_zero_features(config)
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config[key]
+    if not isinstance(section, Mapping):
+        raise ConfigError(f'{key}: got {section!r}; allowed: an object {{"type": ..., "params": ...}}')
+    return section
+
+
+def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]:
+    section = _section(config, key)
+    if section.get("type") != kind:
+        raise ConfigError(f"{key}.type: got {section.get('type')!r}; allowed: '{kind}'")
+    params = section.get("params", {})
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{key}.params: got {params!r}; allowed: an object")
+    return params
+
+
+def _refuse_flattening(kind: str, optimizer: OptimizerConfig) -> None:
+    rates = {role: optimizer.settings(role).lr for role in ("matrix", "embedding", "unembedding", "scalar")}
+    for index, override in enumerate(optimizer.common.overrides):
+        if "lr" in override.settings:
+            rates[f"overrides[{index}]"] = override.settings["lr"]
+    if len(set(rates.values())) > 1:
+        found = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+        raise ConfigError(
+            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while optimizer.params asks for "
+            f"different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
+        )
+
+
+def _refuse_zero_features(config: Mapping[str, Any]) -> None:
+    zero = config.get("zero_optimization", {})
+    zero = zero if isinstance(zero, Mapping) else {}
+    offload = zero.get("offload_optimizer") or {}
+    problems = []
+    if offload.get("device") == "nvme":
+        problems.append("zero_optimization.offload_optimizer.device: got 'nvme'; allowed: 'cpu' or 'none'")
+    if offload.get("ratio", 1.0) < 1.0:
+        problems.append(f"zero_optimization.offload_optimizer.ratio: got {offload['ratio']}; allowed: 1.0")
+    if offload.get("super_offload"):
+        problems.append("zero_optimization.offload_optimizer.super_offload: got true; allowed: false")
+    if zero.get("zenflow"):
+        problems.append("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
+    if zero.get("elastic_checkpoint"):
+        problems.append("zero_optimization.elastic_checkpoint: got true; allowed: false")
+    if (config.get("checkpoint") or {}).get("load_universal"):
+        problems.append("checkpoint.load_universal: got true; allowed: false (DeepSpeed's loader knows only Adam's state)")
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,84 @@
+"""The door without DeepSpeed: a torch optimizer and scheduler from the same configuration, and the routing table."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ds_optforge import roles
+from ds_optforge.config import ConfigError, OptimizerConfig
+from ds_optforge.integrations.deepspeed import load_config, optimizer_section
+from ds_optforge.optimizer import OptForge
+from ds_optforge.schedules import OptForgeSchedule
+
+Config = str | Path | Mapping[str, Any]
+
+
+def build_optimizer(model: nn.Module, config: Config) -> OptForge:
+    """A `torch.optim.Optimizer` for ``model``.
+
+    Args:
+        model: its trainable parameters are optimized.
+        config: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone.
+
+    Raises:
+        ConfigError: see `OptForge`.
+    """
+    section = optimizer_section(load_config(config))
+    roles.tag(model)
+    return OptForge(model.parameters(), **section)
+
+
+def build_scheduler(optimizer: OptForge, config: Config, total_steps: int | None = None) -> OptForgeSchedule:
+    """The learning-rate schedule of ``config``: a DeepSpeed configuration, or the "params" of its scheduler section alone.
+
+    ``total_steps`` stands in for ``total_num_steps`` where the configuration has none, or "auto". Raises ConfigError.
+    """
+    loaded = load_config(config)
+    section = dict(loaded["scheduler"].get("params", {}) if "scheduler" in loaded else loaded)
+    if total_steps is not None and section.get("total_num_steps", "auto") == "auto":
+        section["total_num_steps"] = total_steps
+    return OptForgeSchedule(optimizer, **section)
+
+
+def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:  # noqa: N802 - the name that scripts import
+    """An OptForge from KellerJordan/Muon's parameter groups: each has ``use_muon`` and its own hyperparameters.
+
+    His defaults: lr 0.02, momentum 0.95, Nesterov for Muon; lr 3e-4, betas (0.9, 0.95), eps 1e-10 for Adam; no decay.
+    (A function: DeepSpeed takes any *class* with "muon" in its name for its own optimizer.)
+
+    Raises:
+        ConfigError: a group without the flag, or with a setting that its rule does not read.
+    """
+    groups = [dict(group) for group in param_groups]
+    for index, group in enumerate(groups):
+        if not isinstance(group.get("use_muon"), bool):
+            found = group.get("use_muon", "nothing")
+            raise ConfigError(f"param_groups[{index}].use_muon: got {found!r}; allowed: True (Muon) or False (AdamW)")
+    return OptForge(groups, name="muon", adamw={"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10})
+
+
+def explain(model: nn.Module, config: Config) -> str:
+    """A table of what OptForge would do with each parameter of ``model`` (which may be on the meta device).
+
+    ``config``: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone. Raises ConfigError.
+    """
+    parsed = OptimizerConfig(optimizer_section(load_config(config)))
+    roles.tag(model)
+    routes = [roles.route(parameter, parsed) for parameter in model.parameters() if parameter.requires_grad]
+    table = Table("parameter", "shape", "role", "rule", "matrices", "lr", "weight decay")
+    for route in routes:
+        matrices = f"{len(route.matrices)} of {route.matrices[0][1]}x{route.matrices[0][2]}" if route.matrices else "-"
+        shape = "x".join(map(str, route.shape))
+        rate, weight_decay = f"{route.settings.lr:g}", f"{route.settings.weight_decay:g}"
+        table.add_row(route.name, shape, route.role, route.settings.rule, matrices, rate, weight_decay)
+    for rule in dict.fromkeys(route.settings.rule for route in routes):
+        numel = sum(route.numel for route in routes if route.settings.rule == rule)
+        table.caption = f"{table.caption + ', ' if table.caption else ''}{rule}: {numel:,} params"
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()

@@ -1,0 +1,102 @@
+"""Coefficients (a, b, c) of the Newton-Schulz step ``X <- a X + (b A + c A A) X``, with ``A = X X^T``. Data only.
+
+A set either repeats one triple (any number of steps) or is a sequence designed as a whole (its prefixes are usable, more
+steps than it holds are not).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CoefficientSet:
+    """A named sequence of Newton-Schulz triples and the normalisation that it was designed for.
+
+    The start is ``X0 = G / (||G||_F * safety + eps)``. ``repeats`` tells that the last triple may be used for any number
+    of steps; ``len(triples)`` is the default number of steps.
+    """
+
+    triples: tuple[Triple, ...]
+    repeats: bool = False
+    safety: float = 1.0
+    eps: float = 1e-7
+
+    def sequence(self, steps: int | None) -> tuple[Triple, ...]:
+        """The triples of ``steps`` steps (None: the set's own number). Raises ValueError for more steps than it has."""
+        if steps is None or steps == len(self.triples):
+            return self.triples
+        if steps < 1:
+            raise ValueError(f"steps: got {steps}; allowed: an integer of at least 1")
+        if steps > len(self.triples) and not self.repeats:
+            raise ValueError(f"steps: got {steps}; allowed: 1 to {len(self.triples)}, the length of this coefficient set")
+        return tuple(triple for triple, _ in zip(chain(self.triples, repeat(self.triples[-1])), range(steps), strict=False))
+
+
+
+
+def _with_margin(triples: tuple[Triple, ...], margin: float) -> tuple[Triple, ...]:
+    """p(x / margin) for every step but the last: room for the rounding of bfloat16 where a step is steep beyond 1."""
+    return tuple((a / margin, b / margin**3, c / margin**5) for a, b, c in triples[:-1]) + triples[-1:]
+
+
+_QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
+
+COEFFICIENT_SETS: dict[str, CoefficientSet] = {
+    # Keller Jordan, https://kellerjordan.github.io/posts/muon/ ; the steepest slope at zero, range about [0.7, 1.2].
+    "quintic": CoefficientSet((_QUINTIC,) * 5, repeats=True),
+    # Amsel et al. 2025, arXiv 2505.16932, Algorithm 1 with safety factor 2e-2 and cushion 2: minimax-optimal per step.
+    "polar_express": CoefficientSet(
+        (
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ),
+        safety=1.02,
+        eps=1e-6,
+    ),
+    # YouJiacheng, https://x.com/YouJiacheng/status/1905861218138804534 : one triple per step, found by search.
+    "you": CoefficientSet(
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        )
+    ),
+    # Grishina et al. 2025, arXiv 2506.10935 (CANS): Chebyshev-accelerated Newton-Schulz. Its first
+    # step maps to the very edge of what the second one accepts, so without a margin bfloat16 diverges.
+    "cans": CoefficientSet(
+        _with_margin(
+            (
+                (8.4703, -25.1081, 18.6293),
+                (4.1828, -3.1087, 0.5806),
+                (3.9619, -2.9541, 0.5630),
+                (3.2866, -2.4647, 0.5074),
+                (2.2737, -1.6447, 0.4162),
+            ),
+            margin=1.02,
+        )
+    ),
+    # DeepSeek-V4: eight steep steps, then two that converge to 1 (singular values within 5e-4).
+    "deepseek_v4": CoefficientSet((_QUINTIC,) * 8 + ((2.0, -1.5, 0.5),) * 2),
+    # bfm's `orthogonalize`: a gentler triple, ten steps.
+    "bfm": CoefficientSet(((3.0, -3.2, 1.2),) * 10, repeats=True, eps=1e-8),
+}
+
+
+def coefficient_set(coefficients: str | Sequence[Sequence[float]]) -> CoefficientSet:
+    """The set named ``coefficients``, or a custom one from a sequence of (a, b, c) triples. Raises ValueError."""
+    if isinstance(coefficients, str):
+        if coefficients not in COEFFICIENT_SETS:
+            raise ValueError(f"coefficients: got {coefficients!r}; allowed: {', '.join(COEFFICIENT_SETS)}, or a list of triples")
+        return COEFFICIENT_SETS[coefficients]
+    triples = [tuple(float(value) for value in triple) for triple in coefficients]
+    if not triples or any(len(triple) != 3 for triple in triples):
+        raise ValueError(f"coefficients: got {coefficients!r}; allowed: a non-empty list of triples [a, b, c]")
+    return CoefficientSet(tuple((a, b, c) for a, b, c in triples), repeats=len(triples) == 1)

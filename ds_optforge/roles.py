@@ -1,0 +1,162 @@
+"""Which rule each parameter gets, and how it is cut into matrices.
+
+`tag` writes what only the module tree knows onto the parameters, before DeepSpeed flattens them; `route` decides from the
+tags, the shapes and the configuration.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_optforge.config import ConfigError, OptimizerConfig, Role, RuleSettings
+from ds_optforge.zero.layout import full_shape
+
+logger = logging.getLogger("ds_optforge")
+
+_NAME, _ROLE, _MATRIX = "optforge_name", "optforge_role", "optforge_matrix"
+_HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What happens to one parameter.
+
+    Attributes:
+        name, shape, numel: of the parameter (the whole of it, under ZeRO-3 too).
+        role: matrix, embedding, unembedding or scalar.
+        settings: its rule's.
+        matrices: (start, rows, cols) of each matrix in the flattened parameter; empty for an elementwise rule.
+        group: identifies the parameter group: a function of the configuration alone.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    role: Role
+    settings: RuleSettings
+    matrices: tuple[tuple[int, int, int], ...]
+    group: str
+
+
+def tag(model: nn.Module) -> None:
+    """Write each parameter's qualified name and its place in the module tree onto it."""
+    heads = {id(parameter) for parameter in _head_weights(model)}
+    for name, parameter in model.named_parameters():  # the first name of a tied parameter
+        setattr(parameter, _NAME, name)
+        setattr(parameter, _ROLE, "unembedding" if id(parameter) in heads else None)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            setattr(module.weight, _ROLE, "embedding")  # also where the head is tied to it
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            shape = full_shape(module.weight)
+            setattr(module.weight, _MATRIX, (shape[0], shape.numel() // shape[0]))
+
+
+def _head_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Weights of output embeddings: what a Hugging Face model calls so, and Linears named as the head outside any layer."""
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(getattr(output_embeddings, "weight", None), Tensor):
+        yield output_embeddings.weight
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        if isinstance(module, nn.Linear) and last in _HEAD_NAMES and not any(part.isdigit() for part in path):
+            yield module.weight
+
+
+def parameter_name(parameter: Tensor) -> str:
+    """The qualified name that `tag` wrote. Raises ConfigError for a parameter that was never tagged."""
+    name: str | None = getattr(parameter, _NAME, None)
+    if name is None:
+        raise ConfigError(
+            f"a parameter of shape {tuple(full_shape(parameter))} is not registered; call ds_optforge.register(model) "
+            "before deepspeed.initialize, Accelerator.prepare or Trainer, with the model that is trained"
+        )
+    return name
+
+
+def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | None = None, place: str = "") -> Route:
+    """Decide one parameter's rule.
+
+    Args:
+        parameter: of the model, tagged.
+        config: of the optimizer.
+        own: the settings of the parameter group that the user put it into, KellerJordan's ``use_muon`` included.
+        place: names a parameter without a tag, where ``use_muon`` says all that is needed.
+
+    Raises:
+        ConfigError: an unregistered parameter, settings that its rule does not read, a matrix rule for a vector.
+    """
+    own = dict(own or {})
+    use_muon = own.pop("use_muon", None)
+    name = getattr(parameter, _NAME, place) if use_muon is not None else parameter_name(parameter)
+    shape = full_shape(parameter)
+    matched = [i for i, override in enumerate(config.common.overrides) if re.search(override.match, name)]
+    role, certain = _role(parameter, config, matched, use_muon)
+    if use_muon is not None:
+        own.setdefault("name", _rule_for_flag(config, use_muon))
+    rows, cols = getattr(parameter, _MATRIX, None) or (tuple(shape[-2:]) if len(shape) > 1 else (1, shape.numel()))
+    too_thin = not certain and max(rows, cols) > config.common.max_aspect_ratio * min(rows, cols)
+    settings = config.settings(role, matched, too_thin, own)
+    if settings.needs_matrix and len(shape) < 2:
+        raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
+    starts = range(0, shape.numel(), rows * cols) if settings.needs_matrix else ()
+    matrices = tuple((start, rows, cols) for start in starts)
+    group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
+    return Route(name, tuple(shape), shape.numel(), role, settings, matrices, group)
+
+
+def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
+    if not use_muon:
+        return "adamw"
+    return config.main.rule if config.main.needs_matrix else "muon"
+
+
+def _role(
+    parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], use_muon: bool | None
+) -> tuple[Role, bool]:
+    """The role, and whether it was asked for by name (then the aspect ratio does not matter)."""
+    asked = [role for i in matched if (role := config.common.overrides[i].role) is not None]
+    if asked:
+        return asked[-1], True
+    if use_muon:
+        return "matrix", True
+    placed: Role | None = getattr(parameter, _ROLE, None)
+    if placed is not None:
+        return placed, False
+    return ("scalar" if len(full_shape(parameter)) < 2 else "matrix"), False
+
+
+def routing_table(routes: Iterable[Route]) -> str:
+    """One line per parameter, the same on every rank that has the same model and configuration."""
+    return "\n".join(
+        f"{r.name} {'x'.join(map(str, r.shape))} {r.role} {r.settings.rule} {len(r.matrices)} {r.settings!r}" for r in routes
+    )
+
+
+def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
+    """The line that says how many parameters each rule got, and the warnings that go with it."""
+    counts: dict[str, int] = {}
+    for r in routes:
+        counts[r.settings.rule] = counts.get(r.settings.rule, 0) + r.numel
+    titles = {"muon": "Muon", "adamw": "AdamW"}
+    main = config.main
+    if main.needs_matrix:
+        counts = {main.rule: 0, "adamw": 0} | counts
+    logger.info(", ".join(f"{titles[rule]}: {numel:,} params" for rule, numel in counts.items()))
+    if not main.needs_matrix:
+        return
+    if not any(r.settings.needs_matrix for r in routes):
+        logger.warning("no parameter is a matrix for '%s': every one is trained by adamw", main.rule)
+    scale = getattr(main, "orthogonalization").scale  # noqa: B009 - every matrix rule has it
+    beside = [r for r in routes if not r.settings.needs_matrix]
+    if scale != "match_rms_adamw" and "lr" not in config.common.adamw and any(r.settings.lr == main.lr for r in beside):
+        logger.warning(
+            "adamw.lr is not set: AdamW runs at '%s's lr = %g, which is usually too high; set adamw.lr, or "
+            "orthogonalization.scale = 'match_rms_adamw' to share one learning rate",
+            main.rule,
+            main.lr,
+        )

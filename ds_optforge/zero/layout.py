@@ -1,0 +1,170 @@
+"""Reads where DeepSpeed's ZeRO put each parameter. The only file that knows DeepSpeed's internals.
+
+Everything is read from the model's parameters, which DeepSpeed annotates when the engine is built. Tested with DeepSpeed
+0.19.8; setup.cfg states the supported range. A missing attribute is a `LayoutError` that names it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optforge.zero.plan import Cut
+
+SUPPORTED_DEEPSPEED = ">=0.19.8,<0.20"
+
+
+class LayoutError(RuntimeError):
+    """The place of a parameter inside ZeRO's slices cannot be read, or does not agree between ranks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binding:
+    """Where the parameters behind one call of ``step()`` lie.
+
+    Attributes:
+        indices: which of the group's parameters these are, in the order in which they lie in the slices.
+        cuts: one per entry of ``indices``.
+        world_size, rank: within ``process_group``.
+        process_group: the ranks that share these parameters; None when every rank holds all of them.
+        device: where the model's weights live, and matrices are orthogonalized.
+    """
+
+    indices: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    world_size: int
+    rank: int
+    process_group: dist.ProcessGroup | None
+    device: torch.device
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The parameter's shape, also where ZeRO-3 has emptied or flattened it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def bind(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
+    """Find the place of a group's parameters in the tensors that DeepSpeed wants stepped.
+
+    Args:
+        parameters: the model's parameters of the group, as given to the optimizer.
+        names: theirs, for messages.
+        slices: ``group["params"]`` at the time of the step: one flat slice (ZeRO), or one tensor per parameter.
+
+    Raises:
+        LayoutError: an attribute of DeepSpeed that is missing or contradicts itself, or a ZeRO feature that hides the
+            slices (partial or NVMe offload).
+    """
+    first = parameters[0]
+    if hasattr(first, "ds_id"):
+        return _bind_zero3(parameters, slices)
+    if hasattr(first, "_hp_mapping"):
+        return _bind_flat_partition(parameters, names, slices)
+    return _bind_replicated(parameters, names, slices)
+
+
+def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
+    """Plain PyTorch and stage 0: a tensor per parameter (in fp16/bf16, DeepSpeed's fp32 clone of it), in the same order."""
+    if len(parameters) != len(slices) or any(p.shape != s.shape for p, s in zip(parameters, slices, strict=False)):
+        raise LayoutError(
+            f"{names[0]}: the optimizer steps {len(slices)} tensor(s) in place of {len(parameters)} parameter(s), and the "
+            f"parameters carry neither '_hp_mapping' (ZeRO-1, ZeRO-2, BF16_Optimizer) nor 'ds_id' (ZeRO-3). {_versions()}"
+        )
+    for name, tensor in zip(names, slices, strict=True):
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name}: got strides {tensor.stride()}; allowed: a contiguous (row-major) parameter")
+    cuts, offset = [], 0
+    for tensor in slices:
+        cuts.append(Cut(base=0, size=tensor.numel(), offset=offset))
+        offset += tensor.numel()
+    return Binding(tuple(range(len(slices))), tuple(cuts), 1, 0, None, slices[0].device)
+
+
+def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
+    """ZeRO-1, ZeRO-2 and BF16_Optimizer: the weights are views of one flat buffer, cut evenly over the ranks.
+
+    A weight's storage offset is its place in that buffer, whatever reordered or padded it; every fragment that this rank
+    holds is checked against the address that DeepSpeed recorded for it.
+    """
+    (piece,) = slices
+    size = piece.numel()
+    group = _need(parameters[0], "_dp_group")
+    rank = dist.get_rank(group)
+    storage = parameters[0].untyped_storage().data_ptr()
+    order = sorted(range(len(parameters)), key=lambda i: parameters[i].storage_offset())
+    cuts = []
+    for index in order:
+        parameter, name = parameters[index], names[index]
+        if parameter.untyped_storage().data_ptr() != storage:
+            raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
+        cut = Cut(base=parameter.storage_offset(), size=size, offset=0)
+        _check_recorded_address(parameter, name, cut, rank, piece)
+        cuts.append(cut)
+    return Binding(tuple(order), tuple(cuts), dist.get_world_size(group), rank, group, parameters[0].device)
+
+
+def _check_recorded_address(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> None:
+    low = max(cut.base, rank * cut.size)
+    numel = min(cut.base + parameter.numel(), (rank + 1) * cut.size) - low
+    mapping = _need(parameter, "_hp_mapping")
+    derived = (low - cut.base, low - rank * cut.size, numel) if numel > 0 else None
+    recorded = None
+    if mapping is not None:
+        within, flat = _need(mapping, "lp_fragment_address"), _need(mapping, "hp_fragment_address")
+        recorded = (within.start, flat.start, flat.numel)
+    if derived != recorded:
+        raise LayoutError(
+            f"{name}: ZeRO recorded the fragment (start in the parameter, start in the slice, elements) {recorded}, its flat "
+            f"buffer says {derived} (rank {rank}, slice of {piece.numel()} elements). {_versions()}"
+        )
+
+
+def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Binding:
+    """ZeRO-3: each parameter is cut evenly over the ranks; a sub-group's slice is its parameters' partitions in a row."""
+    (piece,) = slices
+    zero = _need(parameters[0], "_z3_optimizer")
+    _refuse_hidden_slices(zero)
+    flats = _need(zero, "fp32_partitioned_groups_flat")
+    sub_group = next((i for i, flat in enumerate(flats) if flat is piece), None)
+    if sub_group is None:
+        raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {_versions()}")
+    group = _need(zero, "_get_sub_group_process_group")(sub_group)
+    position = {id(parameter): index for index, parameter in enumerate(parameters)}
+    indices, cuts, offset = [], [], 0
+    for parameter in _need(zero, "fp16_groups")[sub_group]:
+        partition = int(_need(parameter, "partition_numel")())
+        indices.append(position[id(parameter)])
+        cuts.append(Cut(base=0, size=partition, offset=offset))
+        offset += partition
+    if offset != piece.numel():
+        raise LayoutError(f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {piece.numel()}. {_versions()}")
+    device = parameters[0].device
+    return Binding(tuple(indices), tuple(cuts), dist.get_world_size(group), dist.get_rank(group), group, device)
+
+
+def _refuse_hidden_slices(zero: Any) -> None:
+    if getattr(zero, "swap_optimizer", False):
+        raise LayoutError("zero_optimization.offload_optimizer.device: got 'nvme'; allowed: 'cpu' or 'none'")
+    if getattr(zero, "offload_optimizer", False) and getattr(zero, "partial_offload", 1.0) < 1.0:
+        ratio = zero.partial_offload
+        raise LayoutError(f"zero_optimization.offload_optimizer.ratio: got {ratio}; allowed: 1.0 (DeepSpeed steps the rest itself)")
+    if getattr(zero, "zenflow", False):
+        raise LayoutError("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
+
+
+def _need(owner: Any, attribute: str) -> Any:
+    try:
+        return getattr(owner, attribute)
+    except AttributeError:
+        raise LayoutError(f"{type(owner).__name__} has no attribute {attribute!r}. {_versions()}") from None
+
+
+def _versions() -> str:
+    try:
+        from deepspeed import __version__ as found
+    except ImportError:
+        found = "none"
+    return f"ds_optforge reads the layout of DeepSpeed {SUPPORTED_DEEPSPEED}; found: {found}."
