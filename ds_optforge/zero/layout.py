@@ -86,8 +86,9 @@ def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices:
 def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
     """ZeRO-1, ZeRO-2 and BF16_Optimizer: the weights are views of one flat buffer, cut evenly over the ranks.
 
-    A weight's storage offset is its place in that buffer, whatever reordered or padded it; every fragment that this rank
-    holds is checked against the address that DeepSpeed recorded for it.
+    A weight's storage offset is its place in that buffer, whatever reordered or padded it. (The addresses that DeepSpeed
+    records in `_hp_mapping` ignore the reordering of round_robin_gradients.) Every fragment that this rank holds is checked
+    against the weight's values.
     """
     (piece,) = slices
     size = piece.numel()
@@ -101,24 +102,21 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
         if parameter.untyped_storage().data_ptr() != storage:
             raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
         cut = Cut(base=parameter.storage_offset(), size=size, offset=0)
-        _check_recorded_address(parameter, name, cut, rank, piece)
+        _check_values(parameter, name, cut, rank, piece)
         cuts.append(cut)
     return Binding(tuple(order), tuple(cuts), dist.get_world_size(group), rank, group, parameters[0].device)
 
 
-def _check_recorded_address(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> None:
-    low = max(cut.base, rank * cut.size)
-    numel = min(cut.base + parameter.numel(), (rank + 1) * cut.size) - low
-    mapping = _need(parameter, "_hp_mapping")
-    derived = (low - cut.base, low - rank * cut.size, numel) if numel > 0 else None
-    recorded = None
-    if mapping is not None:
-        within, flat = _need(mapping, "lp_fragment_address"), _need(mapping, "hp_fragment_address")
-        recorded = (within.start, flat.start, flat.numel)
-    if derived != recorded:
+def _check_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> None:
+    low, high = max(cut.base, rank * cut.size), min(cut.base + parameter.numel(), (rank + 1) * cut.size)
+    if low >= high:
+        return
+    master = piece.detach().narrow(0, low - rank * cut.size, high - low).to(parameter)
+    weight = parameter.detach().view(-1).narrow(0, low - cut.base, high - low)
+    if not torch.equal(master.nan_to_num(), weight.nan_to_num()):
         raise LayoutError(
-            f"{name}: ZeRO recorded the fragment (start in the parameter, start in the slice, elements) {recorded}, its flat "
-            f"buffer says {derived} (rank {rank}, slice of {piece.numel()} elements). {_versions()}"
+            f"{name}: ZeRO's slice on rank {rank} does not hold the weight's values. Either the weight was changed after the "
+            f"engine was built (ZeRO would undo that), or the layout is unknown. {_versions()}"
         )
 
 

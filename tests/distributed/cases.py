@@ -1,0 +1,113 @@
+"""What the ranks of a pool run: real DeepSpeed engines on small models. Every function returns plain data."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ds_optforge
+from tests import models
+
+EXACT = {"orthogonalization": {"dtype": "float32"}, "sharding": {"wire_dtype": "float32"}}
+MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}}
+
+
+def engine_config(stage: int, params: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration with global batch 8; keys of ``extra`` are merged in, one level deep."""
+    config: dict[str, Any] = {
+        "train_batch_size": 8,
+        "optimizer": {"type": "OptForge", "params": dict(params)},
+        "zero_optimization": {"stage": stage},
+    }
+    for key, value in extra.items():
+        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+    return config
+
+
+def build_engine(config: dict[str, Any], model_options: Mapping[str, Any], zero_init: bool = False) -> Any:
+    """An engine on `models.AwkwardNet`; with ``zero_init`` its parameters are partitioned as they are made."""
+    if zero_init:
+        torch.manual_seed(0)
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = models.AwkwardNet(**model_options)
+        load_weights(model, models.build(**model_options).state_dict())
+    else:
+        model = models.build(**model_options)
+    return ds_optforge.initialize(model=model, config=config)[0]
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """zero.Init draws each rank's numbers anew; give it those of the ordinary model."""
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(weights[name])
+
+
+def full_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, whole, in float32."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        gathers = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters(parameter) if gathers else contextlib.nullcontext():
+            parameters[name] = parameter.detach().float().clone()
+    return parameters
+
+
+def run_steps(engine: Any, first: int, steps: int, accumulation: int = 1) -> list[float]:
+    """Train on this rank's share of each global batch; the mean loss over ranks of every step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for step in range(first, first + steps):
+        tokens, targets = models.batch(step)
+        micro = len(tokens) // (world * accumulation)
+        total = torch.zeros(())
+        for part in range(accumulation):
+            share = slice((part * world + rank) * micro, (part * world + rank + 1) * micro)
+            loss = engine(tokens[share], targets[share])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / accumulation
+        dist.all_reduce(total)
+        losses.append(total.item() / world)
+    return losses
+
+
+def train(
+    config: dict[str, Any],
+    steps: int = 20,
+    model_options: Mapping[str, Any] | None = None,
+    zero_init: bool = False,
+) -> dict[str, Any]:
+    """Train and return losses, whole parameters and what tells how the engine was built."""
+    engine = build_engine(config, model_options or {}, zero_init)
+    try:
+        losses = run_steps(engine, 0, steps, engine.gradient_accumulation_steps())
+        return {
+            "losses": losses,
+            "parameters": full_parameters(engine.module),
+            "wrapper": type(engine.optimizer).__name__,
+            "rates": {group["optforge_group"]: group["lr"] for group in engine.optimizer.param_groups},
+        }
+    finally:
+        engine.destroy()
+
+
+def save_and_load(config: dict[str, Any], folder: str, model_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """5 steps, save, 5 steps; then a fresh engine that loads and takes the last 5 again."""
+    engine = build_engine(config, model_options or {})
+    run_steps(engine, 0, 5)
+    engine.save_checkpoint(folder)
+    uninterrupted = {"losses": run_steps(engine, 5, 5), "parameters": full_parameters(engine.module)}
+    engine.destroy()
+    fresh = build_engine(config, model_options or {})
+    path, _ = fresh.load_checkpoint(folder)
+    assert path is not None and Path(path).exists()
+    resumed = {"losses": run_steps(fresh, 5, 5), "parameters": full_parameters(fresh.module)}
+    fresh.destroy()
+    return {"uninterrupted": uninterrupted, "resumed": resumed}

@@ -1,0 +1,246 @@
+"""Warm pools of ranks: distributed test cases without paying for start-up each time.
+
+A pool of n ranks is n processes that import torch and DeepSpeed once and then run any number of jobs:
+
+    results = pool.run(cases.train, stage=2, steps=20)     # one result per rank, in rank order
+
+The job is a function of an importable module; it runs on every rank at once, inside a fresh gloo process group of n
+ranks. Arguments and results are pickled, tensors included. ``RankFailure`` tells what went wrong, rank by rank. Whatever
+a job does, the next one finds a working pool: ranks that hang or die are killed and started anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import reprlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Container
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
+
+START_TIMEOUT_S = 120.0
+RESET_TIMEOUT_S = 15.0
+GRACE_S = 5.0
+STACK_DUMP_S = 0.5
+TAIL_LINES = 60
+IMPORT_ROOT = Path(__file__).resolve().parents[2]
+
+
+class RankFailure(AssertionError):
+    """A job that did not return on every rank; ``types`` and ``messages`` hold one entry per failed rank."""
+
+    def __init__(self, job: str, failures: dict[int, Failed], outputs: dict[int, str]) -> None:
+        self.types = {rank: failure.type for rank, failure in failures.items()}
+        self.messages = {rank: failure.message for rank, failure in failures.items()}
+        sections = [_section(rank, failures[rank], outputs[rank]) for rank in sorted(failures)]
+        super().__init__("\n\n".join([f"{job} failed on rank {', '.join(map(str, sorted(failures)))}", *sections]))
+
+
+def _section(rank: int, failure: Failed, output: str) -> str:
+    parts = [f"--- rank {rank}: {failure.type}: {failure.message}", failure.traceback.rstrip()]
+    parts += [f"--- rank {rank}: end of its output", output] if output else []
+    return "\n".join(filter(None, parts))
+
+
+class _Process:
+    """One rank as its pool sees it."""
+
+    def __init__(self, rank: int, world_size: int, port: int, log: Path) -> None:
+        self.log = log
+        self.log_start = 0
+        self.connection, other_end = Pipe()
+        command = [sys.executable, "-m", "tests.distributed.worker", str(other_end.fileno())]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=_environment(rank, world_size, port),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[other_end.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the pool alone; what a rank starts ends with it
+            )
+        other_end.close()
+
+    def receive(self) -> Returned | Failed:
+        """The answer that has arrived, or the news that the rank has died."""
+        try:
+            answer: Returned | Failed = load(self.connection.recv_bytes())
+            return answer
+        except (EOFError, ConnectionError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE_S)
+            return Failed("Died", f"the process ended with status {self.process.returncode}", "")
+
+    def log_tail(self) -> str:
+        """The last lines that this rank printed during the job."""
+        with self.log.open("rb") as log:
+            log.seek(self.log_start)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+    def signal(self, number: int) -> None:
+        """Signal this one process."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End the rank and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    search_path = [str(IMPORT_ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, search_path)),
+    }
+
+
+class Pool:
+    """``size`` ranks that start with the first job and stay until ``close()``, or until this process is gone."""
+
+    def __init__(self, size: int, log_directory: Path) -> None:
+        self.size = size
+        self._log_directory = log_directory
+        self._ranks: list[_Process] = []
+        self._store: torch.distributed.TCPStore | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the ranks, in rank order; empty while none run."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def run(self, function: Callable[..., Any], /, *args: Any, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
+        """Run ``function(*args, **kwargs)`` on every rank; return the results in rank order, or raise RankFailure.
+
+        After a first failure the other ranks have a few seconds to come back, for they may be waiting for the failed
+        one in a collective. Ranks that do not come back show the stack they hang in.
+        """
+        job = dump((function, args, kwargs))
+        self._make_ready()
+        answers: dict[int, Returned | Failed] = {}
+        try:
+            self._hand_out(job)
+            self._collect(answers, timeout_s)
+            failures = {number: answer for number, answer in answers.items() if isinstance(answer, Failed)}
+            failures |= self._hung(answers, failures, timeout_s)
+            if failures:
+                raise RankFailure(_title(function, args, kwargs), failures, self._outputs())
+            return [answer.value for _, answer in sorted(answers.items()) if isinstance(answer, Returned)]
+        finally:
+            self._reset_or_kill(len(answers) == self.size)
+
+    def close(self) -> None:
+        """End all ranks. A later job would start new ones."""
+        for rank in self._ranks:
+            rank.signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        for rank in self._ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
+        self._kill()
+
+    def _make_ready(self) -> None:
+        """Running ranks, all past the reset after their last job; started anew where they are not."""
+        if self._ranks and not self._await_ready(RESET_TIMEOUT_S):
+            self._kill()
+        if not self._ranks:
+            self._start()
+            if not self._await_ready(START_TIMEOUT_S):
+                failure = Failed("NotStarted", f"not ready {START_TIMEOUT_S:.0f} s after its start, or dead", "")
+                outputs = self._outputs()
+                self._kill()
+                raise RankFailure("start-up", dict.fromkeys(outputs, failure), outputs)
+
+    def _start(self) -> None:
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for number in range(self.size):
+            log = self._log_directory / f"rank{number}.log"
+            self._ranks.append(_Process(number, self.size, self._store.port, log))
+
+    def _await_ready(self, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        try:
+            for rank in self._ranks:
+                if not rank.connection.poll(max(0.0, deadline - time.monotonic())):
+                    return False
+                if rank.connection.recv_bytes() != READY:
+                    return False
+        except (EOFError, OSError):
+            return False
+        return all(rank.process.poll() is None for rank in self._ranks)
+
+    def _hand_out(self, job: bytes) -> None:
+        for rank in self._ranks:
+            rank.log_start = rank.log.stat().st_size
+            rank.connection.send_bytes(job)
+
+    def _collect(self, answers: dict[int, Returned | Failed], timeout_s: float) -> None:
+        """Fill in the answers that come in time."""
+        deadline = time.monotonic() + timeout_s
+        while len(answers) < self.size:
+            numbers = {rank.connection: number for number, rank in enumerate(self._ranks) if number not in answers}
+            arrived = wait(numbers, max(0.0, deadline - time.monotonic()))
+            if not arrived:
+                return
+            for connection in arrived:
+                number = numbers[connection]  # type: ignore[index]
+                answers[number] = self._ranks[number].receive()
+                if isinstance(answers[number], Failed):
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+
+    def _hung(self, answers: Container[int], failures: dict[int, Failed], timeout_s: float) -> dict[int, Failed]:
+        """Describe the ranks that gave no answer; they write their stacks to their output."""
+        hung = [number for number in range(self.size) if number not in answers]
+        for number in hung:
+            self._ranks[number].signal(signal.SIGUSR1)
+        if hung:
+            time.sleep(STACK_DUMP_S)
+        after = f"{GRACE_S:.0f} s after the failure of another rank" if failures else f"after {timeout_s:g} s"
+        return {number: Failed("Hung", f"no answer {after}", "") for number in hung}
+
+    def _outputs(self) -> dict[int, str]:
+        return {number: rank.log_tail() for number, rank in enumerate(self._ranks)}
+
+    def _reset_or_kill(self, all_answered: bool) -> None:
+        """Let the ranks clean up while the test goes on; only when all are back, as cleaning up closes connections."""
+        if not all_answered or any(rank.process.poll() is not None for rank in self._ranks):
+            self._kill()
+            return
+        try:
+            for rank in self._ranks:
+                rank.connection.send_bytes(RESET)
+        except OSError:
+            self._kill()
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+        self._ranks = []
+        self._store = None
+
+
+def _title(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    arguments = [reprlib.repr(value) for value in args] + [f"{k}={reprlib.repr(v)}" for k, v in kwargs.items()]
+    return f"{function.__module__}.{function.__qualname__}({', '.join(arguments)})"

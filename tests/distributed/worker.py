@@ -1,0 +1,153 @@
+"""One rank of a warm pool: runs the jobs that its pool sends, until the pool is gone.
+
+Every job starts from the same ground: a process group of its own, the same seeds, and a process in which DeepSpeed has
+forgotten the job before (see ``CleanSlate``). A case function therefore builds its engine and just returns or raises.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.runtime.zero.parameter_offload as zero3_hooks
+import deepspeed.runtime.zero.partition_parameters as zero_init
+import numpy
+import torch
+
+from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+
+
+class CleanSlate:
+    """The state of the process before the first job, and the way back to it.
+
+    DeepSpeed is made for one engine per process. What outlives an engine, and would reach the next case:
+
+    - engine hooks on parameters form cycles through autograd that the garbage collector cannot see: only
+      ``engine.destroy()`` cuts them, so it is called here for engines that a case has left (most often by raising);
+    - every ZeRO-3 engine leaves its model in ``FWD_MODULE_STACK``, and so do modules whose forward raised;
+    - a ``zero.Init`` that was never left keeps ``torch`` constructors and every ``Module.__init__`` patched;
+    - every ``zero.Init`` replaces ``torch.nn.functional.linear`` for good, and counts parameters on the class.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        gc.freeze()  # 200,000 objects of imported modules that no later collection needs to look at
+        self.environment = dict(os.environ)
+        self.directory = os.getcwd()
+        self.linear = torch.nn.functional.linear
+        self.init_counters = {
+            name: value for name, value in vars(zero_init.Init).items() if isinstance(value, bool | int)
+        }
+
+    def restore(self) -> None:
+        """Undo what a job left behind; the process group is not touched."""
+        self._close_zero_init()
+        self._destroy_engines()
+        zero3_hooks.FWD_MODULE_STACK.clear()
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.directory)
+        torch.set_default_dtype(torch.float32)
+        gc.collect()
+
+    def _close_zero_init(self) -> None:
+        if zero_init.top_level_context is not None:
+            zero_init.top_level_context.unpatch_init_and_builtins()
+        zero_init.top_level_context = None
+        zero_init.zero_init_context = 0
+        torch.nn.functional.linear = self.linear
+        for name, value in self.init_counters.items():
+            setattr(zero_init.Init, name, value)
+
+    def _destroy_engines(self) -> None:
+        for thing in gc.get_objects():
+            if issubclass(type(thing), deepspeed.DeepSpeedEngine):
+                thing.destroy()
+
+
+class Rank:
+    """The loop of one rank: join a process group, run one job, answer, clean up, say ready."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.rank = int(os.environ["RANK"])
+        self.world_size = int(os.environ["WORLD_SIZE"])
+        self.store = torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=COLLECTIVE_TIMEOUT
+        )
+        self.clean_slate = CleanSlate()
+        threading.Thread(target=self._read, name="pool-reader", daemon=True).start()
+
+    def _read(self) -> None:
+        """Pass messages on; end with the pool, whatever the main thread hangs in."""
+        try:
+            while True:
+                self.inbox.put(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            os.killpg(os.getpid(), signal.SIGKILL)
+
+    def work(self) -> None:
+        """Serve jobs for ever."""
+        number = 0
+        while True:
+            self._join_process_group(number)
+            self.connection.send_bytes(READY)
+            self.connection.send_bytes(self._answer(self.inbox.get()))
+            assert self.inbox.get() == RESET
+            self.clean_slate.restore()
+            deepspeed.comm.destroy_process_group()
+            number += 1
+
+    def _join_process_group(self, number: int) -> None:
+        """A process group for one job: no collective of a failed job can meet one of the next."""
+        torch.distributed.init_process_group(
+            "gloo",
+            store=torch.distributed.PrefixStore(f"job{number}", self.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        deepspeed.init_distributed("gloo", timeout=COLLECTIVE_TIMEOUT)
+        torch.distributed.barrier()
+
+    def _answer(self, job: bytes) -> bytes:
+        try:
+            function, arguments, keywords = load(job)
+            random.seed(0)
+            numpy.random.seed(0)
+            torch.manual_seed(0)
+            return dump(Returned(function(*arguments, **keywords)))
+        except BaseException as error:  # also SystemExit: a rank outlives its jobs
+            return dump(Failed(type(error).__name__, str(error), traceback.format_exc()))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def main() -> None:
+    """Started by the pool, with the number of an open file descriptor of the channel."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    # Only tensor-parallel inference uses this operator. Building it takes half a minute on first use, and a rank that
+    # is killed while it builds leaves a lock behind that blocks every later process.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    Rank(Connection(int(sys.argv[1]))).work()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Small models whose shapes make ZeRO's cuts awkward, and their data. Shared by unit and distributed tests."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VOCABULARY = 50
+
+
+class AwkwardNet(nn.Module):
+    """Matrices of odd shapes (so that slices cut through rows), tall, wide and repeated ones, biases, and options."""
+
+    def __init__(self, tied: bool = False, unused: bool = False, frozen: bool = False, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 24)
+        self.up = nn.Linear(24, 40)
+        self.blocks = nn.ModuleList(nn.Linear(40, 40, bias=False) for _ in range(depth))
+        self.odd = nn.Linear(40, 33)
+        self.down = nn.Linear(33, 24, bias=False)
+        self.norm = nn.LayerNorm(24)
+        self.lm_head = nn.Linear(24, VOCABULARY, bias=False)
+        self.idle = nn.Linear(20, 12) if unused else None
+        if tied:
+            self.lm_head.weight = self.embed.weight
+        if frozen:
+            self.blocks[0].weight.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = F.gelu(self.up(self.embed(tokens)))
+        for block in self.blocks:
+            x = x + F.gelu(block(x))
+        x = self.norm(self.down(F.gelu(self.odd(x))))
+        return F.cross_entropy(self.lm_head(x).float(), targets)
+
+
+def build(seed: int = 0, **options: object) -> AwkwardNet:
+    torch.manual_seed(seed)
+    return AwkwardNet(**options)  # type: ignore[arg-type]
+
+
+def batch(step: int, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The global batch of a step: (size,) tokens and targets."""
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    tokens = torch.randint(VOCABULARY, (size,), generator=generator)
+    return tokens, (tokens * 7 + 3) % VOCABULARY
