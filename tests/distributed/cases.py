@@ -21,6 +21,7 @@ def engine_config(stage: int, params: Mapping[str, Any], **extra: Any) -> dict[s
     """A DeepSpeed configuration with global batch 8; keys of ``extra`` are merged in, one level deep."""
     config: dict[str, Any] = {
         "train_batch_size": 8,
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1.0 where nothing is said
         "optimizer": {"type": "OptForge", "params": dict(params)},
         "zero_optimization": {"stage": stage},
     }
@@ -111,3 +112,68 @@ def save_and_load(config: dict[str, Any], folder: str, model_options: Mapping[st
     resumed = {"losses": run_steps(fresh, 5, 5), "parameters": full_parameters(fresh.module)}
     fresh.destroy()
     return {"uninterrupted": uninterrupted, "resumed": resumed}
+
+
+def train_past_overflow(config: dict[str, Any]) -> dict[str, Any]:
+    """Start with a loss scale that overflows; compare parameters around the skipped steps, then go on."""
+    engine = build_engine(config, {})
+    before = full_parameters(engine.module)
+    run_steps(engine, 0, 1)
+    after = full_parameters(engine.module)
+    skipped = engine.skipped_steps
+    unchanged = all(torch.equal(before[name], after[name]) for name in before) and not engine.optimizer.optimizer.state
+    losses = run_steps(engine, 1, 60)
+    engine.destroy()
+    return {"skipped": skipped, "unchanged": unchanged, "learns": losses[-1] < losses[0]}
+
+
+def load_into_another(saved: dict[str, Any], loading: dict[str, Any], folder: str) -> tuple[str, bool]:
+    """Save from one configuration, load into an engine of another; the error, and whether state stayed as it was."""
+    engine = build_engine(saved, {})
+    run_steps(engine, 0, 1)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    other = build_engine(loading, {})
+    run_steps(other, 0, 1)
+    before = [piece.detach().clone() for piece in other.optimizer.optimizer.state]
+    message = ""
+    try:
+        other.load_checkpoint(folder, load_module_only=False)
+    except ds_optforge.ConfigError as error:
+        message = str(error)
+    after = list(other.optimizer.optimizer.state)
+    other.destroy()
+    return message, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def disagree(stage: int) -> None:
+    """Rank 1 has the matrix the other way round: the same number of elements, so DeepSpeed notices nothing."""
+    torch.manual_seed(0)
+    rows, cols = (24, 32) if dist.get_rank() == 0 else (32, 24)
+    model = nn.Sequential(nn.Linear(cols, cols, bias=False), nn.Linear(cols, rows, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(16, 16))
+    engine = ds_optforge.initialize(model=model, config=engine_config(stage, MUON))[0]
+    loss = sum(parameter.square().sum() for parameter in engine.module.parameters())
+    engine.backward(loss)
+    engine.step()
+
+
+def without_register() -> None:
+    """The JSON alone."""
+    deepspeed.initialize(model=models.build(), config=engine_config(2, MUON))
+
+
+def flattening_scheduler(stage: int) -> None:
+    """DeepSpeed's WarmupLR writes one rate into every group; `register` cannot see the scheduler section."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 2, "warmup_min_lr": 0.001}}
+    model = models.build()
+    ds_optforge.register(model)
+    engine = deepspeed.initialize(model=model, config=engine_config(stage, MUON, scheduler=scheduler))[0]
+    run_steps(engine, 0, 1)
+
+
+def change_weight_behind_engine() -> None:
+    """ZeRO would overwrite such a change with its own copy of the weight."""
+    engine = build_engine(engine_config(2, MUON), {})
+    engine.module.blocks[1].weight.data.add_(1.0)
+    run_steps(engine, 0, 1)

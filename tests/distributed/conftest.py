@@ -31,3 +31,20 @@ def pool2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 def pool4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """Four ranks."""
     yield from _pool(4, tmp_path_factory)
+
+
+class Pools:
+    """The pools by their number of ranks; each starts when it is first asked for."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+
+    def __getitem__(self, ranks: int) -> Pool:
+        pool: Pool = self._request.getfixturevalue(f"pool{ranks}")
+        return pool
+
+
+@pytest.fixture
+def pools(request: pytest.FixtureRequest) -> Pools:
+    """For tests that are parametrized over the number of ranks."""
+    return Pools(request)

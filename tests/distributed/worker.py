@@ -7,6 +7,7 @@ forgotten the job before (see ``CleanSlate``). A case function therefore builds 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import os
 import queue
@@ -35,28 +36,42 @@ class CleanSlate:
 
     DeepSpeed is made for one engine per process. What outlives an engine, and would reach the next case:
 
-    - engine hooks on parameters form cycles through autograd that the garbage collector cannot see: only
-      ``engine.destroy()`` cuts them, so it is called here for engines that a case has left (most often by raising);
-    - every ZeRO-3 engine leaves its model in ``FWD_MODULE_STACK``, and so do modules whose forward raised;
-    - a ``zero.Init`` that was never left keeps ``torch`` constructors and every ``Module.__init__`` patched;
-    - every ``zero.Init`` replaces ``torch.nn.functional.linear`` for good, and counts parameters on the class.
+    - ZeRO's hooks on parameters form cycles through autograd, unseen by the garbage collector: only
+      ``engine.destroy()`` cuts them. It is called here for every engine that a case has left, most often by raising.
+    - Each ZeRO-3 engine leaves its model in ``FWD_MODULE_STACK`` and, after its second step, itself in an
+      ``lru_cache`` of its parameter coordinator, destroyed or not.
+    - A ``zero.Init`` that was entered and never left keeps ``torch`` constructors and every ``Module.__init__`` patched.
+    - Every ``zero.Init`` replaces ``torch.nn.functional.linear`` for good, and leaves settings and counts on its class.
+    - Accelerate's state is shared by all accelerators of a process.
+
+    Kept on purpose: what an import or ``register`` adds to libraries, as a module is imported only once.
     """
 
     def __init__(self) -> None:
         gc.collect()
-        gc.freeze()  # 200,000 objects of imported modules that no later collection needs to look at
+        self.caches = [
+            thing
+            for thing in gc.get_objects()
+            if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("deepspeed.")
+        ]
+        gc.freeze()  # 200,000 objects of imported modules, which no later collection needs to look at
         self.environment = dict(os.environ)
         self.directory = os.getcwd()
         self.linear = torch.nn.functional.linear
-        self.init_counters = {
+        self.init_settings = {
             name: value for name, value in vars(zero_init.Init).items() if isinstance(value, bool | int)
         }
 
     def restore(self) -> None:
-        """Undo what a job left behind; the process group is not touched."""
+        """Undo what a job left behind. The process group must still be there, and is not touched."""
         self._close_zero_init()
-        self._destroy_engines()
         zero3_hooks.FWD_MODULE_STACK.clear()
+        for cache in self.caches:
+            cache.cache_clear()
+        self._destroy_engines()
+        if "accelerate.state" in sys.modules:
+            sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+            sys.modules["accelerate.state"].GradientState._reset_state()
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.directory)
@@ -69,13 +84,17 @@ class CleanSlate:
         zero_init.top_level_context = None
         zero_init.zero_init_context = 0
         torch.nn.functional.linear = self.linear
-        for name, value in self.init_counters.items():
+        for name, value in self.init_settings.items():
             setattr(zero_init.Init, name, value)
 
     def _destroy_engines(self) -> None:
-        for thing in gc.get_objects():
-            if issubclass(type(thing), deepspeed.DeepSpeedEngine):
-                thing.destroy()
+        gc.collect()
+        engines = [thing for thing in gc.get_objects() if issubclass(type(thing), deepspeed.DeepSpeedEngine)]
+        for engine in engines:
+            try:
+                engine.destroy()
+            except Exception:  # an engine whose construction failed may lack anything
+                traceback.print_exc()
 
 
 class Rank:

@@ -1,0 +1,37 @@
+"""What only shows with real ranks: errors name the thing, come on every rank, and nothing hangs."""
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.conftest import Pools
+from tests.distributed.pool import RankFailure
+
+
+def test_ranks_that_disagree_name_the_first_differing_matrix(pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(cases.disagree, stage=2)
+    assert failure.value.types == {0: "LayoutError", 1: "LayoutError"}
+    for message in failure.value.messages.values():
+        assert "rank 0 has '1.weight 24x32" in message
+        assert "rank 1 has '1.weight 32x24" in message
+
+
+def test_unregistered_model_names_the_missing_line(pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[1].run(cases.without_register)
+    assert failure.value.types == {0: "ConfigError"}
+    assert "ds_optforge.register(model)" in failure.value.messages[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_scheduler_that_flattens_rates_is_refused_in_the_first_step(stage: int, pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[1].run(cases.flattening_scheduler, stage=stage)
+    assert "OptForgeSchedule" in failure.value.messages[0]
+    assert "0.02" in failure.value.messages[0]
+
+
+def test_a_weight_changed_behind_the_engine_is_named(pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[1].run(cases.change_weight_behind_engine)
+    assert failure.value.messages[0].startswith("blocks.1.weight: ZeRO's slice on rank 0 does not hold")

@@ -1,0 +1,44 @@
+"""bf16 and fp16 engines, and the bf16 defaults of the wire and the products."""
+
+from typing import Any
+
+import pytest
+
+from tests.distributed import cases
+from tests.distributed.conftest import Pools
+from tests.distributed.pool import Pool
+
+LOW_PRECISION = {
+    "bf16": {"bf16": {"enabled": True}},
+    "bf16, fp32 accumulation": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+}
+
+
+def losses(pool: Pool, config: dict[str, Any]) -> list[float]:
+    return [result["losses"] for result in pool.run(cases.train, config)][0]
+
+
+@pytest.mark.parametrize("precision", LOW_PRECISION)
+def test_stages_agree_in_low_precision(precision: str, pools: Pools) -> None:
+    """1%: weights are rounded to 8 (bf16) or 11 (fp16) bits after every step, gradients are reduced in that precision."""
+    extra = LOW_PRECISION[precision]
+    runs = {stage: losses(pools[2], cases.engine_config(stage, cases.MUON, **extra)) for stage in (1, 2, 3)}
+    if precision != "bf16, fp32 accumulation":  # DeepSpeed has no such stage 0
+        runs[0] = losses(pools[2], cases.engine_config(0, cases.MUON, **extra))
+    for stage, run in runs.items():
+        assert run[-1] < 0.9 * run[0]
+        assert run == pytest.approx(runs[2], rel=0.01), f"stage {stage}"
+
+
+def test_stage_1_in_bf16_is_the_bf16_optimizer(pools: Pools) -> None:
+    config = cases.engine_config(1, cases.MUON, **LOW_PRECISION["bf16, fp32 accumulation"])
+    assert pools[2].run(cases.train, config, steps=1)[0]["wrapper"] == "BF16_Optimizer"
+
+
+def test_an_overflow_that_loss_scaling_skips_changes_nothing(pools: Pools) -> None:
+    config = cases.engine_config(2, cases.MUON, fp16={"enabled": True, "initial_scale_power": 32})
+    for result in pools[2].run(cases.train_past_overflow, config):
+        assert result["skipped"] >= 1
+        assert result["unchanged"], "a skipped step changed parameters or state"
+        assert result["learns"]
