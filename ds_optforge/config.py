@@ -6,7 +6,7 @@ A bad section is one `ConfigError` that lists, for every problem, the path, what
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
@@ -25,6 +25,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -175,15 +178,16 @@ class OptimizerConfig:
             too_thin: the parameter's aspect ratio is beyond ``max_aspect_ratio``, so a matrix rule does not take it.
             own: settings of its own parameter group, weaker than overrides and stronger than everything else.
         """
-        layers = [(f"{self._path}.roles.{role}", self.common.roles.get(role, {})), ("param_groups", dict(own or {}))]
+        layers = [(f"{self._path}.roles.{role}", dict(self.common.roles.get(role, {}))), ("param_groups", dict(own or {}))]
         layers += [(f"{self._path}.overrides[{i}]", self.common.overrides[i].settings) for i in overrides]
-        layers = [(path, dict(layer)) for path, layer in layers]
+        for_itself = any("name" in layer for _, layer in layers[1:])
         names = [(path, layer.pop("name")) for path, layer in layers if "name" in layer]
         path, name = names[-1] if names else (self._path, self.common.name)
         if not isinstance(name, str) or name not in SETTINGS:
             raise ConfigError(f"{path}.name: got {name!r}; allowed: {', '.join(SETTINGS)}")
-        falls_back = SETTINGS[name].needs_matrix and (too_thin or (role != "matrix" and not names))
-        return self._resolve("adamw" if falls_back else name, self._base(role, "adamw" if falls_back else name) + layers)
+        if SETTINGS[name].needs_matrix and ((too_thin and not for_itself) or (role != "matrix" and not names)):
+            name = "adamw"
+        return self._resolve(name, [*self._base(role, name), *layers])
 
     def _check_override(self, index: int, roles: Sequence[Role]) -> None:
         """Its parameters are not known yet: it must make sense for at least one role."""
@@ -196,15 +200,17 @@ class OptimizerConfig:
         if len(problems) == len(roles):
             raise problems[0]
 
-    def _base(self, role: Role, name: str) -> list[tuple[str, dict[str, Any]]]:
+    def _base(self, role: Role, name: str) -> list[tuple[str, Mapping[str, Any]]]:
         """What a rule's settings start from: the top level for the main rule, the ``adamw`` section beside a matrix rule."""
-        top = dict(self._top)
+        top = self._top
         if name != self.common.name:
-            shared = {key: top[key] for key in ("lr", "weight_decay") if key in top}
-            top = {"lr": self.main.lr, **shared} if name == "adamw" else shared
+            top = {key: value for key, value in top.items() if key in ("lr", "weight_decay")}
             if name == "adamw":
-                return [(self._path, _for_role(top, role)), (f"{self._path}.adamw", dict(self.common.adamw))]
-        return [(self._path, _for_role(top, role))]
+                top.setdefault("lr", self.main.lr)
+        if role == "scalar":  # decay is for matrices and tables
+            top = {**top, "weight_decay": 0.0}
+        beside = [(f"{self._path}.adamw", self.common.adamw)] if name == "adamw" else []
+        return [(self._path, top), *beside]
 
     def _resolve(self, name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RuleSettings:
         merged: dict[str, Any] = {}
@@ -216,11 +222,6 @@ class OptimizerConfig:
                 merged[key] = value
                 paths[key] = path
         return validate(SETTINGS[name], merged, self._path, paths)
-
-
-def _for_role(top: Mapping[str, Any], role: Role) -> dict[str, Any]:
-    """The top level as a role sees it: decay is for matrices and tables, not for scalars, unless their role says so."""
-    return {**top, "weight_decay": 0.0} if role == "scalar" else dict(top)
 
 
 class ScheduleConfig(Section):
@@ -241,7 +242,9 @@ class ScheduleConfig(Section):
         if self.total_num_steps is None and (self.name in ("linear", "cosine") or self.warmup_ratio):
             raise ValueError(f"total_num_steps: missing; allowed: an integer of at least 1 ({self.name!r} needs it)")
         if self.total_num_steps is not None and self.warmup_num_steps > self.total_num_steps:
-            raise ValueError(f"warmup_num_steps: got {self.warmup_num_steps}; allowed: at most total_num_steps, {self.total_num_steps}")
+            raise ValueError(
+                f"warmup_num_steps: got {self.warmup_num_steps}; allowed: at most total_num_steps, {self.total_num_steps}"
+            )
         return self
 
     @property
@@ -256,9 +259,7 @@ def schedule_config(section: Mapping[str, Any], path: str = "scheduler.params") 
     return validate(ScheduleConfig, section, path)
 
 
-def validate(
-    model: type[Any], values: Mapping[str, Any], path: str, paths: Mapping[str, str] | None = None
-) -> Any:
+def validate(model: type[M], values: Mapping[str, Any], path: str, paths: Mapping[str, str] | None = None) -> M:
     """``model(**values)``, or a ConfigError whose lines start with ``path`` (``paths[key]`` where the key came from there)."""
     try:
         return model.model_validate(dict(values))

@@ -39,7 +39,7 @@ class _Run:
 
     piece: int
     start: int
-    sizes: tuple[int, ...]
+    sizes: list[int]
 
     def of(self, pieces: Sequence[Tensor]) -> Tensor:
         return pieces[self.piece].narrow(0, self.start, sum(self.sizes))
@@ -56,7 +56,7 @@ class _Bucket:
 
     def fragments(self, views: Sequence[Tensor]) -> list[Tensor]:
         """``views`` cut into fragments."""
-        return [part for view, run in zip(views, self.runs, strict=True) for part in view.split(run.sizes)]
+        return [part for view, run in zip(views, self.runs, strict=True) for part in torch.split(view, run.sizes)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +95,7 @@ class OptForge(torch.optim.Optimizer):
     def _routed(self, index: int, group: dict[str, Any]) -> list[tuple[Tensor, Route, str, dict[str, Any]]]:
         """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
         own = {key: value for key, value in group.items() if key not in _GROUP_KEYS_OF_OTHERS}
-        kept = {key: group[key] for key in ("moe", "name") if key in group}
+        kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
         prefix = f"group{index}." if own or kept else ""
         routed = []
         for position, parameter in enumerate(group["params"]):
@@ -158,14 +158,16 @@ class OptForge(torch.optim.Optimizer):
     def _buffer(self, piece: Tensor, name: str) -> Tensor:
         state = self.state[piece]
         if name not in state:
-            state[name] = torch.zeros_like(piece, memory_format=torch.contiguous_format)
-        return state[name].view(-1)
+            state[name] = torch.zeros_like(piece)
+        buffer: Tensor = state[name]
+        return buffer.view(-1)
 
     def _counter(self, piece: Tensor) -> Tensor:
         state = self.state[piece]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=piece.device)
-        return state["step"]
+        counter: Tensor = state["step"]
+        return counter
 
     def _is_rehearsal(self, known: _Group, bound: _Bound, gradients: Sequence[Tensor]) -> bool:
         """DeepSpeed's stage 0 in fp16 and bf16 steps its clones once with zero gradients, only to allocate state."""
@@ -290,7 +292,10 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameters, or groups of them, as groups."""
     items = list(params)
     if items and all(isinstance(item, Mapping) for item in items):
-        return [{**item, "params": [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])} for item in items]
+        return [
+            {**item, "params": [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])}
+            for item in items
+        ]
     return [{"params": items}]
 
 
@@ -318,4 +323,4 @@ def _runs(bucket: RankBucket, starts: Sequence[int]) -> tuple[_Run, ...]:
         else:
             runs.append((piece, fragment.offset - starts[piece], [fragment.numel]))
         end = fragment.offset + fragment.numel
-    return tuple(_Run(piece, start, tuple(sizes)) for piece, start, sizes in runs)
+    return tuple(_Run(piece, start, sizes) for piece, start, sizes in runs)

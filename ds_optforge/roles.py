@@ -58,9 +58,10 @@ def tag(model: nn.Module) -> None:
 
 def _head_weights(model: nn.Module) -> Iterator[Tensor]:
     """Weights of output embeddings: what a Hugging Face model calls so, and Linears named as the head outside any layer."""
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(getattr(output_embeddings, "weight", None), Tensor):
-        yield output_embeddings.weight
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    weight = getattr(get_output_embeddings(), "weight", None) if get_output_embeddings else None
+    if isinstance(weight, Tensor):
+        yield weight
     for name, module in model.named_modules():
         *path, last = name.split(".")
         if isinstance(module, nn.Linear) and last in _HEAD_NAMES and not any(part.isdigit() for part in path):
@@ -115,9 +116,7 @@ def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
     return config.main.rule if config.main.needs_matrix else "muon"
 
 
-def _role(
-    parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], use_muon: bool | None
-) -> tuple[Role, bool]:
+def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], use_muon: bool | None) -> tuple[Role, bool]:
     """The role, and whether it was asked for by name (then the aspect ratio does not matter)."""
     asked = [role for i in matched if (role := config.common.overrides[i].role) is not None]
     if asked:

@@ -44,7 +44,7 @@ def build_scheduler(optimizer: OptForge, config: Config, total_steps: int | None
     return OptForgeSchedule(optimizer, **section)
 
 
-def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:  # noqa: N802 - the name that scripts import
+def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:
     """An OptForge from KellerJordan/Muon's parameter groups: each has ``use_muon`` and its own hyperparameters.
 
     His defaults: lr 0.02, momentum 0.95, Nesterov for Muon; lr 3e-4, betas (0.9, 0.95), eps 1e-10 for Adam; no decay.

@@ -35,8 +35,6 @@ class CoefficientSet:
         return tuple(triple for triple, _ in zip(chain(self.triples, repeat(self.triples[-1])), range(steps), strict=False))
 
 
-
-
 def _with_margin(triples: tuple[Triple, ...], margin: float) -> tuple[Triple, ...]:
     """p(x / margin) for every step but the last: room for the rounding of bfloat16 where a step is steep beyond 1."""
     return tuple((a / margin, b / margin**3, c / margin**5) for a, b, c in triples[:-1]) + triples[-1:]
@@ -94,7 +92,9 @@ def coefficient_set(coefficients: str | Sequence[Sequence[float]]) -> Coefficien
     """The set named ``coefficients``, or a custom one from a sequence of (a, b, c) triples. Raises ValueError."""
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENT_SETS:
-            raise ValueError(f"coefficients: got {coefficients!r}; allowed: {', '.join(COEFFICIENT_SETS)}, or a list of triples")
+            raise ValueError(
+                f"coefficients: got {coefficients!r}; allowed: {', '.join(COEFFICIENT_SETS)}, or a list of triples"
+            )
         return COEFFICIENT_SETS[coefficients]
     triples = [tuple(float(value) for value in triple) for triple in coefficients]
     if not triples or any(len(triple) != 3 for triple in triples):

@@ -33,7 +33,12 @@ class ElementwiseRule(Rule, Protocol):
     """A rule whose update of an element depends on that element alone."""
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, state: Mapping[str, Tensors], steps: Tensors, group: Hyperparameters
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        state: Mapping[str, Tensors],
+        steps: Tensors,
+        group: Hyperparameters,
     ) -> None:
         """Update ``parameters`` and ``state`` in place; ``steps`` are 0-d counters that this call increments."""
 

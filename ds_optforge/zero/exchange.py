@@ -101,7 +101,9 @@ class BucketExchange:
 
     def _all_to_all(self, out: Tensor, into: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]) -> dist.Work:
         group = self._binding.process_group
-        work = dist.all_to_all_single(out, into, list(out_splits), list(in_splits), group=group, async_op=True)
+        work: dist.Work | None = dist.all_to_all_single(
+            out, into, list(out_splits), list(in_splits), group=group, async_op=True
+        )
         assert work is not None  # asynchronous, and this rank belongs to the group
         return work
 

@@ -101,7 +101,7 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
         parameter, name = parameters[index], names[index]
         if parameter.untyped_storage().data_ptr() != storage:
             raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
-        cut = Cut(base=parameter.storage_offset(), size=size, offset=0)
+        cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
         _check_values(parameter, name, cut, rank, piece)
         cuts.append(cut)
     return Binding(tuple(order), tuple(cuts), dist.get_world_size(group), rank, group, parameters[0].device)
@@ -138,7 +138,9 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
         cuts.append(Cut(base=0, size=partition, offset=offset))
         offset += partition
     if offset != piece.numel():
-        raise LayoutError(f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {piece.numel()}. {_versions()}")
+        raise LayoutError(
+            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {piece.numel()}. {_versions()}"
+        )
     device = parameters[0].device
     return Binding(tuple(indices), tuple(cuts), dist.get_world_size(group), dist.get_rank(group), group, device)
 
@@ -148,7 +150,9 @@ def _refuse_hidden_slices(zero: Any) -> None:
         raise LayoutError("zero_optimization.offload_optimizer.device: got 'nvme'; allowed: 'cpu' or 'none'")
     if getattr(zero, "offload_optimizer", False) and getattr(zero, "partial_offload", 1.0) < 1.0:
         ratio = zero.partial_offload
-        raise LayoutError(f"zero_optimization.offload_optimizer.ratio: got {ratio}; allowed: 1.0 (DeepSpeed steps the rest itself)")
+        raise LayoutError(
+            f"zero_optimization.offload_optimizer.ratio: got {ratio}; allowed: 1.0 (DeepSpeed steps the rest itself)"
+        )
     if getattr(zero, "zenflow", False):
         raise LayoutError("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
 

@@ -271,9 +271,7 @@ def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int) -> Ran
     return RankBucket(tuple(held), positions, flags, (), (), tuple(run), pieces, flags)
 
 
-def _blocks(
-    items: Sequence[tuple[int, int]], world_size: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _blocks(items: Sequence[tuple[int, int]], world_size: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Lay (peer, numel) items out in one block per peer: the items in their order, then a flag for each.
 
     Returns the blocks' sizes, the items' positions and the flags' positions.

@@ -83,9 +83,7 @@ def test_tied_frozen_and_unused_parameters(stage: int, world: int, pools: Pools)
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_round_robin_gradients(stage: int, pools: Pools) -> None:
-    config = cases.engine_config(
-        stage, MUON, gradient_clipping=1.0, zero_optimization={"round_robin_gradients": True}
-    )
+    config = cases.engine_config(stage, MUON, gradient_clipping=1.0, zero_optimization={"round_robin_gradients": True})
     check(pools[4], config, muon_reference(awkward=False))
 
 
@@ -110,9 +108,7 @@ def test_gradient_accumulation_equals_the_large_batch(stage: int, pools: Pools) 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cpu_offload(stage: int, pools: Pools) -> None:
-    config = cases.engine_config(
-        stage, MUON, gradient_clipping=1.0, zero_optimization={"offload_optimizer": {"device": "cpu"}}
-    )
+    config = cases.engine_config(stage, MUON, gradient_clipping=1.0, zero_optimization={"offload_optimizer": {"device": "cpu"}})
     check(pools[2], config, muon_reference(awkward=False))
 
 

@@ -16,7 +16,8 @@ LOW_PRECISION = {
 
 
 def losses(pool: Pool, config: dict[str, Any]) -> list[float]:
-    return [result["losses"] for result in pool.run(cases.train, config)][0]
+    run: list[float] = pool.run(cases.train, config)[0]["losses"]
+    return run
 
 
 @pytest.mark.parametrize("precision", LOW_PRECISION)

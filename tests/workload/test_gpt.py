@@ -97,9 +97,7 @@ def test_a_tied_head_is_the_token_embedding():
 def test_the_gpt2_preset_has_the_blocks_of_gpt2_124m_and_builds_on_the_meta_device():
     with torch.device("meta"):
         model = build_model("gpt2", sequence_length=1024)
-    matrices = sum(
-        parameter.numel() for block in model.blocks for parameter in block.parameters() if parameter.ndim > 1
-    )
+    matrices = sum(parameter.numel() for block in model.blocks for parameter in block.parameters() if parameter.ndim > 1)
     assert matrices == 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     assert all(parameter.is_meta for parameter in model.parameters())
 
