@@ -17,7 +17,7 @@ from ds_optforge.config import ConfigError, OptimizerConfig
 from ds_optforge.roles import Route, log_routing, route, routing_table
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
-from ds_optforge.zero.layout import bind
+from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.plan import Matrix, PartitionLayout, RankBucket, exchange_buckets, local_buckets, make_plan
 
 _GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
@@ -63,6 +63,7 @@ class _Bucket:
 class _Bound:
     """One call's slices, the buckets of matrices that travel between ranks and of those that do not."""
 
+    binding: Binding
     slices: tuple[Tensor, ...]
     travelling: tuple[_Bucket, ...]
     local: tuple[_Bucket, ...]
@@ -154,6 +155,7 @@ class OptForge(torch.optim.Optimizer):
         elif isinstance(known.rule, MatrixRule):
             torch._foreach_add_(steps, 1)
             _MatrixStep(known.rule, group, parameters, gradients, state).run(bound)
+        bound.binding.clear_spent_gradients(bound.slices)
 
     def _buffer(self, piece: Tensor, name: str) -> Tensor:
         state = self.state[piece]
@@ -197,7 +199,7 @@ class OptForge(torch.optim.Optimizer):
             return tuple(_Bucket(BucketExchange(layout, b, binding, wire), _runs(b, starts)) for b in buckets)
 
         travelling, local = exchange_buckets(plan, binding.rank), local_buckets(plan, binding.rank)
-        bound = self._bound[slices[0]] = _Bound(tuple(slices), build(travelling), build(local))
+        bound = self._bound[slices[0]] = _Bound(binding, tuple(slices), build(travelling), build(local))
         return bound
 
     def _refuse_flattened_rates(self, group: Mapping[str, Any]) -> None:

@@ -8,9 +8,14 @@ VOCABULARY = 50
 
 
 class AwkwardNet(nn.Module):
-    """Matrices of odd shapes (so that slices cut through rows), tall, wide and repeated ones, biases, and options."""
+    """Matrices of odd shapes (so that slices cut through rows), tall, wide and repeated ones, biases, and options.
 
-    def __init__(self, tied: bool = False, unused: bool = False, frozen: bool = False, depth: int = 3) -> None:
+    ``unused``: a layer that never gets a gradient; ``sometimes``: one that every third call leaves out.
+    """
+
+    def __init__(
+        self, tied: bool = False, unused: bool = False, sometimes: bool = False, frozen: bool = False, depth: int = 3
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 24)
         self.up = nn.Linear(24, 40)
@@ -20,16 +25,22 @@ class AwkwardNet(nn.Module):
         self.norm = nn.LayerNorm(24)
         self.lm_head = nn.Linear(24, VOCABULARY, bias=False)
         self.idle = nn.Linear(20, 12) if unused else None
+        self.calls = 0
+        self.sometimes = nn.Linear(24, 24) if sometimes else None
         if tied:
             self.lm_head.weight = self.embed.weight
         if frozen:
             self.blocks[0].weight.requires_grad_(False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
         x = F.gelu(self.up(self.embed(tokens)))
         for block in self.blocks:
             x = x + F.gelu(block(x))
-        x = self.norm(self.down(F.gelu(self.odd(x))))
+        x = self.down(F.gelu(self.odd(x)))
+        if self.sometimes is not None and self.calls % 3 != 1:
+            x = x + self.sometimes(x)
+        x = self.norm(x)
         return F.cross_entropy(self.lm_head(x).float(), targets)
 
 

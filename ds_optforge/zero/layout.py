@@ -31,6 +31,8 @@ class Binding:
         world_size, rank: within ``process_group``.
         process_group: the ranks that share these parameters; None when every rank holds all of them.
         device: where the model's weights live, and matrices are orthogonalized.
+        keeps_gradients: DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
+        gradient_buffer: a buffer of which the same is true (ZeRO-3).
     """
 
     indices: tuple[int, ...]
@@ -39,6 +41,21 @@ class Binding:
     rank: int
     process_group: dist.ProcessGroup | None
     device: torch.device
+    keeps_gradients: bool = False
+    gradient_buffer: Tensor | None = None
+
+    def clear_spent_gradients(self, slices: Sequence[Tensor]) -> None:
+        """Zero the gradients that DeepSpeed keeps, after the step has used them.
+
+        Otherwise a parameter that gets no gradient (an idle expert, a skipped layer) would be stepped again with the one
+        of an earlier step: that is what ZeRO-3 and CPU offload hand to every optimizer, and not what ZeRO-1/2 do.
+        """
+        if self.keeps_gradients:
+            for piece in slices:
+                if piece.grad is not None:
+                    piece.grad.zero_()
+        if self.gradient_buffer is not None:
+            self.gradient_buffer.zero_()
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -104,7 +121,9 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
         cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
         _check_values(parameter, name, cut, rank, piece)
         cuts.append(cut)
-    return Binding(tuple(order), tuple(cuts), dist.get_world_size(group), rank, group, parameters[0].device)
+    offload = any(p._hp_mapping.use_offload for p in parameters if getattr(p, "_hp_mapping", None) is not None)
+    world_size, device = dist.get_world_size(group), parameters[0].device
+    return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, keeps_gradients=offload)
 
 
 def _check_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> None:
@@ -141,8 +160,16 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
         raise LayoutError(
             f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {piece.numel()}. {_versions()}"
         )
-    device = parameters[0].device
-    return Binding(tuple(indices), tuple(cuts), dist.get_world_size(group), dist.get_rank(group), group, device)
+    return Binding(
+        tuple(indices),
+        tuple(cuts),
+        dist.get_world_size(group),
+        dist.get_rank(group),
+        group,
+        parameters[0].device,
+        keeps_gradients=bool(_need(zero, "offload_optimizer")),
+        gradient_buffer=_need(zero, "grad_partitions_flat_buffer").narrow(0, sum(f.numel() for f in flats[:sub_group]), offset),
+    )
 
 
 def _refuse_hidden_slices(zero: Any) -> None:

@@ -20,11 +20,11 @@ import sys
 import time
 from collections.abc import Callable, Container
 from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
 
@@ -124,7 +124,7 @@ class Pool:
         self.size = size
         self._log_directory = log_directory
         self._ranks: list[_Process] = []
-        self._store: torch.distributed.TCPStore | None = None
+        self._store: TCPStore | None = None
 
     @property
     def pids(self) -> list[int]:
@@ -137,6 +137,7 @@ class Pool:
         After a first failure the other ranks have a few seconds to come back, for they may be waiting for the failed
         one in a collective. Ranks that do not come back show the stack they hang in.
         """
+        __tracebackhide__ = True
         job = dump((function, args, kwargs))
         self._make_ready()
         answers: dict[int, Returned | Failed] = {}
@@ -174,21 +175,21 @@ class Pool:
                 raise RankFailure("start-up", dict.fromkeys(outputs, failure), outputs)
 
     def _start(self) -> None:
-        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for number in range(self.size):
             log = self._log_directory / f"rank{number}.log"
             self._ranks.append(_Process(number, self.size, self._store.port, log))
 
     def _await_ready(self, timeout_s: float) -> bool:
+        """Whether all ranks say that they are ready; false as soon as one is known to have died."""
         deadline = time.monotonic() + timeout_s
-        try:
-            for rank in self._ranks:
-                if not rank.connection.poll(max(0.0, deadline - time.monotonic())):
-                    return False
-                if rank.connection.recv_bytes() != READY:
-                    return False
-        except (EOFError, OSError):
-            return False
+        awaited = {rank.connection for rank in self._ranks}
+        while awaited:
+            arrived = wait(awaited, max(0.0, deadline - time.monotonic()))
+            ready = {connection for connection in awaited if connection in arrived and _says_ready(connection)}
+            if not arrived or len(ready) < len(arrived):
+                return False
+            awaited -= ready
         return all(rank.process.poll() is None for rank in self._ranks)
 
     def _hand_out(self, job: bytes) -> None:
@@ -239,6 +240,13 @@ class Pool:
             rank.kill()
         self._ranks = []
         self._store = None
+
+
+def _says_ready(connection: Connection) -> bool:
+    try:
+        return connection.recv_bytes() == READY
+    except (EOFError, OSError):
+        return False
 
 
 def _title(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

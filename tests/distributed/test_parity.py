@@ -52,6 +52,11 @@ def muon_reference(awkward: bool, clip: float = 1.0) -> tuple[list[float], dict[
     return one_process(MUON, clip=clip, **(AWKWARD if awkward else {}))
 
 
+@cache
+def sometimes_reference() -> tuple[list[float], dict[str, Tensor]]:
+    return one_process(MUON, clip=0.5, sometimes=True)
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
     assert found.keys() == expected.keys()
     for name, reference in expected.items():
@@ -79,6 +84,19 @@ def test_every_stage_equals_one_process(stage: int, world: int, pools: Pools) ->
 def test_tied_frozen_and_unused_parameters(stage: int, world: int, pools: Pools) -> None:
     config = cases.engine_config(stage, MUON, gradient_clipping=1.0)
     check(pools[world], config, muon_reference(awkward=True), model_options=AWKWARD)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, "none"), *((stage, device) for stage in (1, 2, 3) for device in ("none", "cpu"))]
+)
+def test_a_layer_without_gradient_in_some_steps(stage: int, offload: str, pools: Pools) -> None:
+    """Its matrix and bias see a zero gradient: momentum fades, AdamW goes on, the matrix stays where it is.
+
+    (ZeRO-3 and every offloading stage hand an optimizer the gradient of an earlier step there, and clip by it.)
+    """
+    zero = {"offload_optimizer": {"device": offload}}
+    config = cases.engine_config(stage, MUON, gradient_clipping=0.5, zero_optimization=zero)
+    check(pools[2], config, sometimes_reference(), model_options={"sometimes": True})
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -26,6 +26,7 @@ import deepspeed.runtime.zero.parameter_offload as zero3_hooks
 import deepspeed.runtime.zero.partition_parameters as zero_init
 import numpy
 import torch
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
 
@@ -114,9 +115,7 @@ class Rank:
         self.inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.rank = int(os.environ["RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
-        self.store = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=COLLECTIVE_TIMEOUT
-        )
+        self.store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=COLLECTIVE_TIMEOUT)
         self.clean_slate = CleanSlate()
         threading.Thread(target=self._read, name="pool-reader", daemon=True).start()
 
@@ -144,7 +143,7 @@ class Rank:
         """A process group for one job: no collective of a failed job can meet one of the next."""
         torch.distributed.init_process_group(
             "gloo",
-            store=torch.distributed.PrefixStore(f"job{number}", self.store),
+            store=PrefixStore(f"job{number}", self.store),
             rank=self.rank,
             world_size=self.world_size,
             timeout=COLLECTIVE_TIMEOUT,
