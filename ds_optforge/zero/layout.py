@@ -121,7 +121,8 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
         cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
         _check_values(parameter, name, cut, rank, piece)
         cuts.append(cut)
-    offload = any(p._hp_mapping.use_offload for p in parameters if getattr(p, "_hp_mapping", None) is not None)
+    mappings = [mapping for parameter in parameters if (mapping := _need(parameter, "_hp_mapping")) is not None]
+    offload = any(_need(mapping, "use_offload") for mapping in mappings)
     world_size, device = dist.get_world_size(group), parameters[0].device
     return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, keeps_gradients=offload)
 
