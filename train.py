@@ -284,13 +284,13 @@ def plot_loss(path: Path, result: Result, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def smoothed(values: list[float], decay: float = 0.9) -> list[float]:
-    """Return the exponential moving average, corrected for its empty start."""
-    average, weight, out = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        out.append(average / weight)
+def smoothed(values: list[float], reach: int = 5) -> list[float]:
+    """Return the mean over up to `reach` neighbours on each side, as many on the one as on the other: no lag."""
+    out = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        out.append(sum(window) / len(window))
     return out
 
 

@@ -4,6 +4,7 @@ A bad section is one `ConfigError` that lists, for every problem, the path, what
 """
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -14,12 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, fiel
 from ds_optforge.orthogonalize import Method, coefficient_set
 from ds_optforge.rules.adamw import AdamW
 from ds_optforge.rules.base import Rule
+from ds_optforge.rules.lion import Lion
 from ds_optforge.rules.muon import Muon, Orthogonalization, Scale
+from ds_optforge.rules.normuon import NorMuon
+from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 
 Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
 ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
-RuleName: TypeAlias = Literal["muon", "adamw"]
+RuleName: TypeAlias = Literal["muon", "normuon", "adamw", "adamw_8bit", "lion", "schedule_free_adamw"]
 DTypeName: TypeAlias = Literal["float32", "bfloat16"]
+StateDType: TypeAlias = Literal["float32", "bfloat16", "8bit"]
+DecaySchedule: TypeAlias = Literal["constant", "linear", "cosine"]
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -68,6 +74,19 @@ class RuleSettings(Section):
 
     lr: NonNegative = Field(1e-3, description="learning rate")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
+    state_dtype: StateDType = Field("float32", description="how the elementwise state is kept; 8bit needs bitsandbytes")
+
+    @field_validator("state_dtype")
+    @classmethod
+    def _installed(cls, state_dtype: str) -> str:
+        if state_dtype == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("'float32' or 'bfloat16', or install bitsandbytes: pip install 'ds-optforge[8bit]'")
+        return state_dtype
+
+    @property
+    def needs_schedule(self) -> str:
+        """The decay schedule that only an OptForgeSchedule can follow, or ""."""
+        return ""
 
     def build(self) -> Rule:
         """The rule object with everything that no schedule may change."""
@@ -78,32 +97,116 @@ class RuleSettings(Section):
         return {name: getattr(self, name) for name in self.build().scheduled}
 
 
-class AdamWSettings(RuleSettings):
+class DecaySettings(RuleSettings):
+    """How the rules that decay towards zero do it."""
+
+    cautious_weight_decay: bool = Field(False, description="decay only where the update points towards zero too")
+    weight_decay_schedule: DecaySchedule = Field("constant", description="over the run: linear is 1 - progress")
+
+    @property
+    def needs_schedule(self) -> str:
+        return "" if self.weight_decay_schedule == "constant" else self.weight_decay_schedule
+
+
+class AdamWSettings(DecaySettings):
     """Fields of ``adamw``."""
 
     rule: ClassVar[RuleName] = "adamw"
     betas: Betas = Field((0.9, 0.95), description="decay rates of the first and second moment")
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1e-8, description="added to the root of the second moment")
 
-    def build(self) -> AdamW:
-        return AdamW(eps=self.eps)
+    def build(self) -> Rule:
+        return AdamW(eps=self.eps, cautious=self.cautious_weight_decay)
 
 
-class MuonSettings(RuleSettings):
+class AdamW8bitSettings(AdamWSettings):
+    """Fields of ``adamw_8bit``: adamw with 8-bit state."""
+
+    rule: ClassVar[RuleName] = "adamw_8bit"
+    state_dtype: StateDType = Field("8bit", description="how the elementwise state is kept", validate_default=True)
+
+
+class LionSettings(DecaySettings):
+    """Fields of ``lion``."""
+
+    rule: ClassVar[RuleName] = "lion"
+    lr: NonNegative = Field(1e-4, description="learning rate; 3 to 10 times smaller than AdamW's")
+    betas: Betas = Field((0.9, 0.99), description="interpolation of the update, and decay rate of the momentum")
+
+    def build(self) -> Rule:
+        return Lion(cautious=self.cautious_weight_decay)
+
+
+class ScheduleFreeAdamWSettings(RuleSettings):
+    """Fields of ``schedule_free_adamw``."""
+
+    rule: ClassVar[RuleName] = "schedule_free_adamw"
+    lr: NonNegative = Field(2.5e-3, description="learning rate; no schedule on top")
+    betas: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Beta], Strict(False)] = Field(
+        (0.9, 0.999), description="interpolation between average and descent point, and decay rate of the second moment"
+    )
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1e-8, description="added to the root of the second moment")
+    warmup_steps: int = Field(0, ge=0, description="steps of its own linear warm-up")
+
+    def build(self) -> Rule:
+        return ScheduleFreeAdamW(eps=self.eps, warmup_steps=self.warmup_steps)
+
+
+class MomentumWarmup(Section):
+    """The momentum rises linearly to its value."""
+
+    start: Beta = Field(0.85, alias="from", description="momentum of the first step")
+    steps: int = Field(300, ge=1, description="steps until the full momentum")
+
+
+class MuonSettings(DecaySettings):
     """Fields of ``muon``."""
 
     rule: ClassVar[RuleName] = "muon"
     needs_matrix: ClassVar[bool] = True
     lr: NonNegative = Field(0.02, description="learning rate")
     momentum: Beta = Field(0.95, description="decay rate of the gradient's moving average")
+    momentum_warmup: MomentumWarmup | None = Field(None, description='{"from": 0.85, "steps": 300}')
     nesterov: bool = Field(True, description="orthogonalize lerp(gradient, average, momentum) rather than the average")
     orthogonalization: OrthogonalizationSettings = OrthogonalizationSettings()
 
-    def build(self) -> Muon:
-        return Muon(nesterov=self.nesterov, orthogonalization=self.orthogonalization.build())
+    def build(self) -> Rule:
+        return Muon(**self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        warmup = self.momentum_warmup
+        return {
+            "nesterov": self.nesterov,
+            "orthogonalization": self.orthogonalization.build(),
+            "cautious": self.cautious_weight_decay,
+            "momentum_warmup": (warmup.start, warmup.steps) if warmup else None,
+        }
 
 
-SETTINGS: dict[str, type[RuleSettings]] = {"muon": MuonSettings, "adamw": AdamWSettings}
+class NorMuonSettings(MuonSettings):
+    """Fields of ``normuon``."""
+
+    rule: ClassVar[RuleName] = "normuon"
+    beta2: Beta = Field(0.95, description="decay rate of the second moment of each output row")
+
+    def build(self) -> Rule:
+        return NorMuon(**self._arguments(), beta2=self.beta2)
+
+
+SETTINGS: dict[str, type[RuleSettings]] = {
+    settings.rule: settings
+    for settings in (
+        MuonSettings,
+        NorMuonSettings,
+        AdamWSettings,
+        AdamW8bitSettings,
+        LionSettings,
+        ScheduleFreeAdamWSettings,
+    )
+}
+
+# What a rule beside the main one takes over from the top level, where it reads it at all.
+_SHARED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")
 
 
 class ShardingSettings(Section):
@@ -121,6 +224,12 @@ class Override(BaseModel):
 
     match: str
     role: Role | None = None
+    split: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
+        None, description="rows of each matrix that is fused into the parameter"
+    )
+    heads: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
+        None, description="equal row blocks that each matrix is cut into; a list: one count per entry of split"
+    )
 
     @field_validator("match")
     @classmethod
@@ -204,7 +313,8 @@ class OptimizerConfig:
         """What a rule's settings start from: the top level for the main rule, the ``adamw`` section beside a matrix rule."""
         top = self._top
         if name != self.common.name:
-            top = {key: value for key, value in top.items() if key in ("lr", "weight_decay")}
+            readable = [key for key in _SHARED if key in SETTINGS[name].model_fields]
+            top = {key: value for key, value in top.items() if key in readable}
             if name == "adamw":
                 top.setdefault("lr", self.main.lr)
         if role == "scalar":  # decay is for matrices and tables
@@ -225,32 +335,58 @@ class OptimizerConfig:
 
 
 class ScheduleConfig(Section):
-    """The "params" of an OptForgeSchedule section; the fields are named as frameworks fill them."""
+    """The "params" of an OptForgeSchedule section; the fields are named as frameworks fill them.
 
-    name: Literal["none", "constant", "linear", "cosine"] = Field("constant", description="the curve after the warm-up")
+    The curve runs from the end of the warm-up to the last step; a cool-down replaces its end.
+    """
+
+    name: Literal["none", "constant", "linear", "cosine", "wsd", "rex"] = Field(
+        "constant", description="the curve after the warm-up; wsd is constant with a cool-down"
+    )
     warmup_num_steps: int = Field(0, ge=0, description="steps of linear warm-up; the first step is not zero")
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the same as a fraction of all steps")
     total_num_steps: int | None = Field(None, ge=1, description="optimizer steps of the whole run, warm-up included")
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="of the initial rate, at the last step")
+    cooldown_num_steps: int = Field(0, ge=0, description="steps at the end that fall from where the curve is")
+    cooldown_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the same as a fraction of all steps")
+    cooldown_shape: Literal["linear", "cosine", "1-sqrt"] = Field("linear", description="how the cool-down falls")
+    exponent: Annotated[float, Field(gt=0)] = Field(0.5, description="of rex: (1 - progress) ** exponent")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScheduleConfig":
-        if self.name == "none" and (self.warmup_num_steps or self.warmup_ratio):
-            raise ValueError("name: got 'none' with a warm-up; allowed: 'constant' with a warm-up, or 'none' alone")
-        if self.warmup_num_steps and self.warmup_ratio:
-            raise ValueError("warmup_ratio: got both warmup_num_steps and warmup_ratio; allowed: one of them")
-        if self.total_num_steps is None and (self.name in ("linear", "cosine") or self.warmup_ratio):
-            raise ValueError(f"total_num_steps: missing; allowed: an integer of at least 1 ({self.name!r} needs it)")
-        if self.total_num_steps is not None and self.warmup_num_steps > self.total_num_steps:
-            raise ValueError(
-                f"warmup_num_steps: got {self.warmup_num_steps}; allowed: at most total_num_steps, {self.total_num_steps}"
-            )
+        if self.name == "none" and (self.warmup_num_steps or self.warmup_ratio or self.cools_down):
+            raise ValueError("name: got 'none' with a warm-up or cool-down; allowed: 'constant', or 'none' alone")
+        for part in ("warmup", "cooldown"):
+            if getattr(self, f"{part}_num_steps") and getattr(self, f"{part}_ratio"):
+                raise ValueError(f"{part}_ratio: got both {part}_num_steps and {part}_ratio; allowed: one of them")
+        if self.name == "wsd" and not self.cools_down:
+            raise ValueError("cooldown_ratio: missing; allowed: cooldown_num_steps or cooldown_ratio ('wsd' needs one)")
+        falls = self.name in ("linear", "cosine", "rex") or self.cools_down
+        if self.total_num_steps is None and (falls or self.warmup_ratio):
+            raise ValueError(f"total_num_steps: missing; allowed: an integer of at least 1 ('{self.name}' needs it)")
+        if self.total_num_steps is not None and self.warmup + self.cooldown > self.total_num_steps:
+            found = f"{self.warmup} steps of warm-up and {self.cooldown} of cool-down"
+            raise ValueError(f"total_num_steps: got {self.total_num_steps}; allowed: at least {found}")
         return self
+
+    @property
+    def cools_down(self) -> bool:
+        return bool(self.cooldown_num_steps or self.cooldown_ratio)
+
+    @property
+    def decays(self) -> bool:
+        """Whether the rate ever falls."""
+        return self.name not in ("none", "constant") or self.cools_down
 
     @property
     def warmup(self) -> int:
         """Steps of warm-up, however they were given."""
         return self.warmup_num_steps or round(self.warmup_ratio * (self.total_num_steps or 0))
+
+    @property
+    def cooldown(self) -> int:
+        """Steps of cool-down, however they were given."""
+        return self.cooldown_num_steps or round(self.cooldown_ratio * (self.total_num_steps or 0))
 
 
 def schedule_config(section: Mapping[str, Any], path: str = "scheduler.params") -> ScheduleConfig:

@@ -4,73 +4,26 @@ It owns groups and state and walks the way of a step; the math is in ``rules/``,
 ``zero/``.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_optforge.config import ConfigError, OptimizerConfig
+from ds_optforge.config import ConfigError, OptimizerConfig, RuleSettings
 from ds_optforge.roles import Route, log_routing, route, routing_table
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
-from ds_optforge.zero.exchange import BucketExchange, require_agreement
-from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.plan import Matrix, PartitionLayout, RankBucket, exchange_buckets, local_buckets, make_plan
+from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule
+from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
+from ds_optforge.slices import Bucket, Members, Slices, bind_slices
+from ds_optforge.zero.layout import expert_group_name
 
 _GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
-_GROUP_KEYS_OF_OTHERS = ("params", "moe", "name")  # what frameworks put into a parameter group
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """What a parameter group stands for. The group's dict holds only what a schedule may change."""
-
-    parameters: tuple[Tensor, ...]
-    routes: tuple[Route, ...]
-    rule: Rule
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Run:
-    """A contiguous stretch of one slice, made of whole fragments of the given sizes."""
-
-    piece: int
-    start: int
-    sizes: list[int]
-
-    def of(self, pieces: Sequence[Tensor]) -> Tensor:
-        return pieces[self.piece].narrow(0, self.start, sum(self.sizes))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Bucket:
-    exchange: BucketExchange
-    runs: tuple[_Run, ...]
-
-    def views(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """The bucket's part of flat tensors that are laid out like the slices."""
-        return [run.of(pieces) for run in self.runs]
-
-    def fragments(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """``views`` cut into fragments."""
-        return [part for view, run in zip(views, self.runs, strict=True) for part in torch.split(view, run.sizes)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Bound:
-    """One call's slices, the buckets of matrices that travel between ranks and of those that do not."""
-
-    binding: Binding
-    slices: tuple[Tensor, ...]
-    travelling: tuple[_Bucket, ...]
-    local: tuple[_Bucket, ...]
+_KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
 
 
 class OptForge(torch.optim.Optimizer):
-    """Muon with AdamW for the rest, or either alone, on plain PyTorch and on every stage of DeepSpeed's ZeRO.
+    """Every rule of ds_optforge, in any mix by role, on plain PyTorch and on every stage of DeepSpeed's ZeRO.
 
     Args:
         params: the model's parameters after ``ds_optforge.register(model)``, or groups of them. A group's other keys are
@@ -88,23 +41,25 @@ class OptForge(torch.optim.Optimizer):
         routed = [item for index, group in enumerate(_as_groups(params)) for item in self._routed(index, group)]
         log_routing([item[1] for item in routed], self._config)
         self._routing = routing_table(item[1] for item in routed)
-        self._groups: dict[str, _Group] = {}
-        self._bound: dict[Tensor, _Bound] = {}
+        self._members: dict[str, Members] = {}
+        self._bound: dict[Tensor, Slices] = {}
         self._rates_seen: dict[str, tuple[float, float]] = {}
+        self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # (weight, its copy) inside eval()
         super().__init__(self._build_groups(routed), defaults={})
 
     def _routed(self, index: int, group: dict[str, Any]) -> list[tuple[Tensor, Route, str, dict[str, Any]]]:
         """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
-        own = {key: value for key, value in group.items() if key not in _GROUP_KEYS_OF_OTHERS}
+        own = {key: value for key, value in group.items() if key not in _KEYS_OF_FRAMEWORKS}
         kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
-        prefix = f"group{index}." if own or kept else ""
+        prefix = f"group{index}." if own else ""
         routed = []
         for position, parameter in enumerate(group["params"]):
             if not (parameter.requires_grad and parameter.is_floating_point()):
                 continue
-            place = f"param_groups[{index}].params[{position}]"
-            decided = route(parameter, self._config, own, place)
-            routed.append((parameter, decided, prefix + decided.group, kept))
+            decided = route(parameter, self._config, own, f"param_groups[{index}].params[{position}]")
+            experts = expert_group_name(parameter)
+            keys = {**kept, "moe": True, "name": experts} if experts else kept
+            routed.append((parameter, decided, prefix + decided.group + (f".{experts}" if experts else ""), keys))
         return routed
 
     def _build_groups(self, routed: Sequence[tuple[Tensor, Route, str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -119,102 +74,101 @@ class OptForge(torch.optim.Optimizer):
         for identifier, group in members.items():
             parameters, routes = zip(*group, strict=True)
             settings = routes[0].settings
-            self._groups[identifier] = _Group(parameters, routes, settings.build())
-            values = {**kept[identifier], **settings.scheduled()}
-            groups.append({"params": list(parameters), _GROUP: identifier, **values})
+            self._members[identifier] = Members(parameters, routes, settings, settings.build())
+            groups.append({"params": list(parameters), _GROUP: identifier, **kept[identifier], **settings.scheduled()})
         return groups
+
+    def settings_of(self, group: Mapping[str, Any]) -> RuleSettings:
+        """The configuration of one of ``param_groups``."""
+        return self._members[group[_GROUP]].settings
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the parameters of all groups (DeepSpeed narrows them to one), given their ``.grad``.
 
         A missing gradient counts as zeros; a matrix whose whole gradient is zero is neither updated nor decayed.
+
+        Raises:
+            LayoutError: see the class.
+            ConfigError: a scheduler that broke what the configuration asks for.
+            RuntimeError: a gradient that is not finite (where DeepSpeed does not skip such a step), before any change;
+                or a step on averaged weights.
         """
+        self._refuse_while_averaged("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group["params"]:
-                self._refuse_flattened_rates(group)
-                self._step_group(group)
+        steps = [_GroupStep(self, group) for group in self.param_groups if group["params"]]
+        for step in steps:
+            step.check()
+        for step in steps:
+            step.run()
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        known = self._groups[group[_GROUP]]
-        bound = self._bind(known, group["params"])
-        gradients = [_flat_gradient(piece) for piece in bound.slices]
-        fresh = not self.state[bound.slices[0]]
-        state = {buffer.name: [self._buffer(piece, buffer.name) for piece in bound.slices] for buffer in known.rule.buffers}
-        steps = [self._counter(piece) for piece in bound.slices]
-        if fresh and self._is_rehearsal(known, bound, gradients):
-            return
-        parameters = [piece.detach().view(-1) for piece in bound.slices]
-        if isinstance(known.rule, ElementwiseRule):
-            known.rule.step(parameters, gradients, state, steps, group)
-        elif isinstance(known.rule, MatrixRule):
-            torch._foreach_add_(steps, 1)
-            _MatrixStep(known.rule, group, parameters, gradients, state).run(bound)
-        bound.binding.clear_spent_gradients(bound.slices)
-
-    def _buffer(self, piece: Tensor, name: str) -> Tensor:
-        state = self.state[piece]
-        if name not in state:
-            state[name] = torch.zeros_like(piece)
-        buffer: Tensor = state[name]
-        return buffer.view(-1)
-
-    def _counter(self, piece: Tensor) -> Tensor:
-        state = self.state[piece]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=piece.device)
-        counter: Tensor = state["step"]
-        return counter
-
-    def _is_rehearsal(self, known: _Group, bound: _Bound, gradients: Sequence[Tensor]) -> bool:
-        """DeepSpeed's stage 0 in fp16 and bf16 steps its clones once with zero gradients, only to allocate state."""
-        clones = len(bound.slices) == len(known.parameters) and bound.slices[0] is not known.parameters[0]
-        return clones and bound.slices[0].shape == known.parameters[0].shape and not any(g.any() for g in gradients)
-
-    def _bind(self, known: _Group, slices: Sequence[Tensor]) -> _Bound:
-        bound = self._bound.get(slices[0])
-        if bound is not None and len(bound.slices) == len(slices):
-            return bound
-        names = [r.name for r in known.routes]
-        binding = bind(known.parameters, names, slices)
-        routes = [known.routes[i] for i in binding.indices]
-        matrices = [Matrix(p, *place) for p, r in enumerate(routes) for place in r.matrices]
-        layout = PartitionLayout(binding.world_size, tuple(r.name for r in routes), binding.cuts, tuple(matrices))
-        sharding, rule = self._config.common.sharding, known.rule
-
-        def cost(matrix: Matrix) -> int:
-            return rule.cost(matrix.rows, matrix.cols) if isinstance(rule, MatrixRule) else 0
-
-        plan = make_plan(layout, cost, sharding.bucket_numel)
-        require_agreement(plan, self._routing, binding)
-        wire = getattr(torch, sharding.wire_dtype)
-        starts = list(accumulate((piece.numel() for piece in slices), initial=0))[:-1]
-
-        def build(buckets: Sequence[RankBucket]) -> tuple[_Bucket, ...]:
-            return tuple(_Bucket(BucketExchange(layout, b, binding, wire), _runs(b, starts)) for b in buckets)
-
-        travelling, local = exchange_buckets(plan, binding.rank), local_buckets(plan, binding.rank)
-        bound = self._bound[slices[0]] = _Bound(binding, tuple(slices), build(travelling), build(local))
+    def slices_of(self, group: Mapping[str, Any]) -> Slices:
+        """The group's tensors, bound to their places; all ranks of the group must ask together the first time."""
+        tensors = group["params"]
+        bound = self._bound.get(tensors[0])
+        if bound is None or len(bound.tensors) != len(tensors):
+            members = self._members[group[_GROUP]]
+            bound = bind_slices(members, tensors, self._config.common.sharding, self._routing)
+            self._bound[tensors[0]] = bound
         return bound
 
-    def _refuse_flattened_rates(self, group: Mapping[str, Any]) -> None:
+    def refuse_bad_schedule(self, group: Mapping[str, Any]) -> None:
         """DeepSpeed's own schedulers write one learning rate into all groups; its groups come here one at a time."""
-        configured = self._groups[group[_GROUP]].routes[0].settings.lr
+        settings = self.settings_of(group)
+        if settings.needs_schedule and "initial_weight_decay" not in group:
+            raise ConfigError(
+                f"weight_decay_schedule: got '{settings.needs_schedule}' without its scheduler; allowed: 'constant', or "
+                '{"type": "OptForgeSchedule"} (build_scheduler) with total_num_steps'
+            )
         if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; zero tells nothing yet
             return
-        self._rates_seen[group[_GROUP]] = (configured, group["lr"])
-        for other, (its_configured, its_rate) in self._rates_seen.items():
-            if its_configured != configured and its_rate == group["lr"]:
+        self._rates_seen[group[_GROUP]] = (settings.lr, group["lr"])
+        for other, (configured, rate) in self._rates_seen.items():
+            if configured != settings.lr and rate == group["lr"]:
                 raise ConfigError(
-                    f"scheduler: the groups '{other}' and '{group[_GROUP]}' are configured with lr {its_configured:g} and "
-                    f"{configured:g}, but something set both to {its_rate:g}; allowed: a scheduler that keeps the ratio, "
+                    f"scheduler: the groups '{other}' and '{group[_GROUP]}' are configured with lr {configured:g} and "
+                    f"{settings.lr:g}, but something set both to {rate:g}; allowed: a scheduler that keeps the ratio, "
                     'such as {"type": "OptForgeSchedule"}'
                 )
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether any group is trained by Schedule-Free, so that there are averaged weights to evaluate."""
+        return any(isinstance(members.rule, ScheduleFreeAdamW) for members in self._members.values())
+
+    def averaged_weights(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """(tensor, its averaged values as a new tensor) for each stepped tensor of a Schedule-Free group."""
+        for piece, state in self.state.items():
+            if "z" in state:
+                yield piece, ScheduleFreeAdamW.averaged(piece.detach(), state["z"], state["beta1"])
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the averaged weights into the parameters (plain PyTorch and stage 0; engines: `evaluation_weights`)."""
+        if self._training_weights is None:
+            self._training_weights = [(piece, piece.detach().clone()) for piece, _ in self.averaged_weights()]
+            for piece, average in self.averaged_weights():
+                piece.copy_(average)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Take the averaged weights out again, bit-exactly."""
+        for piece, copy in self._training_weights or []:
+            piece.copy_(copy)
+        self._training_weights = None
+
+    def _refuse_while_averaged(self, what: str) -> None:
+        if self._training_weights is not None:
+            raise RuntimeError(f"{what} on averaged weights; leave evaluation_weights() or call optimizer.train() first")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Raises RuntimeError while the averaged weights are in the model."""
+        self._refuse_while_averaged("state_dict()")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned for the same groups. Raises ConfigError, before any change, for others."""
@@ -223,71 +177,123 @@ class OptForge(torch.optim.Optimizer):
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
         super().load_state_dict(state_dict)
-        for piece, state in self.state.items():
-            if "step" in state:  # torch leaves the counter where the file had it
-                state["step"] = state["step"].to(piece.device)
+        self._restore_dtypes(state_dict)
+
+    def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
+        """torch casts state to the parameter's dtype (losslessly here, from uint8 and bfloat16 to float32)."""
+        pieces = [piece for group in self.param_groups for piece in group["params"]]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for piece, index in zip(pieces, saved, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    device = "cpu" if key == "step" else piece.device
+                    self.state[piece][key] = self.state[piece][key].to(device=device, dtype=value.dtype)
 
 
-class _MatrixStep:
-    """One group's step of a matrix rule: buckets out to the owners, orthogonalized, and back."""
+class _GroupStep:
+    """One group's step: elementwise in chunks, or matrices in buckets to their owners, orthogonalized, and back."""
 
-    def __init__(
-        self,
-        rule: MatrixRule,
-        group: Mapping[str, Any],
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        state: Mapping[str, Sequence[Tensor]],
-    ) -> None:
-        self._rule = rule
+    def __init__(self, optimizer: OptForge, group: Mapping[str, Any]) -> None:
+        optimizer.refuse_bad_schedule(group)
         self._group = group
-        self._parameters = parameters
-        self._gradients = gradients
-        self._state = state
+        self._members = optimizer._members[group[_GROUP]]
+        self._slices = optimizer.slices_of(group)
+        self._states: list[MutableMapping[str, Any]] = [optimizer.state[piece] for piece in self._slices.tensors]
+        self._gradients = [_flat_gradient(piece) for piece in self._slices.tensors]
 
-    def run(self, bound: _Bound) -> None:
+    def check(self) -> None:
+        """Refuse gradients that are not finite, where no DeepSpeed wrapper has skipped the step."""
+        if self._slices.binding.process_group is not None:
+            return
+        norms = torch.stack(torch._foreach_norm(self._gradients))
+        if not norms.isfinite().all():
+            index = int(norms.isfinite().logical_not().nonzero()[0])
+            route = self._members.routes[self._slices.binding.indices[index]]
+            raise RuntimeError(f"{route.name}: its gradient is not finite; nothing was changed")
+
+    def run(self) -> None:
+        fresh = not self._states[0]
+        self._slices.allocate(self._members.rule, self._states)
+        if fresh and self._is_rehearsal():
+            return
+        now = self._begin()
+        self._parameters = [piece.detach().view(-1) for piece in self._slices.tensors]
+        rule = self._members.rule
+        if isinstance(rule, ElementwiseRule):
+            for runs in self._slices.chunks:
+                with self._slices.opened(rule, self._states, runs) as state:
+                    rule.step([r.of(self._parameters) for r in runs], [r.of(self._gradients) for r in runs], state, now)
+        elif isinstance(rule, MatrixRule):
+            self._run_buckets(rule, now)
+        self._slices.binding.clear_spent_gradients(self._slices.tensors)
+
+    def _is_rehearsal(self) -> bool:
+        """DeepSpeed's stage 0 in fp16 and bf16 steps its clones once with zero gradients, only to allocate state."""
+        clones = self._slices.tensors[0] is not self._members.parameters[0] and self._slices.binding.process_group is None
+        return clones and not any(gradient.any() for gradient in self._gradients)
+
+    def _begin(self) -> Hyperparameters:
+        """Count the step, the same for all of the group's tensors."""
+        for state in self._states:
+            state["step"] += 1
+        step = int(self._states[0]["step"])
+        first = self._states[0]
+        scalars = {key: value for key, value in first.items() if isinstance(value, float)}
+        now = self._members.rule.begin(self._group, scalars, step)
+        for state in self._states:
+            state.update(scalars)
+        return now
+
+    def _run_buckets(self, rule: MatrixRule, now: Hyperparameters) -> None:
         """Keep one exchange travelling while another is orthogonalized; local matrices fill the gaps.
 
         The order of the collectives is the same on every rank: collect(k + 1) is issued before give_back(k).
         """
-        travelling = bound.travelling
+        travelling, local = self._slices.travelling, self._slices.local
         last = len(travelling) - 1
-        shares = [bound.local[k :: last + 2] for k in range(last + 2)]
+        shares = [local[k :: last + 2] for k in range(last + 2)]
         if travelling:
-            self._collect(travelling[0])
+            self._collect(rule, now, travelling[0])
         for k, bucket in enumerate(travelling):
             if k < last:
-                self._collect(travelling[k + 1])
-            self._step_locally(shares[k])
-            self._orthogonalize(bucket)
+                self._collect(rule, now, travelling[k + 1])
+            self._step_locally(rule, now, shares[k])
+            self._update(rule, bucket)
             if k > 0:
-                self._apply(travelling[k - 1])
-        self._step_locally(shares[-1])
+                self._apply(rule, now, travelling[k - 1])
+        self._step_locally(rule, now, shares[-1])
         if travelling:
-            self._apply(travelling[-1])
+            self._apply(rule, now, travelling[-1])
 
-    def _step_locally(self, buckets: Sequence[_Bucket]) -> None:
+    def _step_locally(self, rule: MatrixRule, now: Hyperparameters, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            self._collect(bucket)
-            self._orthogonalize(bucket)
-            self._apply(bucket)
+            self._collect(rule, now, bucket)
+            self._update(rule, bucket)
+            self._apply(rule, now, bucket)
 
-    def _collect(self, bucket: _Bucket) -> None:
+    def _collect(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
         gradients = bucket.views(self._gradients)
-        state = {name: bucket.views(buffers) for name, buffers in self._state.items()}
-        directions = self._rule.direction(gradients, state, self._group) if gradients else []
-        bucket.exchange.collect(bucket.fragments(directions), _nonzero(bucket.fragments(gradients)))
+        with self._slices.opened(rule, self._states, bucket.runs) as state:
+            directions = rule.direction(gradients, state, now) if gradients else []
+            active = _nonzero(bucket.fragments(gradients))
+            bucket.exchange.collect(bucket.fragments(directions), active, self._rows(rule, bucket))
 
-    def _orthogonalize(self, bucket: _Bucket) -> None:
+    def _update(self, rule: MatrixRule, bucket: Bucket) -> None:
         batches = bucket.exchange.matrices()
-        bucket.exchange.give_back([(self._rule.update(matrices, active), active) for matrices, active in batches])
+        bucket.exchange.give_back(
+            [replace(b, matrices=rule.update(b.matrices, b.active, b.rows, b.transposed)) for b in batches]
+        )
 
-    def _apply(self, bucket: _Bucket) -> None:
+    def _apply(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
         updates, active = bucket.exchange.updates()
         if updates:
-            parameters = bucket.fragments(bucket.views(self._parameters))
-            self._rule.apply(parameters, updates, active, self._group)
+            bucket.exchange.returned_rows(self._rows(rule, bucket))
+            rule.apply(bucket.fragments(bucket.views(self._parameters)), updates, active, now)
         bucket.exchange.release()
+
+    def _rows(self, rule: MatrixRule, bucket: Bucket) -> list[Tensor]:
+        """The row statistics of the bucket's fragments, as views."""
+        return [self._states[piece][rule.row_buffer].narrow(0, start, count) for piece, start, count in bucket.rows]
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -312,17 +318,3 @@ def _nonzero(fragments: Sequence[Tensor]) -> Tensor:
     if not fragments:
         return torch.empty(0)
     return (torch.stack(torch._foreach_norm(list(fragments), float("inf"))) != 0).float()
-
-
-def _runs(bucket: RankBucket, starts: Sequence[int]) -> tuple[_Run, ...]:
-    """Merge fragments that lie side by side in one slice."""
-    runs: list[tuple[int, int, list[int]]] = []
-    end = -1
-    for fragment in bucket.fragments:
-        piece = bisect_right(starts, fragment.offset) - 1
-        if runs and runs[-1][0] == piece and end == fragment.offset:
-            runs[-1][2].append(fragment.numel)
-        else:
-            runs.append((piece, fragment.offset - starts[piece], [fragment.numel]))
-        end = fragment.offset + fragment.numel
-    return tuple(_Run(piece, start, sizes) for piece, start, sizes in runs)

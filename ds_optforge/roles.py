@@ -17,7 +17,9 @@ from ds_optforge.zero.layout import full_shape
 
 logger = logging.getLogger("ds_optforge")
 
-_NAME, _ROLE, _MATRIX = "optforge_name", "optforge_role", "optforge_matrix"
+_NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
+# Smaller parameters keep float32 where the state is 8-bit, as in bitsandbytes: there is nothing to save.
+_SMALLEST_8BIT = 4096
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
 
 
@@ -30,6 +32,7 @@ class Route:
         role: matrix, embedding, unembedding or scalar.
         settings: its rule's.
         matrices: (start, rows, cols) of each matrix in the flattened parameter; empty for an elementwise rule.
+        transposed: the weight is stored (in, out).
         group: identifies the parameter group: a function of the configuration alone.
     """
 
@@ -39,6 +42,7 @@ class Route:
     role: Role
     settings: RuleSettings
     matrices: tuple[tuple[int, int, int], ...]
+    transposed: bool
     group: str
 
 
@@ -54,6 +58,8 @@ def tag(model: nn.Module) -> None:
         elif isinstance(module, nn.modules.conv._ConvNd):
             shape = full_shape(module.weight)
             setattr(module.weight, _MATRIX, (shape[0], shape.numel() // shape[0]))
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored (in, out)
+            setattr(module.weight, _TRANSPOSED, True)
 
 
 def _head_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -99,15 +105,60 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
     role, certain = _role(parameter, config, matched, use_muon)
     if use_muon is not None:
         own.setdefault("name", _rule_for_flag(config, use_muon))
-    rows, cols = getattr(parameter, _MATRIX, None) or (tuple(shape[-2:]) if len(shape) > 1 else (1, shape.numel()))
-    too_thin = not certain and max(rows, cols) > config.common.max_aspect_ratio * min(rows, cols)
-    settings = config.settings(role, matched, too_thin, own)
+    pieces = _matrices_in(parameter, name, config, matched)
+    fused = any(config.common.overrides[i].split or config.common.overrides[i].heads for i in matched)
+    thin = any(max(rows, cols) > config.common.max_aspect_ratio * min(rows, cols) for _, rows, cols in pieces)
+    settings = config.settings(role, matched, thin and not (certain or fused), own)
     if settings.needs_matrix and len(shape) < 2:
         raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
-    starts = range(0, shape.numel(), rows * cols) if settings.needs_matrix else ()
-    matrices = tuple((start, rows, cols) for start in starts)
     group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
-    return Route(name, tuple(shape), shape.numel(), role, settings, matrices, group)
+    if settings.state_dtype == "8bit" and (role == "scalar" or shape.numel() < _SMALLEST_8BIT):
+        settings = settings.model_copy(update={"state_dtype": "float32"})
+        group += ".float32"
+    matrices = tuple(pieces) if settings.needs_matrix else ()
+    transposed = getattr(parameter, _TRANSPOSED, False)
+    return Route(name, tuple(shape), shape.numel(), role, settings, matrices, transposed, group)
+
+
+def _matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(start, rows, cols) of each matrix: a bank's members, a conv filter bank, or what ``split`` and ``heads`` say."""
+    shape = full_shape(parameter)
+    rows, cols = getattr(parameter, _MATRIX, None) or (tuple(shape[-2:]) if len(shape) > 1 else (1, shape.numel()))
+    blocks = [rows]
+    for key in ("split", "heads"):
+        asked = [(i, value) for i in matched if (value := getattr(config.common.overrides[i], key)) is not None]
+        if asked:
+            index, value = asked[-1]
+            if getattr(parameter, _TRANSPOSED, False):
+                raise ConfigError(f"{name}: overrides[{index}].{key} cuts rows, but this weight is stored (in, out)")
+            blocks = (
+                _split(blocks, value, f"{name}: overrides[{index}]")
+                if key == "split"
+                else _heads(blocks, value, f"{name}: overrides[{index}]")
+            )
+    matrices = []
+    for bank in range(0, shape.numel(), rows * cols):
+        start = bank
+        for block in blocks:
+            matrices.append((start, block, cols))
+            start += block * cols
+    return matrices
+
+
+def _split(blocks: list[int], parts: tuple[int, ...], where: str) -> list[int]:
+    if sum(parts) != blocks[0]:
+        raise ConfigError(f"{where}.split: got {list(parts)}, {sum(parts)} rows; allowed: parts of its {blocks[0]} rows")
+    return list(parts)
+
+
+def _heads(blocks: list[int], heads: int | tuple[int, ...], where: str) -> list[int]:
+    counts = [heads] * len(blocks) if isinstance(heads, int) else list(heads)
+    if len(counts) != len(blocks):
+        raise ConfigError(f"{where}.heads: got {len(counts)} counts; allowed: {len(blocks)}, one per entry of split")
+    for rows, count in zip(blocks, counts, strict=True):
+        if rows % count:
+            raise ConfigError(f"{where}.heads: got {count} for {rows} rows; allowed: a divisor of {rows}")
+    return [rows // count for rows, count in zip(blocks, counts, strict=True) for _ in range(count)]
 
 
 def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
@@ -141,7 +192,8 @@ def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
     counts: dict[str, int] = {}
     for r in routes:
         counts[r.settings.rule] = counts.get(r.settings.rule, 0) + r.numel
-    titles = {"muon": "Muon", "adamw": "AdamW"}
+    titles = {"muon": "Muon", "normuon": "NorMuon", "adamw": "AdamW", "adamw_8bit": "AdamW 8-bit", "lion": "Lion"}
+    titles["schedule_free_adamw"] = "Schedule-Free AdamW"
     main = config.main
     if main.needs_matrix:
         counts = {main.rule: 0, "adamw": 0} | counts

@@ -1,31 +1,62 @@
 """Learning-rate curves of the step, and OptForgeSchedule, which moves every group along one curve from its own rate."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ds_optforge.config import ScheduleConfig, schedule_config
+from ds_optforge.config import ConfigError, ScheduleConfig, schedule_config
+from ds_optforge.optimizer import OptForge
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig) -> float:
     """The factor of the initial learning rate in optimizer step ``step`` (counted from 0).
 
-    The warm-up rises linearly over W steps, its first step being 1/W and its last 1; linear and cosine then fall, and reach
-    ``final_lr_fraction`` exactly in the last step, total_num_steps - 1.
+    The warm-up rises linearly over W steps, its first step being 1 / W and its last 1. Every falling curve reaches
+    ``final_lr_fraction`` exactly in the last step, total_num_steps - 1; a cool-down over C steps starts from the value that
+    the curve has in the step before it.
     """
-    warmup = config.warmup
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.name in ("none", "constant"):
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if not config.cools_down or config.total_num_steps is None:
+        return _curve(step, config)
+    before = config.total_num_steps - 1 - config.cooldown
+    if step <= before:
+        return _curve(step, config)
+    progress = min((step - before) / config.cooldown, 1.0)
+    start = _curve(before, config) if before >= 0 else 1.0
+    return config.final_lr_fraction + (start - config.final_lr_fraction) * _REMAINING[config.cooldown_shape](progress)
+
+
+_REMAINING: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+
+
+def _curve(step: int, config: ScheduleConfig) -> float:
+    """The main curve, after the warm-up and without a cool-down."""
+    if config.name in ("none", "constant", "wsd"):
         return 1.0
-    assert config.total_num_steps is not None  # validated: these curves need it
-    # The peak is the last step of the warm-up, or step 0 without one.
-    peak = max(warmup - 1, 0)
-    progress = min((step - peak) / max(config.total_num_steps - 1 - peak, 1), 1.0)
-    remaining = 1.0 - progress if config.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.final_lr_fraction + (1.0 - config.final_lr_fraction) * remaining
+    progress = _progress(step, config)
+    if config.name == "rex":
+        return max(config.final_lr_fraction, math.pow(1.0 - progress, config.exponent))
+    return config.final_lr_fraction + (1.0 - config.final_lr_fraction) * _REMAINING[config.name](progress)
+
+
+def _progress(step: int, config: ScheduleConfig) -> float:
+    """0 in the last step of the warm-up (or step 0 without one), 1 in the last step of the run."""
+    assert config.total_num_steps is not None  # validated: whoever asks has it
+    peak = max(config.warmup - 1, 0)
+    return min(max(step - peak, 0) / max(config.total_num_steps - 1 - peak, 1), 1.0)
+
+
+def weight_decay_factor(step: int, schedule: str, total_num_steps: int) -> float:
+    """The factor of the initial weight decay in step ``step``: linear is 1 - progress, progress being step / total."""
+    return _REMAINING[schedule](min(step / total_num_steps, 1.0))
 
 
 class OptForgeSchedule(LRScheduler):
@@ -44,12 +75,40 @@ class OptForgeSchedule(LRScheduler):
         self.config = schedule_config(config)
         while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
+        if isinstance(optimizer, OptForge):
+            self._check(optimizer)
         super().__init__(optimizer, last_epoch)
+
+    def _check(self, optimizer: OptForge) -> None:
+        if optimizer.averages_weights and self.config.decays:
+            raise ConfigError(
+                f"scheduler.params.name: got a falling '{self.config.name}' curve on schedule_free_adamw, whose averaging "
+                "replaces the schedule; allowed: 'none' or 'constant'"
+            )
+        for group in optimizer.param_groups:
+            schedule = optimizer.settings_of(group).needs_schedule
+            if schedule and self.config.total_num_steps is None:
+                raise ConfigError(f"scheduler.params.total_num_steps: missing; weight_decay_schedule '{schedule}' needs it")
+            if schedule:
+                group.setdefault("initial_weight_decay", group["weight_decay"])
 
     def get_lr(self) -> list[float | Any]:
         """Each group's learning rate in the coming step. (From the groups, which DeepSpeed may drop or replace.)"""
         factor = learning_rate_factor(self.last_epoch, self.config)
         return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move on to the next optimizer step: learning rates, and weight decay where it has a schedule."""
+        super().step(epoch)
+        self._schedule_weight_decay()
+
+    def _schedule_weight_decay(self) -> None:
+        for group in self.optimizer.param_groups:
+            if "initial_weight_decay" in group and isinstance(self.optimizer, OptForge):
+                assert self.config.total_num_steps is not None  # checked when the schedule was made
+                schedule = self.optimizer.settings_of(group).needs_schedule
+                factor = weight_decay_factor(self.last_epoch, schedule, self.config.total_num_steps)
+                group["weight_decay"] = group["initial_weight_decay"] * factor
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers only: where the run is on the curve."""
@@ -61,3 +120,4 @@ class OptForgeSchedule(LRScheduler):
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
+        self._schedule_weight_decay()

@@ -4,21 +4,32 @@ A rule never sees DeepSpeed, a process group or a partition. What a schedule may
 it reads from the group's dict at every step; everything else it is constructed with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Tensors: TypeAlias = Sequence[Tensor]
+State: TypeAlias = Mapping[str, Tensors]  # by buffer name; each as the parameters, in float32
 Hyperparameters: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One state tensor of a rule, shaped like the slice that it belongs to."""
+    """One elementwise state tensor of a rule.
+
+    Attributes:
+        name: its key in the optimizer's state.
+        signed: whether it takes negative values (8-bit state has a map for either).
+        copies_weight: it starts as a copy of the weight, and keeps float32 whatever the state format: a step is far
+            smaller than the spacing of bfloat16 or 8-bit numbers around a weight.
+    """
 
     name: str
+    signed: bool = True
+    copies_weight: bool = False
 
 
 class Rule(Protocol):
@@ -27,34 +38,54 @@ class Rule(Protocol):
     buffers: ClassVar[tuple[Buffer, ...]]
     scheduled: ClassVar[tuple[str, ...]]
 
+    def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
+        """The hyperparameters of step ``step`` (from 1). ``scalars``: the rule's own numbers, saved with its state."""
+
 
 @runtime_checkable
 class ElementwiseRule(Rule, Protocol):
     """A rule whose update of an element depends on that element alone."""
 
-    def step(
-        self,
-        parameters: Tensors,
-        gradients: Tensors,
-        state: Mapping[str, Tensors],
-        steps: Tensors,
-        group: Hyperparameters,
-    ) -> None:
-        """Update ``parameters`` and ``state`` in place; ``steps`` are 0-d counters that this call increments."""
+    def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
+        """Update ``parameters`` and ``state`` in place, given what `begin` returned. ``gradients`` stay unchanged."""
 
 
 @runtime_checkable
 class MatrixRule(Rule, Protocol):
-    """A rule that needs whole matrices: ``direction`` and ``apply`` are elementwise, ``update`` sees each matrix."""
+    """A rule that needs whole matrices: ``direction`` and ``apply`` are elementwise, ``update`` sees each matrix.
+
+    ``row_buffer`` names a float32 statistic per output row of each matrix; "" where the rule has none.
+    """
+
+    row_buffer: ClassVar[str]
 
     def cost(self, rows: int, cols: int) -> int:
         """FLOPs of ``update`` on one (rows, cols) matrix."""
 
-    def direction(self, gradients: Tensors, state: Mapping[str, Tensors], group: Hyperparameters) -> Tensors:
+    def direction(self, gradients: Tensors, state: State, now: Hyperparameters) -> Tensors:
         """Advance ``state`` in place and return what is to be orthogonalized. ``gradients`` stay unchanged."""
 
-    def update(self, matrices: Tensor, active: Tensor) -> Tensor:
-        """(n, rows, cols) directions -> (n, rows, cols) updates; zero where ``active`` (n,) is 0."""
+    def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+        """(n, rows, cols) directions -> (n, rows, cols) updates; zero where ``active`` (n,) is 0.
 
-    def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, group: Hyperparameters) -> None:
+        ``rows`` (n, outputs) are the row statistics, advanced in place (empty without a row buffer). ``transposed`` tells
+        that the weight is stored (in, out), so that its outputs are its columns.
+        """
+
+    def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, now: Hyperparameters) -> None:
         """Step ``parameters`` in place. ``active`` (one 0 or 1 each): 0 leaves a parameter as it is."""
+
+
+def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool) -> None:
+    """Decoupled weight decay, before the update: W <- (1 - rate) W.
+
+    ``cautious`` (as in NorMuon's and MuonAdamW's recipes): only where update * W >= 0, that is where decay and update agree.
+    """
+    if rate == 0:
+        return
+    if not cautious:
+        torch._foreach_mul_(list(parameters), 1.0 - rate)
+        return
+    agrees = torch._foreach_mul(list(parameters), list(updates))
+    masked = [parameter * (product >= 0) for parameter, product in zip(parameters, agrees, strict=True)]
+    torch._foreach_add_(list(parameters), masked, alpha=-rate)

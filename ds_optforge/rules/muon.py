@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, orthogonalized."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ds_optforge.orthogonalize import Method, coefficient_set, flops, orthogonalize
-from ds_optforge.rules.base import Buffer, Hyperparameters, Tensors
+from ds_optforge.rules.base import Buffer, Hyperparameters, State, Tensors, decay
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
 
-# (rows, cols) = (out, in) -> factor of the orthogonal update.
+# (out, in) -> factor of the orthogonal update.
 _SCALES: dict[Scale, Callable[[int, int], float]] = {
-    "shape": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),  # Keller Jordan
-    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),  # Moonlight, arXiv 2502.16982
-    "spectral": lambda rows, cols: math.sqrt(rows / cols),  # Bernstein, jeremybernste.in/writing/deriving-muon
-    "none": lambda rows, cols: 1.0,
+    "shape": lambda out, into: math.sqrt(max(1.0, out / into)),  # Keller Jordan
+    "match_rms_adamw": lambda out, into: 0.2 * math.sqrt(max(out, into)),  # Moonlight, arXiv 2502.16982
+    "spectral": lambda out, into: math.sqrt(out / into),  # Bernstein, jeremybernste.in/writing/deriving-muon
+    "none": lambda out, into: 1.0,
 }
 
 
@@ -35,8 +35,9 @@ class Orthogonalization:
     def __call__(self, matrices: Tensor) -> Tensor:
         return orthogonalize(matrices, self.coefficients, self.steps, self.method, self.dtype)
 
-    def scale_of(self, rows: int, cols: int) -> float:
-        return _SCALES[self.scale](rows, cols)
+    def scale_of(self, rows: int, cols: int, transposed: bool = False) -> float:
+        """The factor for a weight of this shape, which is stored (in, out) if ``transposed``."""
+        return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
 
     def flops(self, rows: int, cols: int) -> int:
         steps = len(coefficient_set(self.coefficients).sequence(self.steps))
@@ -45,35 +46,45 @@ class Orthogonalization:
 
 @dataclass(frozen=True, slots=True)
 class Muon:
-    """m <- lerp(m, g, 1 - momentum); u = lerp(g, m, momentum) (Nesterov) or m; W <- (1 - lr wd) W - lr scale NS(u)."""
+    """m <- lerp(m, g, 1 - momentum); u = lerp(g, m, momentum) (Nesterov) or m; W <- (1 - lr wd) W - lr scale NS(u).
+
+    ``momentum_warmup`` (start, steps): the momentum rises linearly from ``start`` over that many steps.
+    """
 
     nesterov: bool
     orthogonalization: Orthogonalization
+    cautious: bool = False
+    momentum_warmup: tuple[float, int] | None = None
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer"),)
+    row_buffer: ClassVar[str] = ""
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
     def cost(self, rows: int, cols: int) -> int:
         return self.orthogonalization.flops(rows, cols)
 
-    def direction(self, gradients: Tensors, state: Mapping[str, Tensors], group: Hyperparameters) -> Tensors:
-        momentum, averages = group["momentum"], list(state["momentum_buffer"])
+    def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
+        if self.momentum_warmup is None:
+            return group
+        start, steps = self.momentum_warmup
+        progress = min((step - 1) / steps, 1.0)
+        return {**group, "momentum": start + progress * (group["momentum"] - start)}
+
+    def direction(self, gradients: Tensors, state: State, now: Hyperparameters) -> Tensors:
+        momentum, averages = now["momentum"], list(state["momentum_buffer"])
         torch._foreach_lerp_(averages, list(gradients), 1.0 - momentum)
         return torch._foreach_lerp(list(gradients), averages, momentum) if self.nesterov else averages
 
-    def update(self, matrices: Tensor, active: Tensor) -> Tensor:
-        rows, cols = matrices.shape[-2:]
+    def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
         # Scaled in the wire's precision: the compute dtype may be narrower.
         orthogonal = self.orthogonalization(matrices).to(matrices.dtype)
-        return orthogonal.mul_((active.float() * self.orthogonalization.scale_of(rows, cols)).view(-1, 1, 1))
+        scale = self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
+        return orthogonal.mul_((active.float() * scale).view(-1, 1, 1))
 
-    def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, group: Hyperparameters) -> None:
-        decay(parameters, active, group)
-        torch._foreach_add_(list(parameters), list(updates), alpha=-group["lr"])
-
-
-def decay(parameters: Sequence[Tensor], active: Tensor, group: Hyperparameters) -> None:
-    """Decoupled weight decay: W <- (1 - lr wd) W where active."""
-    rate = group["lr"] * group["weight_decay"]
-    if rate:
-        factors = 1.0 - rate * active.to(parameters[0])
-        torch._foreach_mul_(list(parameters), list(factors.unbind()))
+    def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, now: Hyperparameters) -> None:
+        rate = now["lr"] * now["weight_decay"]
+        if rate and not active.all():
+            live = active.nonzero().flatten().tolist()
+            parameters, updates = [parameters[i] for i in live], [updates[i] for i in live]
+        if parameters:
+            decay(parameters, updates, rate, self.cautious)
+            torch._foreach_add_(list(parameters), list(updates), alpha=-now["lr"])

@@ -13,20 +13,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optforge.zero.layout import Binding, LayoutError
-from ds_optforge.zero.plan import ExchangePlan, PartitionLayout, Piece, RankBucket
+from ds_optforge.zero.plan import ExchangePlan, PartitionLayout, RankBucket, Section
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """The owned matrices of one shape: which pieces make them up, and where.
+class MatrixBatch:
+    """Owned matrices of one shape.
 
-    ``slots`` are the matrices' places in the batch, ``flags`` the pieces' flags in the receive buffer; one entry a piece.
+    Attributes:
+        matrices: (n, rows, cols) in the wire dtype.
+        active: (n,) 1 for a matrix with any gradient that is not zero, else 0; in the wire dtype.
+        rows: (n, outputs) row statistics in float32; (n, 0) when the rule has none.
+        transposed: the matrices are stored (in, out).
     """
+
+    matrices: Tensor
+    active: Tensor
+    rows: Tensor
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shape:
+    """Which sections make up the owned matrices of one shape, and each section's matrix's place in the batch."""
 
     rows: int
     cols: int
+    transposed: bool
     count: int
-    pieces: tuple[Piece, ...]
+    sections: tuple[Section, ...]
     slots: tuple[int, ...]
     slot_index: Tensor
     flag_index: Tensor
@@ -43,57 +58,69 @@ class BucketExchange:
         self.bucket = bucket
         self._binding = binding
         self._wire = wire
-        self._flag_index = torch.tensor(bucket.flags, dtype=torch.long, device=binding.device)
-        self._batches = _batches(layout, bucket, binding.device)
+        self._flag_index = _index([section.flag for section in bucket.sent], binding.device)
+        self._shapes = _shapes(layout, bucket, binding.device)
         self._work: dist.Work | None = None
         self.release()
 
-    def collect(self, fragments: Sequence[Tensor], active: Tensor) -> None:
+    def collect(self, fragments: Sequence[Tensor], active: Tensor, rows: Sequence[Tensor]) -> None:
         """Start sending every fragment to the owner of its matrix.
 
         Args:
             fragments: flat, in the order of ``bucket.fragments``; rounded to the wire dtype.
             active: (fragments,) 1 where any element of the fragment's gradient is not zero, else 0.
+            rows: float32 statistics of the output rows that begin in each fragment; empty when the rule has none.
         """
         bucket, device = self.bucket, self._binding.device
         self._send = torch.empty(bucket.send_numel, dtype=self._wire, device=device)
         if fragments:
-            torch._foreach_copy_(self._fragment_views(), list(fragments))
+            torch._foreach_copy_(self._elements(self._send, bucket.sent), list(fragments))
             self._send[self._flag_index] = active.to(self._send)
+        if rows:
+            torch._foreach_copy_(self._statistics(self._send, bucket.sent), [row.view(self._wire) for row in rows])
         if bucket.travels:
             self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=device)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
         else:
             self._receive = self._send
 
-    def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """Wait for the fragments; return the owned matrices, one batch per shape.
-
-        Returns:
-            Pairs of (n, rows, cols) in the wire dtype and (n,) flags: 1 for a matrix with any gradient that is not zero.
-        """
+    def matrices(self) -> list[MatrixBatch]:
+        """Wait for the fragments; return the owned matrices, one batch per shape."""
         self._wait()
         batches = []
-        for batch in self._batches:
-            matrices = self._receive.new_empty(batch.count, batch.rows, batch.cols)
-            torch._foreach_copy_(_piece_views(batch, matrices), self._received(batch))
-            active = self._receive.new_zeros(batch.count)
-            active.scatter_reduce_(0, batch.slot_index, self._receive[batch.flag_index], "amax")
-            batches.append((matrices, active))
+        for shape in self._shapes:
+            matrices = self._receive.new_empty(shape.count, shape.rows, shape.cols)
+            torch._foreach_copy_(_element_places(shape, matrices), self._elements(self._receive, shape.sections))
+            active = self._receive.new_zeros(shape.count)
+            active.scatter_reduce_(0, shape.slot_index, self._receive[shape.flag_index], "amax")
+            outputs = (shape.cols if shape.transposed else shape.rows) if self.bucket.row_words else 0
+            rows = torch.empty(shape.count, outputs, dtype=torch.float32, device=matrices.device)
+            if outputs:
+                places = _statistic_places(shape, rows, self._wire)
+                torch._foreach_copy_(places, self._statistics(self._receive, shape.sections))
+            batches.append(MatrixBatch(matrices, active, rows, shape.transposed))
         return batches
 
-    def give_back(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start returning (update, flags) pairs, in the order and shapes of ``matrices()``."""
-        for batch, (update, active) in zip(self._batches, updates, strict=True):
-            torch._foreach_copy_(self._received(batch), _piece_views(batch, update))
-            self._receive[batch.flag_index] = active[batch.slot_index].to(self._receive)
+    def give_back(self, batches: Sequence[MatrixBatch]) -> None:
+        """Start returning ``matrices()`` with the updates in place of the matrices, and their statistics."""
+        for shape, batch in zip(self._shapes, batches, strict=True):
+            torch._foreach_copy_(self._elements(self._receive, shape.sections), _element_places(shape, batch.matrices))
+            self._receive[shape.flag_index] = batch.active[shape.slot_index]
+            if self.bucket.row_words:
+                places = _statistic_places(shape, batch.rows, self._wire)
+                torch._foreach_copy_(self._statistics(self._receive, shape.sections), places)
         if self.bucket.travels:
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
     def updates(self) -> tuple[list[Tensor], Tensor]:
         """Wait for the updates; return one flat view per fragment and the (fragments,) flags of their matrices."""
         self._wait()
-        return self._fragment_views(), self._send[self._flag_index]
+        return self._elements(self._send, self.bucket.sent), self._send[self._flag_index]
+
+    def returned_rows(self, into: Sequence[Tensor]) -> None:
+        """Write the returned statistics of each fragment's rows into float32 tensors, after ``updates``."""
+        if into:
+            torch._foreach_copy_([row.view(self._wire) for row in into], self._statistics(self._send, self.bucket.sent))
 
     def release(self) -> None:
         """Free the buffers."""
@@ -112,43 +139,44 @@ class BucketExchange:
             self._work.wait()
             self._work = None
 
-    def _fragment_views(self) -> list[Tensor]:
-        places = zip(self.bucket.positions, self.bucket.fragments, strict=True)
-        return [self._send.narrow(0, position, fragment.numel) for position, fragment in places]
+    def _elements(self, buffer: Tensor, sections: Sequence[Section]) -> list[Tensor]:
+        return [buffer.narrow(0, section.position, section.numel) for section in sections]
 
-    def _received(self, batch: _Batch) -> list[Tensor]:
-        return [self._receive.narrow(0, piece.position, piece.numel) for piece in batch.pieces]
-
-
-def _piece_views(batch: _Batch, matrices: Tensor) -> list[Tensor]:
-    """The pieces' places in (n, rows, cols) matrices."""
-    flat = matrices.reshape(batch.count, -1)
-    return [flat[slot].narrow(0, p.start, p.numel) for slot, p in zip(batch.slots, batch.pieces, strict=True)]
+    def _statistics(self, buffer: Tensor, sections: Sequence[Section]) -> list[Tensor]:
+        """Bit patterns: a float32 statistic is two elements of a bfloat16 buffer."""
+        words = self.bucket.row_words
+        return [buffer.narrow(0, section.row_position, section.rows * words) for section in sections]
 
 
-def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device) -> list[_Batch]:
-    """Group a bucket's owned matrices by shape."""
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for index, piece in enumerate(bucket.pieces):
-        matrix = layout.matrices[piece.matrix]
-        by_shape.setdefault((matrix.rows, matrix.cols), []).append(index)
-    batches = []
-    for (rows, cols), indices in by_shape.items():
+def _element_places(shape: _Shape, matrices: Tensor) -> list[Tensor]:
+    """The sections' elements in (n, rows, cols) matrices."""
+    flat = matrices.reshape(shape.count, -1)
+    return [flat[slot].narrow(0, s.start, s.numel) for slot, s in zip(shape.slots, shape.sections, strict=True)]
+
+
+def _statistic_places(shape: _Shape, rows: Tensor, wire: torch.dtype) -> list[Tensor]:
+    """The sections' statistics in (n, outputs) float32 rows, seen as elements of the wire dtype."""
+    places = zip(shape.slots, shape.sections, strict=True)
+    return [rows[slot].narrow(0, section.first_row, section.rows).view(wire) for slot, section in places]
+
+
+def _index(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=device)
+
+
+def _shapes(layout: PartitionLayout, bucket: RankBucket, device: torch.device) -> list[_Shape]:
+    """Group the sections of a bucket's owned matrices by shape."""
+    by_shape: dict[tuple[int, int, bool], list[Section]] = {}
+    for section in bucket.received:
+        matrix = layout.matrices[section.matrix]
+        by_shape.setdefault((matrix.rows, matrix.cols, matrix.transposed), []).append(section)
+    shapes = []
+    for (rows, cols, transposed), sections in by_shape.items():
         place: dict[int, int] = {}
-        slots = [place.setdefault(bucket.pieces[i].matrix, len(place)) for i in indices]
-        flags = [bucket.piece_flags[i] for i in indices]
-        batches.append(
-            _Batch(
-                rows=rows,
-                cols=cols,
-                count=len(place),
-                pieces=tuple(bucket.pieces[i] for i in indices),
-                slots=tuple(slots),
-                slot_index=torch.tensor(slots, dtype=torch.long, device=device),
-                flag_index=torch.tensor(flags, dtype=torch.long, device=device),
-            )
-        )
-    return batches
+        slots = tuple(place.setdefault(section.matrix, len(place)) for section in sections)
+        slot_index, flag_index = _index(slots, device), _index([section.flag for section in sections], device)
+        shapes.append(_Shape(rows, cols, transposed, len(place), tuple(sections), slots, slot_index, flag_index))
+    return shapes
 
 
 def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> None:

@@ -63,6 +63,14 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def expert_group_name(parameter: Tensor) -> str:
+    """The name of the expert-parallel group of a DeepSpeed MoE expert's parameter; "" for every other parameter.
+
+    Experts need parameter groups of their own, with this name: they are partitioned over another process group.
+    """
+    return "" if getattr(parameter, "allreduce", True) else str(_need(parameter, "group_name"))
+
+
 def bind(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
     """Find the place of a group's parameters in the tensors that DeepSpeed wants stepped.
 

@@ -14,16 +14,30 @@ from itertools import accumulate
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One (rows, cols) matrix: elements [start, start + rows * cols) of the flattened parameter number ``parameter``."""
+    """One (rows, cols) matrix: elements [start, start + rows * cols) of the flattened parameter number ``parameter``.
+
+    ``transposed``: it is stored (in, out), so that its output rows are the columns.
+    """
 
     parameter: int
     start: int
     rows: int
     cols: int
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def outputs(self) -> int:
+        return self.cols if self.transposed else self.rows
+
+    def outputs_in(self, start: int, numel: int) -> tuple[int, int]:
+        """(first, count) of the output rows whose first element lies in elements [start, start + numel) of the matrix."""
+        step = 1 if self.transposed else self.cols
+        first, end = -(-start // step), -(-(start + numel) // step)
+        return min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,41 +124,49 @@ class ExchangePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements [start, start + numel) of an owned matrix, at ``position`` of the receive buffer."""
+class Section:
+    """Where one fragment lies in a send or receive buffer: its elements, its output rows' statistics, and its flag.
+
+    Attributes:
+        start, numel: the elements [start, start + numel) of its matrix, at ``position`` of the buffer.
+        first_row, rows: the output rows that begin in the fragment, at ``row_position``, ``row_words`` elements each.
+        flag: position of the flag.
+    """
 
     matrix: int
     start: int
     numel: int
     position: int
+    first_row: int
+    rows: int
+    row_position: int
+    flag: int
 
 
 @dataclass(frozen=True, slots=True)
 class RankBucket:
     """What one rank does in one bucket.
 
-    The send buffer is a block per destination rank: the fragments that it owns, in matrix order, then one flag for each
-    of them. The receive buffer is a block per source rank, built alike.
+    The send buffer is a block per destination rank: the fragments that it owns, in matrix order, then their row
+    statistics, then their flags. The receive buffer is a block per source rank, built alike.
 
     Attributes:
         fragments: this rank's fragments, with increasing slice offsets.
-        positions: of each fragment's first element in the send buffer.
-        flags: of each fragment's flag in the send buffer.
+        sent: where each of them lies in the send buffer.
+        owned: matrices that this rank orthogonalizes, in order.
+        received: where their fragments lie in the receive buffer.
         sends: elements per destination rank; empty when nothing travels (then send and receive buffer are the same).
         receives: elements per source rank; empty likewise.
-        owned: matrices that this rank orthogonalizes, in order.
-        pieces: of the owned matrices, in the receive buffer.
-        piece_flags: of each piece's flag in the receive buffer.
+        row_words: elements of the wire dtype per row statistic; 0 when the rule has none.
     """
 
     fragments: tuple[Fragment, ...]
-    positions: tuple[int, ...]
-    flags: tuple[int, ...]
+    sent: tuple[Section, ...]
+    owned: tuple[int, ...]
+    received: tuple[Section, ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
-    owned: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    piece_flags: tuple[int, ...]
+    row_words: int
 
     @property
     def travels(self) -> bool:
@@ -152,11 +174,14 @@ class RankBucket:
 
     @property
     def send_numel(self) -> int:
-        return sum(fragment.numel for fragment in self.fragments) + len(self.fragments)
+        return self._numel(self.sent)
 
     @property
     def receive_numel(self) -> int:
-        return sum(piece.numel for piece in self.pieces) + len(self.pieces)
+        return self._numel(self.received)
+
+    def _numel(self, sections: Sequence[Section]) -> int:
+        return sum(section.numel + section.rows * self.row_words + 1 for section in sections)
 
 
 def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_numel: int) -> ExchangePlan:
@@ -236,22 +261,21 @@ def _fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def exchange_buckets(plan: ExchangePlan, rank: int) -> list[RankBucket]:
+def exchange_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
     """This rank's part in every exchange, in the order of the collectives."""
-    return [_exchange_bucket(plan, exchange, rank) for exchange in plan.exchanges]
+    return [_exchange_bucket(plan, exchange, rank, row_words) for exchange in plan.exchanges]
 
 
-def local_buckets(plan: ExchangePlan, rank: int) -> list[RankBucket]:
+def local_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
     """The matrices that lie whole on this rank, in runs of at most ``bucket_numel`` elements."""
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    return [_local_bucket(layout, run, rank) for run in _runs_of(local, layout.matrices, plan.bucket_numel)]
+    return [_local_bucket(layout, run, rank, row_words) for run in _runs_of(local, layout.matrices, plan.bucket_numel)]
 
 
-def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int) -> RankBucket:
+def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, row_words: int) -> RankBucket:
     layout, owners = plan.layout, plan.owners
     held = [fragment for matrix in exchange if (fragment := layout.fragment(matrix, rank)) is not None]
-    sends, positions, flags = _blocks([(owners[f.matrix], f.numel) for f in held], layout.world_size)
     owned = tuple(matrix for matrix in exchange if owners[matrix] == rank)
     arriving = [
         (source, fragment)
@@ -259,35 +283,36 @@ def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int) -> 
         for source in layout.holders(matrix)
         if (fragment := layout.fragment(matrix, source)) is not None
     ]
-    receives, places, piece_flags = _blocks([(source, f.numel) for source, f in arriving], layout.world_size)
-    pieces = tuple(Piece(f.matrix, f.start, f.numel, at) for (_, f), at in zip(arriving, places, strict=True))
-    return RankBucket(tuple(held), positions, flags, sends, receives, owned, pieces, piece_flags)
+    sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], row_words)
+    receives, received = _blocks(layout, arriving, row_words)
+    return RankBucket(tuple(held), sent, owned, received, sends, receives, row_words)
 
 
-def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int) -> RankBucket:
+def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, row_words: int) -> RankBucket:
     held = [fragment for matrix in run if (fragment := layout.fragment(matrix, rank)) is not None]
-    _, positions, flags = _blocks([(0, fragment.numel) for fragment in held], 1)
-    pieces = tuple(Piece(f.matrix, f.start, f.numel, at) for f, at in zip(held, positions, strict=True))
-    return RankBucket(tuple(held), positions, flags, (), (), tuple(run), pieces, flags)
+    _, sections = _blocks(layout, [(rank, fragment) for fragment in held], row_words)
+    return RankBucket(tuple(held), sections, tuple(run), sections, (), (), row_words)
 
 
-def _blocks(items: Sequence[tuple[int, int]], world_size: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Lay (peer, numel) items out in one block per peer: the items in their order, then a flag for each.
-
-    Returns the blocks' sizes, the items' positions and the flags' positions.
-    """
-    data, count = [0] * world_size, [0] * world_size
-    for peer, numel in items:
-        data[peer] += numel
-        count[peer] += 1
-    sizes = tuple(d + c for d, c in zip(data, count, strict=True))
-    starts = list(accumulate(sizes, initial=0))
-    next_item = starts[:-1]
-    next_flag = [start + numel for start, numel in zip(starts, data, strict=False)]
-    positions, flags = [], []
-    for peer, numel in items:
-        positions.append(next_item[peer])
-        flags.append(next_flag[peer])
-        next_item[peer] += numel
+def _blocks(
+    layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], row_words: int
+) -> tuple[tuple[int, ...], tuple[Section, ...]]:
+    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's section."""
+    rows = [layout.matrices[f.matrix].outputs_in(f.start, f.numel) if row_words else (0, 0) for _, f in items]
+    data, statistics, flags = ([0] * layout.world_size for _ in range(3))
+    for (peer, fragment), (_, count) in zip(items, rows, strict=True):
+        data[peer] += fragment.numel
+        statistics[peer] += count * row_words
+        flags[peer] += 1
+    sizes = tuple(map(sum, zip(data, statistics, flags, strict=True)))
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    next_data = list(starts)
+    next_row = [start + d for start, d in zip(starts, data, strict=True)]
+    next_flag = [start + s for start, s in zip(next_row, statistics, strict=True)]
+    sections = []
+    for (peer, f), (first, count) in zip(items, rows, strict=True):
+        sections.append(Section(f.matrix, f.start, f.numel, next_data[peer], first, count, next_row[peer], next_flag[peer]))
+        next_data[peer] += f.numel
+        next_row[peer] += count * row_words
         next_flag[peer] += 1
-    return sizes, tuple(positions), tuple(flags)
+    return sizes, tuple(sections)

@@ -1,0 +1,166 @@
+"""State buffers in float32, bfloat16 or 8-bit blocks, behind one pair: `read` gives float32, `write` stores it.
+
+8-bit: bitsandbytes' blockwise dynamic quantization (Dettmers et al. 2022, arXiv 2110.02861), blocks of 256 values with one
+float32 absmax each. Blocks restart at each fragment and are aligned to multiples of 256 within the parameter, so that
+another partition requantizes only the blocks at its cuts.
+"""
+
+from bisect import bisect_right
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_optforge.rules.base import Buffer
+
+BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A fragment as its blocks see it: where it lies in the slice, and where it starts in its parameter."""
+
+    offset: int
+    numel: int
+    parameter_start: int
+
+
+class StateFormat(Protocol):
+    """How one slice keeps its elementwise buffers. ``state`` is the slice's entry in the optimizer's state."""
+
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+        """Enter the buffer, holding zeros."""
+
+    def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
+        """(numel,) float32: elements [offset, offset + numel) of the slice; a view where the format allows it."""
+
+    def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
+        """Store what `read` returned, changed or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """One tensor of the slice's shape. Reading float32 is a view, and writing it does nothing."""
+
+    dtype: torch.dtype
+
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+        state[buffer.name] = torch.zeros_like(piece, dtype=self.dtype)
+
+    def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
+        stored: Tensor = state[buffer.name]
+        return stored.view(-1).narrow(0, offset, numel).float()
+
+    def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
+        if self.dtype != torch.float32:
+            state[buffer.name].view(-1).narrow(0, offset, values.numel()).copy_(values)
+
+
+class EightBit:
+    """uint8 codes of the slice's shape under the buffer's name, and ``<name>_absmax``, one float32 per block."""
+
+    def __init__(self, extents: Sequence[Extent]) -> None:
+        self._stretches = _stretches(extents)
+        self._starts = [stretch.offset for stretch in self._stretches]
+
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+        blocks = self._stretches[-1].first_block + self._stretches[-1].blocks if self._stretches else 0
+        zero = int(_code(buffer.signed, piece.device).abs().argmin())
+        state[buffer.name] = torch.full_like(piece, zero, dtype=torch.uint8)
+        state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=piece.device)
+
+    def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        codes = state[buffer.name].view(-1)
+        values = torch.empty(numel, dtype=torch.float32, device=codes.device)
+        for at, length, blocks in self._cut(offset, numel):
+            absmax = state[f"{buffer.name}_absmax"][blocks]
+            part = values.narrow(0, at - offset, length)
+            code = _code(buffer.signed, codes.device)
+            part.copy_(dequantize_blockwise(codes.narrow(0, at, length), absmax=absmax, code=code, blocksize=BLOCK))
+        return values
+
+    def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
+        from bitsandbytes.functional import quantize_blockwise
+
+        codes = state[buffer.name].view(-1)
+        for at, length, blocks in self._cut(offset, values.numel()):
+            part = values.narrow(0, at - offset, length)
+            quantized, how = quantize_blockwise(part, code=_code(buffer.signed, codes.device), blocksize=BLOCK)
+            codes.narrow(0, at, length).copy_(quantized)
+            state[f"{buffer.name}_absmax"][blocks] = how.absmax
+
+    def _cut(self, offset: int, numel: int) -> list[tuple[int, int, slice]]:
+        """(offset, numel, blocks) of each stretch's part of a range that begins and ends between blocks."""
+        parts = []
+        index = max(bisect_right(self._starts, offset) - 1, 0)
+        while index < len(self._stretches) and self._stretches[index].offset < offset + numel:
+            stretch = self._stretches[index]
+            low = max(offset, stretch.offset)
+            high = min(offset + numel, stretch.offset + stretch.numel)
+            if low < high:
+                first = stretch.first_block + (low - stretch.offset) // BLOCK
+                last = stretch.first_block + -(-(high - stretch.offset) // BLOCK)
+                parts.append((low, high - low, slice(first, last)))
+            index += 1
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Adjacent fragments whose blocks follow each other without a short one between: one call quantizes them."""
+
+    offset: int
+    numel: int
+    first_block: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.numel // BLOCK)
+
+
+def _stretches(extents: Sequence[Extent]) -> list[_Stretch]:
+    stretches: list[_Stretch] = []
+    for extent in extents:
+        for offset, numel in _at_block_boundary(extent):
+            last = stretches[-1] if stretches else None
+            if last and last.offset + last.numel == offset and last.numel % BLOCK == 0:
+                stretches[-1] = _Stretch(last.offset, last.numel + numel, last.first_block)
+            else:
+                stretches.append(_Stretch(offset, numel, last.first_block + last.blocks if last else 0))
+    return stretches
+
+
+def _at_block_boundary(extent: Extent) -> list[tuple[int, int]]:
+    """(offset, numel) of the fragment's part before the parameter's next block boundary, and of the rest."""
+    head = min(-extent.parameter_start % BLOCK, extent.numel)
+    parts = [(extent.offset, head), (extent.offset + head, extent.numel - head)]
+    return [(offset, numel) for offset, numel in parts if numel]
+
+
+def chunks(extents: Sequence[Extent], limit: int) -> list[list[tuple[int, int]]]:
+    """Cut fragments between blocks into lists of (offset, numel) with at most ``limit`` elements each (a multiple of 256)."""
+    result: list[list[tuple[int, int]]] = []
+    room = 0
+    for extent in extents:
+        for offset, numel in _at_block_boundary(extent):
+            for start in range(0, numel, limit):
+                length = min(limit, numel - start)
+                if length > room:
+                    result.append([])
+                    room = limit
+                result[-1].append((offset + start, length))
+                room -= length
+    return result
+
+
+@cache
+def _code(signed: bool, device: torch.device) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    code: Tensor = create_dynamic_map(signed=signed)  # type: ignore[no-untyped-call]
+    return code.to(device)

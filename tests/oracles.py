@@ -1,0 +1,50 @@
+"""References that share no code with the package: float64 formulas, and torch's own numbers."""
+
+import torch
+from torch import Tensor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS
+
+Triples = tuple[tuple[float, float, float], ...]
+
+QUINTIC: Triples = ((DEFAULT_A, DEFAULT_B, DEFAULT_C),) * DEFAULT_NS_STEPS
+EXACT = {"orthogonalization": {"dtype": "float32"}, "sharding": {"wire_dtype": "float32"}}  # no bfloat16 anywhere
+
+
+def newton_schulz(matrix: Tensor, triples: Triples = QUINTIC, safety: float = 1.0, eps: float = EPS) -> Tensor:
+    """X <- a X + (b A + c A A) X with A = X X^T, from G / (||G||_F safety + eps), on the short side; in float64."""
+    x = matrix.double()
+    if x.shape[0] > x.shape[1]:
+        return newton_schulz(x.T, triples, safety, eps).T
+    x = x / (x.norm() * safety + eps)
+    for a, b, c in triples:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """U V^T of U S V^T, in float64."""
+    u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u @ vh
+
+
+class Muon:
+    """Muon on one (out, in) weight, in float64: m <- lerp(m, g, 1 - beta), Nesterov, W <- (1 - lr wd) W - lr scale NS(u)."""
+
+    def __init__(self, weight: Tensor, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, nesterov: bool = True):
+        self.weight = weight.detach().double()
+        self.buffer = torch.zeros_like(self.weight)
+        self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
+
+    def step(self, gradient: Tensor) -> None:
+        gradient = gradient.double()
+        self.buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
+        direction = (1 - self.momentum) * gradient + self.momentum * self.buffer if self.nesterov else self.buffer
+        rows, cols = self.weight.shape
+        update = max(1, rows / cols) ** 0.5 * newton_schulz(direction)
+        self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * update
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())

@@ -1,0 +1,129 @@
+"""Muon's math alone, on lists of tensors."""
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_optforge.orthogonalize import COEFFICIENT_SETS
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule
+from ds_optforge.rules.muon import Muon, Orthogonalization, Scale
+from tests.oracles import newton_schulz
+
+GROUP = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9}
+ACTIVE, IDLE = torch.ones(1), torch.zeros(1)
+
+
+def rule(nesterov: bool = True, **orthogonalization: Any) -> Muon:
+    return Muon(nesterov, Orthogonalization(**{"dtype": torch.float64, **orthogonalization}))
+
+
+def matrices(count: int, rows: int, cols: int) -> Tensor:
+    return torch.randn(count, rows, cols, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+SCALES = {
+    "shape": {(12, 3): 2.0, (3, 12): 1.0, (5, 5): 1.0},  # sqrt(max(1, out / in))
+    "match_rms_adamw": {(12, 3): 0.2 * math.sqrt(12), (3, 12): 0.2 * math.sqrt(12), (5, 5): 0.2 * math.sqrt(5)},
+    "spectral": {(12, 3): 2.0, (3, 12): 0.5, (5, 5): 1.0},  # sqrt(out / in)
+    "none": {(12, 3): 1.0, (3, 12): 1.0, (5, 5): 1.0},
+}
+
+
+def test_the_scales_below_are_all_there_are() -> None:
+    assert set(SCALES) == set(get_args(Scale))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(12, 3), (3, 12), (5, 5)])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: int, cols: int) -> None:
+    """checklist 7; 1e-12: float64."""
+    given = matrices(2, rows, cols)
+    found = rule(scale=scale).update(given, torch.ones(2))
+    expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_an_update_in_bfloat16_has_the_dtype_of_the_wire() -> None:
+    """The scale is applied after the cast: 0.2 sqrt(2048) in bfloat16 products would be off by 0.4%."""
+    given = matrices(1, 12, 3).float()
+    plain = rule(dtype=torch.bfloat16, scale="none").update(given, ACTIVE)
+    scaled = rule(dtype=torch.bfloat16, scale="match_rms_adamw").update(given, ACTIVE)
+    assert scaled.dtype == torch.float32
+    torch.testing.assert_close(scaled, plain * 0.2 * math.sqrt(12), rtol=1e-6, atol=0)
+
+
+def test_only_active_matrices_have_an_update() -> None:
+    found = rule().update(matrices(3, 4, 6), torch.tensor([1.0, 0.0, 1.0]))
+    assert [one.any().item() for one in found] == [True, False, True]
+
+
+def test_the_given_matrices_stay_unchanged() -> None:
+    given = matrices(2, 4, 6)
+    rule().update(given, torch.ones(2))
+    assert torch.equal(given, matrices(2, 4, 6))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_direction_is_a_moving_average_with_nesterov_or_without(nesterov: bool) -> None:
+    """checklist 26, 46"""
+    gradient, average = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
+    state = {"momentum_buffer": [average.clone()]}
+    (found,) = rule(nesterov).direction([gradient], state, GROUP)
+    moved = 0.9 * average + 0.1 * gradient
+    torch.testing.assert_close(state["momentum_buffer"][0], moved)
+    torch.testing.assert_close(found, 0.1 * gradient + 0.9 * moved if nesterov else moved)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_direction_leaves_gradients_unchanged(nesterov: bool) -> None:
+    gradient = torch.tensor([1.0, -2.0])
+    rule(nesterov).direction([gradient], {"momentum_buffer": [torch.ones(2)]}, GROUP)
+    assert torch.equal(gradient, torch.tensor([1.0, -2.0]))
+
+
+def test_a_step_goes_against_the_update_times_the_learning_rate() -> None:
+    weight = torch.tensor([1.0, 2.0])
+    rule().apply([weight], [torch.tensor([1.0, -1.0])], ACTIVE, GROUP)
+    torch.testing.assert_close(weight, torch.tensor([0.9, 2.1]))
+
+
+def test_decay_is_decoupled_and_times_the_learning_rate() -> None:
+    weight = torch.tensor([1.0, 2.0])
+    rule().apply([weight], [torch.zeros(2)], ACTIVE, {**GROUP, "weight_decay": 0.5})
+    torch.testing.assert_close(weight, torch.tensor([0.95, 1.9]))
+
+
+def test_only_active_parameters_decay() -> None:
+    weights = [torch.ones(2), torch.ones(3)]
+    rule().apply(weights, [torch.zeros(2), torch.zeros(3)], torch.cat([IDLE, ACTIVE]), {**GROUP, "weight_decay": 0.5})
+    assert torch.equal(weights[0], torch.ones(2))
+    torch.testing.assert_close(weights[1], torch.full((3,), 0.95))
+
+
+def test_decay_of_a_bfloat16_weight_is_rounded_once() -> None:
+    """As torch.optim.Muon does it; 1 - lr wd itself has no exact bfloat16, only multiples of 1/256 below 1."""
+    weight = torch.arange(1, 200, dtype=torch.bfloat16)
+    expected = weight.clone().mul_(1 - 0.02 * 0.1)
+    rule().apply([weight], [torch.zeros_like(weight)], ACTIVE.bfloat16(), {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9})
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("name", COEFFICIENT_SETS)
+def test_its_cost_is_that_of_its_own_steps(name: str) -> None:
+    steps = len(COEFFICIENT_SETS[name].triples)
+    assert rule(coefficients=name, method="standard").cost(8, 24) == steps * (4 * 8 * 8 * 24 + 2 * 8**3)
+
+
+def test_its_cost_follows_the_configured_steps() -> None:
+    assert rule(steps=2, method="standard").cost(8, 24) == 2 * (4 * 8 * 8 * 24 + 2 * 8**3)
+
+
+def test_it_is_a_matrix_rule_with_one_buffer() -> None:
+    """checklist 19"""
+    assert isinstance(rule(), MatrixRule)
+    assert not isinstance(rule(), ElementwiseRule)
+    assert [buffer.name for buffer in Muon.buffers] == ["momentum_buffer"]
+    assert Muon.scheduled == ("lr", "weight_decay", "momentum")

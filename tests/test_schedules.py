@@ -1,0 +1,159 @@
+"""Curves of the step: exact at their ends, and moving all groups alike."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from ds_optforge import ConfigError, OptForge, OptForgeSchedule, build_optimizer
+from ds_optforge.config import schedule_config
+from ds_optforge.schedules import learning_rate_factor
+
+CURVES = ["linear", "cosine"]
+
+
+def curve(**section: object) -> list[float]:
+    """The factor of every step of the run."""
+    config = schedule_config(section)
+    assert config.total_num_steps is not None
+    return [learning_rate_factor(step, config) for step in range(config.total_num_steps)]
+
+
+def optimizer() -> OptForge:
+    """A group of Muon at 0.02 and one of AdamW at 0.001."""
+    return build_optimizer(nn.Linear(4, 4), {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}})
+
+
+def rates(chosen: OptForge) -> list[float]:
+    return [group["lr"] for group in chosen.param_groups]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 19])
+@pytest.mark.parametrize("name", CURVES)
+def test_the_floor_is_reached_exactly_in_the_last_step_and_not_before(name: str, warmup: int, floor: float) -> None:
+    """checklist 28, 33"""
+    factors = curve(name=name, warmup_num_steps=warmup, total_num_steps=20, final_lr_fraction=floor)
+    assert factors[-1] == floor
+    assert min(factors[warmup:-1], default=1.0) > floor
+
+
+@pytest.mark.parametrize("name", ["constant", *CURVES])
+def test_a_warm_up_of_w_steps_starts_at_1_over_w_and_ends_at_1(name: str) -> None:
+    factors = curve(name=name, warmup_num_steps=8, total_num_steps=20)
+    assert factors[:8] == [(step + 1) / 8 for step in range(8)]
+
+
+@pytest.mark.parametrize("name", ["constant", *CURVES])
+def test_without_a_warm_up_the_first_step_is_the_full_rate(name: str) -> None:
+    """checklist 27"""
+    assert curve(name=name, total_num_steps=20)[0] == 1.0
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_there_is_no_jump_where_the_warm_up_ends(name: str) -> None:
+    """The peak is one step, and no later step changes by more than the steepest stretch of the curve, pi/2 of the mean."""
+    factors = curve(name=name, warmup_num_steps=10, total_num_steps=110)
+    falls = [before - after for before, after in itertools.pairwise(factors[9:])]
+    assert factors.count(1.0) == 1
+    assert min(falls) > 0
+    assert max(falls) < 1.6 / 100
+
+
+def test_linear_falls_by_equal_steps() -> None:
+    """checklist 57"""
+    assert curve(name="linear", total_num_steps=5, final_lr_fraction=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_cosine_is_half_way_in_the_middle_and_flat_at_both_ends() -> None:
+    """checklist 57"""
+    factors = curve(name="cosine", total_num_steps=101)
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[25] == pytest.approx(0.5 + 0.5**1.5)  # (1 + cos(pi/4)) / 2
+    assert 1 - factors[1] == pytest.approx(factors[-2])
+
+
+@pytest.mark.parametrize("name", ["constant", "none"])
+def test_constant_and_none_stay_at_the_initial_rate(name: str) -> None:
+    """checklist 27"""
+    assert set(curve(name=name, total_num_steps=20)) == {1.0}
+
+
+def test_constant_needs_no_total() -> None:
+    config = schedule_config({"name": "constant", "warmup_num_steps": 4})
+    assert [learning_rate_factor(step, config) for step in (0, 3, 4, 10_000)] == [0.25, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_steps_beyond_the_end_stay_at_the_floor(name: str) -> None:
+    config = schedule_config({"name": name, "total_num_steps": 20, "final_lr_fraction": 0.1})
+    assert learning_rate_factor(500, config) == 0.1
+
+
+def test_warmup_ratio_is_a_fraction_of_all_steps() -> None:
+    """checklist 57"""
+    by_ratio = curve(name="linear", warmup_ratio=0.1, total_num_steps=50)
+    assert by_ratio == curve(name="linear", warmup_num_steps=5, total_num_steps=50)
+
+
+def test_a_bad_section_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^scheduler\.params\.warmup: unknown key"):
+        OptForgeSchedule(optimizer(), warmup=3)
+
+
+def test_every_group_follows_the_same_curve_from_its_own_rate() -> None:
+    """checklist 10"""
+    chosen = optimizer()
+    schedule = OptForgeSchedule(chosen, name="cosine", warmup_num_steps=3, total_num_steps=12, final_lr_fraction=0.1)
+    seen = []
+    for _ in range(12):
+        seen.append(rates(chosen))
+        chosen.step()
+        schedule.step()
+    expected = curve(name="cosine", warmup_num_steps=3, total_num_steps=12, final_lr_fraction=0.1)
+    assert [muon for muon, _ in seen] == pytest.approx([0.02 * factor for factor in expected])
+    assert [adamw for _, adamw in seen] == pytest.approx([0.001 * factor for factor in expected])
+
+
+def test_the_first_step_is_taken_at_the_first_rate_of_the_warm_up() -> None:
+    chosen = optimizer()
+    OptForgeSchedule(chosen, name="constant", warmup_num_steps=4)
+    assert rates(chosen) == pytest.approx([0.005, 0.00025])
+
+
+def test_a_resumed_schedule_goes_on_where_it_was() -> None:
+    section = {"name": "linear", "warmup_num_steps": 3, "total_num_steps": 12}
+    first = optimizer()
+    schedule = OptForgeSchedule(first, **section)
+    for _ in range(5):
+        first.step()
+        schedule.step()
+    second = optimizer()
+    resumed = OptForgeSchedule(second, **section)
+    resumed.load_state_dict(schedule.state_dict())
+    assert rates(second) == rates(first)
+    assert resumed.get_last_lr() == schedule.get_last_lr()
+    for chosen, curve_of_it in ((first, schedule), (second, resumed)):
+        chosen.step()
+        curve_of_it.step()
+    assert rates(second) == rates(first)
+
+
+def test_a_resumed_run_follows_the_curve_that_it_is_configured_with() -> None:
+    """A longer total after an interruption is the user's wish."""
+    first, second = optimizer(), optimizer()
+    schedule = OptForgeSchedule(first, name="linear", total_num_steps=11)
+    for _ in range(5):
+        first.step()
+        schedule.step()
+    longer = OptForgeSchedule(second, name="linear", total_num_steps=21)
+    longer.load_state_dict(schedule.state_dict())
+    assert rates(first)[0] == pytest.approx(0.02 * 0.5)
+    assert rates(second)[0] == pytest.approx(0.02 * 0.75)
+
+
+def test_its_state_is_plain_data(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    state = OptForgeSchedule(optimizer(), name="linear", total_num_steps=11).state_dict()
+    torch.save(state, tmp_path / "schedule.pt")
+    assert torch.load(tmp_path / "schedule.pt", weights_only=True) == state
