@@ -1,7 +1,7 @@
 """Optimizers for DeepSpeed that know where ZeRO put each weight matrix."""
 
 from ds_optforge.config import ConfigError
-from ds_optforge.integrations.deepspeed import initialize, publish_names, register
+from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, publish_names, register
 from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler, explain
 from ds_optforge.optimizer import OptForge
 from ds_optforge.orthogonalize import orthogonalize
@@ -18,6 +18,7 @@ __all__ = [
     "OptForgeSchedule",
     "build_optimizer",
     "build_scheduler",
+    "evaluation_weights",
     "explain",
     "initialize",
     "orthogonalize",

@@ -4,7 +4,7 @@ It owns groups and state and walks the way of a step; the math is in ``rules/``,
 ``zero/``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,7 @@ class OptForge(torch.optim.Optimizer):
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._rates_seen: dict[str, tuple[float, float]] = {}
-        self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # (weight, its copy) inside eval()
+        self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # inside eval()
         super().__init__(self._build_groups(routed), defaults={})
 
     def _routed(self, index: int, group: dict[str, Any]) -> list[tuple[Tensor, Route, str, dict[str, Any]]]:
@@ -140,7 +140,7 @@ class OptForge(torch.optim.Optimizer):
         """Whether any group is trained by Schedule-Free, so that there are averaged weights to evaluate."""
         return any(isinstance(members.rule, ScheduleFreeAdamW) for members in self._members.values())
 
-    def averaged_weights(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(tensor, its averaged values as a new tensor) for each stepped tensor of a Schedule-Free group."""
         for piece, state in self.state.items():
             if "z" in state:
@@ -148,17 +148,17 @@ class OptForge(torch.optim.Optimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Put the averaged weights into the parameters (plain PyTorch and stage 0; engines: `evaluation_weights`)."""
+        """Put the averaged weights into the parameters until `train`. (With an engine: ``evaluation_weights(engine)``.)"""
         if self._training_weights is None:
-            self._training_weights = [(piece, piece.detach().clone()) for piece, _ in self.averaged_weights()]
-            for piece, average in self.averaged_weights():
-                piece.copy_(average)
+            self._training_weights = [(piece, piece.data) for piece, _ in self._averages()]
+            for piece, average in self._averages():
+                piece.data = average
 
     @torch.no_grad()
     def train(self) -> None:
         """Take the averaged weights out again, bit-exactly."""
-        for piece, copy in self._training_weights or []:
-            piece.copy_(copy)
+        for piece, weights in self._training_weights or []:
+            piece.data = weights
         self._training_weights = None
 
     def _refuse_while_averaged(self, what: str) -> None:

@@ -14,13 +14,19 @@ class AwkwardNet(nn.Module):
     """
 
     def __init__(
-        self, tied: bool = False, unused: bool = False, sometimes: bool = False, frozen: bool = False, depth: int = 3
+        self,
+        tied: bool = False,
+        unused: bool = False,
+        sometimes: bool = False,
+        frozen: bool = False,
+        depth: int = 3,
+        width: int = 40,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 24)
-        self.up = nn.Linear(24, 40)
-        self.blocks = nn.ModuleList(nn.Linear(40, 40, bias=False) for _ in range(depth))
-        self.odd = nn.Linear(40, 33)
+        self.up = nn.Linear(24, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.odd = nn.Linear(width, 33)
         self.down = nn.Linear(33, 24, bias=False)
         self.norm = nn.LayerNorm(24)
         self.lm_head = nn.Linear(24, VOCABULARY, bias=False)

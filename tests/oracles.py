@@ -1,4 +1,4 @@
-"""References that share no code with the package: float64 formulas, and torch's own numbers."""
+"""References that share no code with the package (float64 formulas, torch's own numbers), and how to read its tables."""
 
 import torch
 from torch import Tensor
@@ -48,3 +48,9 @@ class Muon:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
+
+
+def table_rows(printed: str) -> dict[str, list[str]]:
+    """The cells of each row of an `explain` table, by the first one, the parameter's name."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
+    return {name: cells for name, *cells in rows}

@@ -1,7 +1,8 @@
 """The doors into DeepSpeed: `register` makes the JSON names known, `initialize` is register + deepspeed.initialize."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ds_optforge import roles
 from ds_optforge.config import ConfigError, OptimizerConfig, schedule_config
 from ds_optforge.optimizer import OptForge
 from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.zero.layout import refresh_weights
 
 # DeepSpeed's own schedulers: they write the same learning rate into every group.
 _FLATTENING_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
@@ -61,6 +63,35 @@ def initialize(*, model: nn.Module, config: str | Path | Mapping[str, Any], **ar
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, **arguments)
     return result
+
+
+@contextmanager
+def evaluation_weights(engine: Any) -> Iterator[None]:
+    """Evaluate and export with the weights that are meant for it.
+
+    Inside, the model's weights are Schedule-Free's average on every stage; afterwards they are the training weights again,
+    bit for bit. Other rules leave the weights alone. All ranks enter and leave together. `step()` and saving a training
+    checkpoint inside raise RuntimeError.
+
+    Args:
+        engine: what deepspeed.initialize (or Accelerator.prepare) returned.
+    """
+    wrapper = engine.optimizer
+    optimizer = wrapper
+    while not isinstance(optimizer, OptForge):
+        optimizer = optimizer.optimizer
+    if not optimizer.averages_weights:
+        yield
+        return
+    with torch.no_grad():
+        optimizer.eval()
+        refresh_weights(wrapper)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            optimizer.train()
+            refresh_weights(wrapper)
 
 
 def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:

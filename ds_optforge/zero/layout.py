@@ -181,6 +181,24 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
     )
 
 
+def refresh_weights(wrapper: Any) -> None:
+    """Copy the tensors that the optimizer steps into the model's weights again: `step()`'s last act, on all ranks together.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+    """
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3, where full parameters may still be gathered
+        _need(wrapper, "checkpoint_event_prologue")()
+        for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
+            _need(wrapper, "_reassign_or_swap_out_partitioned_parameters")(sub_group)
+        _need(wrapper, "checkpoint_event_epilogue")()
+    elif hasattr(wrapper, "update_lp_params"):  # ZeRO-1, ZeRO-2, BF16_Optimizer
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in fp16 and bf16
+        for masters, weights in zip(wrapper.fp32_groups, _need(wrapper, "fp16_groups"), strict=True):
+            torch._foreach_copy_([weight.data for weight in weights], [master.data for master in masters])
+
+
 def _refuse_hidden_slices(zero: Any) -> None:
     if getattr(zero, "swap_optimizer", False):
         raise LayoutError("zero_optimization.offload_optimizer.device: got 'nvme'; allowed: 'cpu' or 'none'")

@@ -39,11 +39,11 @@ def test_the_scales_below_are_all_there_are() -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(12, 3), (3, 12), (5, 5)])
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: int, cols: int) -> None:
-    """checklist 7; 1e-12: float64."""
+    """checklist 7; 1e-6: the scale is a float32 number."""
     given = matrices(2, rows, cols)
     found = rule(scale=scale).update(given, torch.ones(2))
     expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_update_in_bfloat16_has_the_dtype_of_the_wire() -> None:

@@ -1,0 +1,69 @@
+"""Every rule and state format gives the same numbers on every ZeRO stage, with and without CPU offload."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import cases
+from tests.distributed.conftest import Pools
+from tests.distributed.test_parity import assert_same, one_process
+
+ADAMW = {"lr": 3e-3, "eps": 1e-5}
+RULES: dict[str, dict[str, Any]] = {
+    "normuon": {"name": "normuon", "lr": 0.02, "weight_decay": 0.1, "adamw": ADAMW, **cases.EXACT},
+    "muon, cautious": {**cases.MUON, "cautious_weight_decay": True, **cases.EXACT},
+    "muon, warming up": {**cases.MUON, "momentum_warmup": {"from": 0.5, "steps": 7}, **cases.EXACT},
+    "lion": {"name": "lion", "lr": 1e-3, "weight_decay": 0.1},
+    "schedule_free_adamw": {"name": "schedule_free_adamw", "lr": 3e-3, "eps": 1e-5, "warmup_steps": 5, "weight_decay": 0.1},
+    "adamw, cautious": {"name": "adamw", **ADAMW, "weight_decay": 0.1, "cautious_weight_decay": True},
+    "a mix by role": {
+        "name": "normuon",
+        **cases.EXACT,
+        "adamw": ADAMW,
+        "roles": {"embedding": {"name": "lion", "lr": 1e-3}, "unembedding": {"name": "schedule_free_adamw", "eps": 1e-5}},
+    },
+    "heads and split": {
+        **cases.MUON,
+        **cases.EXACT,
+        "overrides": [{"match": "blocks.0", "heads": 4}, {"match": "odd.weight", "split": [10, 20, 3]}],
+    },
+}
+STAGES = [(0, "none"), *((stage, device) for stage in (1, 2, 3) for device in ("none", "cpu"))]
+
+
+@cache
+def reference(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return one_process(RULES[rule])
+
+
+@pytest.mark.parametrize(("stage", "offload"), STAGES)
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_equals_one_process(rule: str, stage: int, offload: str, pools: Pools) -> None:
+    zero = {"offload_optimizer": {"device": offload}}
+    config = cases.engine_config(stage, RULES[rule], zero_optimization=zero)
+    for result in pools[2].run(cases.train, config):
+        assert_same(result["parameters"], reference(rule)[1])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_normuon_statistics_do_not_depend_on_world_size(stage: int, pools: Pools) -> None:
+    """Rows that a cut goes through, and buckets smaller than a matrix, included."""
+    sharding = {"wire_dtype": "float32", "bucket_numel": 700}
+    config = cases.engine_config(stage, {**RULES["normuon"], "sharding": sharding})
+    for result in pools[4].run(cases.train, config):
+        assert_same(result["parameters"], reference("normuon")[1])
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", ["muon", "normuon", "adamw", "lion", "schedule_free_adamw"])
+def test_compact_state_tracks_float32(name: str, stage: int, state_dtype: str, pools: Pools) -> None:
+    """Losses within 2% of float32 state's: 8 bits hold 2 to 3 digits, and the batch is 8 samples."""
+    params = {"name": name, "lr": 1e-3 if "muon" not in name else 0.02}
+    wide = {"depth": 1, "width": 96}  # matrices of more than 4096 elements: smaller ones keep float32
+    expected, _ = one_process(params, **wide)
+    config = cases.engine_config(stage, {**params, "state_dtype": state_dtype})
+    for result in pools[2].run(cases.train, config, model_options=wide):
+        assert result["losses"] == pytest.approx(expected, rel=0.02)

@@ -1,0 +1,412 @@
+"""The plan, on random layouts: nothing is lost, nothing is done twice, and all ranks mean the same.
+
+A `World` builds every rank's slice element by element, as ZeRO does, so it knows nothing of `Cut`'s arithmetic.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ds_optforge.zero.plan import (
+    Cut,
+    ExchangePlan,
+    Matrix,
+    PartitionLayout,
+    RankBucket,
+    exchange_buckets,
+    local_buckets,
+    make_plan,
+)
+
+Element = tuple[int, int]  # (parameter, position within it)
+FLAG = "flag"
+
+settings.register_profile("plan", max_examples=60, deadline=None, derandomize=True)
+settings.load_profile("plan")
+
+
+@dataclass(frozen=True)
+class World:
+    """A layout, and what every rank's slice holds: an element, or None for padding."""
+
+    layout: PartitionLayout
+    slices: tuple[tuple[Element | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    numel: int
+    matrices: tuple[tuple[int, int, int], ...]  # (start, rows, cols)
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> tuple[Parameter, ...]:
+    """One to six parameters; of one matrix, a bank of several, or several with other elements around them."""
+    made = []
+    for _ in range(draw(st.integers(1, 6))):
+        rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+        count, gap = draw(st.integers(1, 4)), draw(st.sampled_from([0, 0, 0, 3]))
+        starts = [gap + index * (rows * cols + gap) for index in range(count)]
+        numel = count * (rows * cols + gap) + gap
+        made.append(Parameter(numel, tuple((start, rows, cols) for start in starts)))
+    return tuple(made)
+
+
+def layout_of(world_size: int, made: tuple[Parameter, ...], cuts: list[Cut]) -> PartitionLayout:
+    matrices = [Matrix(index, *place) for index, parameter in enumerate(made) for place in parameter.matrices]
+    return PartitionLayout(world_size, tuple(f"p{i}" for i in range(len(made))), tuple(cuts), tuple(matrices))
+
+
+@st.composite
+def flat_partitions(draw: st.DrawFn) -> World:
+    """ZeRO-1 and 2: parameters in one buffer, aligned and padded, cut into equal slices; the last ones may be empty."""
+    made, world_size = draw(parameters()), draw(st.integers(1, 64))
+    alignment = draw(st.sampled_from([1, 2, 4, 16]))
+    buffer: list[Element | None] = [None] * draw(st.integers(0, 5))  # a group may start anywhere in the buffer
+    cuts = []
+    for index, parameter in enumerate(made):
+        buffer += [None] * (-len(buffer) % alignment)
+        cuts.append(len(buffer))
+        buffer += [(index, element) for element in range(parameter.numel)]
+    size = -(-len(buffer) // world_size) + draw(st.sampled_from([0, 0, 1, 7]))
+    buffer += [None] * (size * world_size - len(buffer))
+    slices = tuple(tuple(buffer[rank * size : (rank + 1) * size]) for rank in range(world_size))
+    return World(layout_of(world_size, made, [Cut(base, size, 0) for base in cuts]), slices)
+
+
+@st.composite
+def parameter_partitions(draw: st.DrawFn) -> World:
+    """ZeRO-3: every parameter cut into equal partitions, the last ones padded; a slice is a rank's partitions in a row."""
+    made, world_size = draw(parameters()), draw(st.integers(1, 64))
+    slices: list[list[Element | None]] = [[] for _ in range(world_size)]
+    cuts = []
+    for index, parameter in enumerate(made):
+        size = -(-parameter.numel // world_size)
+        cuts.append(Cut(0, size, len(slices[0])))
+        padded: list[Element | None] = [(index, element) for element in range(parameter.numel)]
+        padded += [None] * (size * world_size - parameter.numel)
+        for rank in range(world_size):
+            slices[rank] += padded[rank * size : (rank + 1) * size]
+    return World(layout_of(world_size, made, cuts), tuple(map(tuple, slices)))
+
+
+@st.composite
+def replicated(draw: st.DrawFn) -> World:
+    """Stage 0 and plain PyTorch: one rank that holds everything."""
+    made = draw(parameters())
+    whole: list[Element | None] = []
+    cuts = []
+    for index, parameter in enumerate(made):
+        cuts.append(Cut(0, parameter.numel, len(whole)))
+        whole += [(index, element) for element in range(parameter.numel)]
+    return World(layout_of(1, made, cuts), (tuple(whole),))
+
+
+worlds = st.one_of(flat_partitions(), parameter_partitions(), replicated())
+bucket_sizes = st.sampled_from([1, 7, 50, 10_000])
+
+
+def cubic(matrix: Matrix) -> int:
+    return min(matrix.rows, matrix.cols) ** 2 * max(matrix.rows, matrix.cols)
+
+
+def plan_of(world: World, bucket_numel: int) -> ExchangePlan:
+    return make_plan(world.layout, cubic, bucket_numel)
+
+
+def all_buckets(plan: ExchangePlan, bucket_of: Callable[[ExchangePlan, int], list[RankBucket]]) -> list[list[RankBucket]]:
+    """Per exchange, the buckets of all ranks."""
+    return [list(ranks) for ranks in zip(*(bucket_of(plan, r) for r in range(plan.layout.world_size)), strict=True)]
+
+
+class TestLayout:
+    @given(worlds)
+    def test_every_element_of_every_matrix_is_held_once_where_the_fragment_says(self, world: World) -> None:
+        seen: list[list[int]] = [[] for _ in world.layout.matrices]
+        for rank, piece in enumerate(world.slices):
+            for fragment in world.layout.fragments(rank):
+                matrix = world.layout.matrices[fragment.matrix]
+                elements = range(fragment.start, fragment.start + fragment.numel)
+                held = piece[fragment.offset : fragment.offset + fragment.numel]
+                assert held == tuple((matrix.parameter, matrix.start + element) for element in elements)
+                seen[fragment.matrix] += elements
+        assert [sorted(elements) for elements in seen] == [list(range(m.numel)) for m in world.layout.matrices]
+
+    @given(worlds)
+    def test_fragments_of_a_rank_ascend_in_its_slice_and_do_not_overlap(self, world: World) -> None:
+        for rank, piece in enumerate(world.slices):
+            end = 0
+            for fragment in world.layout.fragments(rank):
+                assert fragment.offset >= end
+                end = fragment.offset + fragment.numel
+            assert end <= len(piece)
+
+    @given(worlds)
+    def test_holders_are_exactly_the_ranks_with_a_fragment(self, world: World) -> None:
+        for index in range(len(world.layout.matrices)):
+            ranks = range(world.layout.world_size)
+            holding = [rank for rank in ranks if world.layout.fragment(index, rank) is not None]
+            assert list(world.layout.holders(index)) == holding
+
+    def test_a_matrix_is_described_by_name_place_and_shape(self) -> None:
+        layout = PartitionLayout(2, ("experts",), (Cut(0, 20, 0),), (Matrix(0, 0, 4, 5), Matrix(0, 20, 4, 5)))
+        assert layout.describe(1) == "experts[20:40] 4x5"
+
+
+class TestOwners:
+    @given(worlds, bucket_sizes)
+    def test_an_owner_holds_a_piece(self, world: World, bucket_numel: int) -> None:
+        plan = plan_of(world, bucket_numel)
+        for index, owner in enumerate(plan.owners):
+            assert owner in world.layout.holders(index)
+
+    @given(worlds, bucket_sizes)
+    def test_each_matrix_is_orthogonalized_once_by_its_owner(self, world: World, bucket_numel: int) -> None:
+        plan = plan_of(world, bucket_numel)
+        done = [
+            (matrix, rank)
+            for rank in range(world.layout.world_size)
+            for bucket in exchange_buckets(plan, rank) + local_buckets(plan, rank)
+            for matrix in bucket.owned
+        ]
+        assert sorted(done) == list(enumerate(plan.owners))
+
+    @given(worlds, bucket_sizes)
+    def test_only_matrices_on_several_ranks_travel(self, world: World, bucket_numel: int) -> None:
+        plan = plan_of(world, bucket_numel)
+        shared = [m for m in range(len(world.layout.matrices)) if len(world.layout.holders(m)) > 1]
+        assert [matrix for exchange in plan.exchanges for matrix in exchange] == shared
+        for rank in range(world.layout.world_size):
+            for bucket in local_buckets(plan, rank):
+                assert not bucket.travels
+                assert all(world.layout.holders(m) == range(rank, rank + 1) for m in bucket.owned)
+
+    def zero3(self, world_size: int, sides: list[int]) -> PartitionLayout:
+        """Square matrices, each spread evenly over all ranks."""
+        cuts, offset = [], 0
+        for side in sides:
+            cuts.append(Cut(0, side * side // world_size, offset))
+            offset += side * side // world_size
+        matrices = tuple(Matrix(index, 0, side, side) for index, side in enumerate(sides))
+        return PartitionLayout(world_size, tuple(map(str, sides)), tuple(cuts), matrices)
+
+    def test_equal_matrices_are_dealt_out_evenly(self) -> None:
+        plan = make_plan(self.zero3(4, [8] * 12), cubic, 10_000)
+        assert sorted(plan.owners) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+    def test_each_exchange_is_balanced_by_itself(self) -> None:
+        """Ranks wait for each other at its end. 256 elements a rank: four matrices of 64 an exchange on one rank's worth."""
+        plan = make_plan(self.zero3(4, [8] * 16), cubic, 64)
+        assert len(plan.exchanges) == 4
+        assert [sorted(plan.owners[m] for m in exchange) for exchange in plan.exchanges] == [[0, 1, 2, 3]] * 4
+
+    def test_a_large_matrix_counts_for_many_small_ones(self) -> None:
+        plan = make_plan(self.zero3(2, [16] + [8] * 8), cubic, 10_000)
+        assert plan.owners.count(plan.owners[0]) == 1
+
+    @given(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=40), st.sampled_from([2, 4]))
+    def test_no_rank_has_more_than_its_share_and_one_matrix(self, sides: list[int], world_size: int) -> None:
+        """What longest-processing-time-first guarantees."""
+        layout = self.zero3(world_size, sides)
+        plan = make_plan(layout, cubic, 10_000)
+        costs = [cubic(matrix) for matrix in layout.matrices]
+        loads = [sum(c for c, owner in zip(costs, plan.owners, strict=True) if owner == r) for r in range(world_size)]
+        assert max(loads) <= sum(costs) / world_size + max(costs)
+
+
+class TestBuckets:
+    @given(worlds, bucket_sizes)
+    def test_an_exchange_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
+        for exchange in plan_of(world, bucket_numel).exchanges:
+            numel = sum(world.layout.matrices[matrix].numel for matrix in exchange)
+            assert numel <= world.layout.world_size * bucket_numel or len(exchange) == 1
+
+    @given(worlds, bucket_sizes)
+    def test_a_local_bucket_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
+        plan = plan_of(world, bucket_numel)
+        for rank in range(world.layout.world_size):
+            for bucket in local_buckets(plan, rank):
+                numel = sum(fragment.numel for fragment in bucket.fragments)
+                assert numel <= bucket_numel or len(bucket.owned) == 1
+
+    @given(worlds, bucket_sizes)
+    def test_what_one_rank_sends_another_receives(self, world: World, bucket_numel: int) -> None:
+        ranks = range(world.layout.world_size)
+        for buckets in all_buckets(plan_of(world, bucket_numel), exchange_buckets):
+            sent = [[buckets[sender].sends[receiver] for receiver in ranks] for sender in ranks]
+            received = [[buckets[receiver].receives[sender] for receiver in ranks] for sender in ranks]
+            assert sent == received
+
+    @given(worlds, bucket_sizes)
+    def test_the_buffers_are_as_long_as_their_blocks(self, world: World, bucket_numel: int) -> None:
+        for buckets in all_buckets(plan_of(world, bucket_numel), exchange_buckets):
+            for bucket in buckets:
+                assert (bucket.send_numel, bucket.receive_numel) == (sum(bucket.sends), sum(bucket.receives))
+
+
+def all_to_all(buffers: list[list[object]], splits: list[tuple[int, ...]]) -> list[list[object]]:
+    """What torch's all_to_all_single does: block s of rank r's buffer becomes block r of rank s's."""
+    blocks = []
+    for buffer, sizes in zip(buffers, splits, strict=True):
+        assert len(buffer) == sum(sizes)
+        ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        blocks.append([buffer[end - size : end] for end, size in zip(ends, sizes, strict=True)])
+    return [[item for row in blocks for item in row[rank]] for rank in range(len(buffers))]
+
+
+def pack(bucket: RankBucket, piece: tuple[Element | None, ...], rank: int) -> list[object]:
+    """A rank's send buffer: elements at their positions, and a flag that tells whose it is."""
+    buffer: list[object] = [None] * bucket.send_numel
+    for fragment, position, flag in zip(bucket.fragments, bucket.positions, bucket.flags, strict=True):
+        buffer[position : position + fragment.numel] = piece[fragment.offset : fragment.offset + fragment.numel]
+        buffer[flag] = (FLAG, fragment.matrix, rank)
+    assert None not in buffer  # no gaps, nothing written twice
+    return buffer
+
+
+def unpack(bucket: RankBucket, buffer: list[object], layout: PartitionLayout) -> None:
+    """Check that the owned matrices are whole, every element in its place, with a flag from every holder."""
+    found: dict[int, dict[int, object]] = {matrix: {} for matrix in bucket.owned}
+    flags: dict[int, list[object]] = {matrix: [] for matrix in bucket.owned}
+    for piece, flag in zip(bucket.pieces, bucket.piece_flags, strict=True):
+        for element in range(piece.numel):
+            assert piece.start + element not in found[piece.matrix]
+            found[piece.matrix][piece.start + element] = buffer[piece.position + element]
+        flags[piece.matrix].append(buffer[flag])
+    for index in bucket.owned:
+        matrix = layout.matrices[index]
+        assert found[index] == {e: (matrix.parameter, matrix.start + e) for e in range(matrix.numel)}
+        assert flags[index] == [(FLAG, index, holder) for holder in layout.holders(index)]
+
+
+def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
+    """What an owner gives back: each element and flag, marked, in its place of the receive buffer."""
+    marked: list[object] = [None] * len(buffer)
+    for piece, flag in zip(bucket.pieces, bucket.piece_flags, strict=True):
+        for position in (*range(piece.position, piece.position + piece.numel), flag):
+            marked[position] = ("updated", buffer[position])
+    return marked
+
+
+class TestExchange:
+    """The way out and back, simulated for all ranks with lists."""
+
+    @given(worlds, bucket_sizes)
+    def test_travelling_matrices_arrive_whole_and_their_updates_return(self, world: World, bucket_numel: int) -> None:
+        for buckets in all_buckets(plan_of(world, bucket_numel), exchange_buckets):
+            sent = [pack(bucket, world.slices[rank], rank) for rank, bucket in enumerate(buckets)]
+            received = all_to_all(sent, [bucket.sends for bucket in buckets])
+            for bucket, buffer in zip(buckets, received, strict=True):
+                unpack(bucket, buffer, world.layout)
+            updates = [update(bucket, buffer) for bucket, buffer in zip(buckets, received, strict=True)]
+            returned = all_to_all(updates, [bucket.receives for bucket in buckets])
+            assert returned == [[("updated", item) for item in buffer] for buffer in sent]
+
+    @given(worlds, bucket_sizes)
+    def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int) -> None:
+        plan = plan_of(world, bucket_numel)
+        for rank, piece in enumerate(world.slices):
+            for bucket in local_buckets(plan, rank):
+                buffer = pack(bucket, piece, rank)
+                unpack(bucket, buffer, world.layout)
+                assert update(bucket, buffer) == [("updated", item) for item in buffer]
+
+    @given(worlds, bucket_sizes)
+    def test_every_fragment_is_in_one_bucket_of_its_rank(self, world: World, bucket_numel: int) -> None:
+        plan = plan_of(world, bucket_numel)
+        for rank in range(world.layout.world_size):
+            buckets = exchange_buckets(plan, rank) + local_buckets(plan, rank)
+            fragments = [fragment for bucket in buckets for fragment in bucket.fragments]
+            assert sorted(fragments, key=lambda f: f.matrix) == list(world.layout.fragments(rank))
+
+    @pytest.mark.parametrize("world_size", [2, 4, 8])
+    def test_what_travels_on_zero_3_is_counted_exactly(self, world_size: int) -> None:
+        """All ranks together, out and back: 2 (w - 1) / w elements a parameter, and a flag for each fragment that leaves."""
+        shapes = [(16, 8), (8, 24), (40, 16)]
+        cuts, offset = [], 0
+        for rows, cols in shapes:
+            cuts.append(Cut(0, rows * cols // world_size, offset))
+            offset += rows * cols // world_size
+        matrices = tuple(Matrix(index, 0, *shape) for index, shape in enumerate(shapes))
+        plan = make_plan(PartitionLayout(world_size, ("a", "b", "c"), tuple(cuts), matrices), cubic, 100)
+        travelled = 0
+        for buckets in all_buckets(plan, exchange_buckets):
+            for rank, bucket in enumerate(buckets):
+                travelled += sum(n for other, n in enumerate(bucket.sends) if other != rank)  # collect
+                travelled += sum(n for other, n in enumerate(bucket.receives) if other != rank)  # give_back
+        elements = sum(matrix.numel for matrix in matrices)
+        flags = len(matrices) * (world_size - 1)
+        assert travelled == 2 * (world_size - 1) * elements // world_size + 2 * flags
+
+    def test_a_straddling_matrix_of_zero_2_sends_only_what_the_owner_lacks(self) -> None:
+        """Two 4x5 matrices on two slices of 20, the first matrix starting at 10: 10 elements and a flag, there and back."""
+        layout = PartitionLayout(2, ("a",), (Cut(10, 20, 0),), (Matrix(0, 0, 4, 5),))
+        plan = make_plan(layout, cubic, 100)
+        first, second = (exchange_buckets(plan, rank)[0] for rank in (0, 1))
+        assert plan.owners == (0,)
+        assert (first.sends, second.sends) == ((11, 0), (11, 0))
+
+
+class TestFingerprint:
+    @given(worlds, bucket_sizes)
+    def test_the_same_layout_gives_the_same_plan(self, world: World, bucket_numel: int) -> None:
+        assert plan_of(world, bucket_numel) == plan_of(world, bucket_numel)
+
+    @given(worlds)
+    def test_a_matrix_of_another_shape_changes_it(self, world: World) -> None:
+        first = world.layout.matrices[0]
+        assume(first.rows != first.cols)
+        turned = (replace(first, rows=first.cols, cols=first.rows), *world.layout.matrices[1:])
+        other = replace(world, layout=replace(world.layout, matrices=turned))
+        assert plan_of(other, 50).fingerprint != plan_of(world, 50).fingerprint
+
+    def base(self) -> PartitionLayout:
+        return PartitionLayout(2, ("a",), (Cut(0, 10, 0),), (Matrix(0, 0, 4, 5),))
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"world_size": 3}, {"names": ("b",)}, {"cuts": (Cut(0, 12, 0),)}, {"matrices": (Matrix(0, 1, 4, 5),)}],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_whatever_ranks_could_disagree_about_changes_it(self, change: dict[str, object]) -> None:
+        plan, other = make_plan(self.base(), cubic, 50), make_plan(replace(self.base(), **change), cubic, 50)  # type: ignore[arg-type]
+        assert plan.fingerprint != other.fingerprint
+
+    def test_the_size_of_buckets_changes_it(self) -> None:
+        assert make_plan(self.base(), cubic, 50).fingerprint != make_plan(self.base(), cubic, 51).fingerprint
+
+    def test_the_owners_change_it(self) -> None:
+        """Two matrices on two ranks: with equal costs each rank owns one, with zero cost the first rank owns both."""
+        layout = replace(self.base(), matrices=(Matrix(0, 0, 4, 4), Matrix(0, 4, 4, 4)))
+        even, free = make_plan(layout, cubic, 50), make_plan(layout, lambda matrix: 0, 50)
+        assert even.owners != free.owners
+        assert even.fingerprint != free.fingerprint
+
+
+class TestScale:
+    """10,000 matrices over 4,096 ranks: what the largest runs need, in seconds on one core."""
+
+    RANKS, MATRICES, SHAPE = 4096, 10_000, (4096, 11_008)
+
+    def layout(self, stage: int) -> PartitionLayout:
+        numel = self.SHAPE[0] * self.SHAPE[1]
+        if stage == 3:
+            cuts = [Cut(0, numel // self.RANKS, index * numel // self.RANKS) for index in range(self.MATRICES)]
+        else:
+            size = -(-self.MATRICES * numel // self.RANKS)
+            cuts = [Cut(index * numel, size, 0) for index in range(self.MATRICES)]
+        names = tuple(f"layers.{index}.weight" for index in range(self.MATRICES))
+        matrices = tuple(Matrix(index, 0, *self.SHAPE) for index in range(self.MATRICES))
+        return PartitionLayout(self.RANKS, names, tuple(cuts), matrices)
+
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_the_largest_runs_can_be_planned(self, stage: int) -> None:
+        plan = make_plan(self.layout(stage), cubic, 2**26)
+        owned = [plan.owners.count(rank) for rank in (0, self.RANKS - 1)]
+        for rank, expected in zip((0, self.RANKS - 1), owned, strict=True):
+            buckets = exchange_buckets(plan, rank) + local_buckets(plan, rank)
+            assert sum(len(bucket.owned) for bucket in buckets) == expected
+        assert 1 <= max(owned) <= 4  # 2.4 on average
