@@ -103,9 +103,7 @@ def test_check_refuses_a_scheduler_that_flattens_different_rates(
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["explain"], ["explain", "--config", "x", "--model", "huge"], ["check"]])
-def test_wrong_usage_exits_with_2_and_shows_the_usage(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage_exits_with_2_and_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2

@@ -63,10 +63,10 @@ WRONG_TYPE = {
 }
 
 NOT_A_CHOICE = {
-    "name": ({"name": "lion"}, "'lion'", ["muon", "adamw"]),
+    "name": ({"name": "sgd"}, "'sgd'", ["muon", "adamw"]),
     "name ": ({"name": ["muon"]}, "['muon']", ["muon", "adamw"]),
-    "roles.embedding.name": (muon(roles={"embedding": {"name": "lion"}}), "'lion'", ["muon", "adamw"]),
-    "overrides[0].name": (override(name="lion"), "'lion'", ["muon", "adamw"]),
+    "roles.embedding.name": (muon(roles={"embedding": {"name": "sgd"}}), "'sgd'", ["muon", "adamw"]),
+    "overrides[0].name": (override(name="sgd"), "'sgd'", ["muon", "adamw"]),
     "overrides[0].role": (override(role="head"), "'head'", ["matrix", "embedding", "unembedding", "scalar"]),
     "roles.head": (muon(roles={"head": {}}), "'head'", ["matrix", "embedding", "unembedding", "scalar"]),
     "sharding.mode": (muon(sharding={"mode": "scatter"}), "'scatter'", ["gather"]),
@@ -160,7 +160,9 @@ def test_an_unknown_key_suggests_the_closest_one(key: str) -> None:
 def test_a_key_that_the_chosen_rule_does_not_read_says_which_rule_does(key: str) -> None:
     """checklist 3"""
     section, rule, reader = KEY_OF_ANOTHER_RULE[key]
-    assert problem(section).startswith(f"{of_path(key)}'{rule}' does not read it ({reader} does)")
+    message = problem(section)
+    assert message.startswith(f"{of_path(key)}'{rule}' does not read it (")
+    assert reader in message.split("(")[1].split(" do")[0].split(", ")
 
 
 @pytest.mark.parametrize("section", ["roles", "adamw"])
@@ -190,7 +192,9 @@ def test_more_steps_than_the_coefficients_hold(coefficients: Any, most: int) -> 
 
 def test_a_missing_name_lists_the_known_ones() -> None:
     """checklist 2"""
-    assert problem({"lr": 0.02}) == "optimizer.params.name: missing; allowed: muon, adamw"
+    message = problem({"lr": 0.02})
+    assert message.startswith("optimizer.params.name: missing; allowed: ")
+    assert {"muon", "adamw"} <= set(message.split("allowed: ")[1].split(", "))
 
 
 def test_an_override_without_a_pattern_says_what_is_allowed() -> None:
@@ -367,7 +371,7 @@ SCHEDULE_ERRORS = {
     "auto": ({"name": "linear", "total_num_steps": "auto"}, 'total_num_steps: got "auto"', "a value"),
     "unknown key": ({"warmup_num_step": 3}, "warmup_num_step: unknown key", "warmup_num_steps"),
     "none with a warm-up": ({"name": "none", "warmup_num_steps": 3}, "name: got 'none' with a warm-up", "'constant'"),
-    "too long": ({"name": "linear", "warmup_num_steps": 5, "total_num_steps": 4}, "warmup_num_steps: got 5", "at most"),
+    "too long": ({"warmup_num_steps": 5, "total_num_steps": 4}, "total_num_steps: got 4", "at least 5 steps of warm-up"),
     "both": ({"warmup_ratio": 0.1, "warmup_num_steps": 3, "total_num_steps": 9}, "warmup_ratio: got both", "one of them"),
     "negative": ({"warmup_num_steps": -1}, "warmup_num_steps: got -1", "greater than or equal to 0"),
     "fraction": ({"final_lr_fraction": 1.1}, "final_lr_fraction: got 1.1", "less than or equal to 1"),

@@ -140,9 +140,7 @@ def test_settings_for_matrices_leave_a_thin_one_alone() -> None:
     ],
     ids=["Conv1d", "Conv2d", "Conv3d"],
 )
-def test_convolution_filters_are_one_matrix_of_outputs_by_the_rest(
-    filters: nn.Module, matrix: tuple[int, int, int]
-) -> None:
+def test_convolution_filters_are_one_matrix_of_outputs_by_the_rest(filters: nn.Module, matrix: tuple[int, int, int]) -> None:
     """checklist 45"""
     assert only(filters).matrices == (matrix,)
 

@@ -61,6 +61,24 @@ def test_there_is_no_jump_where_the_warm_up_ends(name: str) -> None:
     assert max(falls) < 1.6 / 100
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
+@pytest.mark.parametrize("name", ["constant", "wsd", "linear", "cosine", "rex"])
+def test_a_cool_down_starts_where_the_curve_is_and_reaches_the_floor_in_the_last_step(name: str, shape: str) -> None:
+    """checklist 57, 58"""
+    section = {"warmup_num_steps": 5, "total_num_steps": 50, "final_lr_fraction": 0.05}
+    factors = curve(name=name, cooldown_num_steps=20, cooldown_shape=shape, **section)
+    if name != "wsd":  # which has none without a cool-down
+        assert factors[:30] == curve(name=name, **section)[:30]
+    assert factors[-1] == 0.05
+    assert factors[29:] == sorted(set(factors[29:]), reverse=True)  # falls with every step
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_rex_is_a_power_of_what_is_left(floor: float) -> None:
+    factors = curve(name="rex", exponent=2.0, total_num_steps=5, final_lr_fraction=floor)
+    assert factors == pytest.approx([1.0, 0.5625, 0.25, max(0.0625, floor), floor])
+
+
 def test_linear_falls_by_equal_steps() -> None:
     """checklist 57"""
     assert curve(name="linear", total_num_steps=5, final_lr_fraction=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])

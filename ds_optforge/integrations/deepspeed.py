@@ -83,12 +83,16 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
     if not optimizer.averages_weights:
         yield
         return
+    # DeepSpeed fills the groups to save a checkpoint, and leaves them so when the optimizer refuses.
+    stepped = [group["params"] for group in optimizer.param_groups]
     with torch.no_grad():
         optimizer.eval()
         refresh_weights(wrapper)
     try:
         yield
     finally:
+        for group, tensors in zip(optimizer.param_groups, stepped, strict=True):
+            group["params"] = tensors
         with torch.no_grad():
             optimizer.train()
             refresh_weights(wrapper)

@@ -115,7 +115,7 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     records in `_hp_mapping` ignore the reordering of round_robin_gradients.) Every fragment that this rank holds is checked
     against the weight's values.
     """
-    (piece,) = slices
+    piece = _only(slices)
     size = piece.numel()
     group = _need(parameters[0], "_dp_group")
     rank = dist.get_rank(group)
@@ -150,7 +150,7 @@ def _check_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tens
 
 def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Binding:
     """ZeRO-3: each parameter is cut evenly over the ranks; a sub-group's slice is its parameters' partitions in a row."""
-    (piece,) = slices
+    piece = _only(slices)
     zero = _need(parameters[0], "_z3_optimizer")
     _refuse_hidden_slices(zero)
     flats = _need(zero, "fp32_partitioned_groups_flat")
@@ -209,6 +209,12 @@ def _refuse_hidden_slices(zero: Any) -> None:
         )
     if getattr(zero, "zenflow", False):
         raise LayoutError("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
+
+
+def _only(slices: Sequence[Tensor]) -> Tensor:
+    if len(slices) != 1:
+        raise LayoutError(f"ZeRO asked for a step of {len(slices)} slices of one group; known: one. {_versions()}")
+    return slices[0]
 
 
 def _need(owner: Any, attribute: str) -> Any:

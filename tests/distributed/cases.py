@@ -98,17 +98,32 @@ def train(
         engine.destroy()
 
 
+def base_optimizer(engine: Any) -> ds_optforge.OptForge:
+    """The OptForge under an engine's wrapper."""
+    wrapper = engine.optimizer
+    base: ds_optforge.OptForge = wrapper if isinstance(wrapper, ds_optforge.OptForge) else wrapper.optimizer
+    return base
+
+
+def state_formats(engine: Any) -> list[tuple[str, str]]:
+    """Name and dtype of every state tensor, in order."""
+    states = base_optimizer(engine).state.values()
+    return [(key, str(getattr(value, "dtype", "number"))) for state in states for key, value in state.items()]
+
+
 def save_and_load(config: dict[str, Any], folder: str, model_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """5 steps, save, 5 steps; then a fresh engine that loads and takes the last 5 again."""
     engine = build_engine(config, model_options or {})
     run_steps(engine, 0, 5)
     engine.save_checkpoint(folder)
     uninterrupted = {"losses": run_steps(engine, 5, 5), "parameters": full_parameters(engine.module)}
+    uninterrupted["state"] = state_formats(engine)
     engine.destroy()
     fresh = build_engine(config, model_options or {})
     path, _ = fresh.load_checkpoint(folder)
     assert path is not None
     resumed = {"losses": run_steps(fresh, 5, 5), "parameters": full_parameters(fresh.module)}
+    resumed["state"] = state_formats(fresh)
     fresh.destroy()
     return {"uninterrupted": uninterrupted, "resumed": resumed}
 
@@ -176,3 +191,28 @@ def change_weight_behind_engine() -> None:
     engine = build_engine(engine_config(2, MUON), {})
     engine.module.blocks[1].weight.data.add_(1.0)
     run_steps(engine, 0, 1)
+
+
+def evaluate_on_average(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Train, look at the weights inside and after `evaluation_weights`, go on training."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, 10, engine.gradient_accumulation_steps())
+    before = full_parameters(engine.module)
+    refused = []
+    with ds_optforge.evaluation_weights(engine):
+        inside = full_parameters(engine.module)
+        engine.eval()
+        loss = engine(*models.batch(0)).item()
+        optimizer = base_optimizer(engine)
+        actions = (optimizer.step, lambda: engine.save_checkpoint(folder)) if optimizer.averages_weights else ()
+        for action in actions:
+            try:
+                action()
+            except RuntimeError as error:
+                refused.append(str(error))
+    after = full_parameters(engine.module)
+    engine.train()
+    run_steps(engine, 10, 10, engine.gradient_accumulation_steps())
+    end = full_parameters(engine.module)
+    engine.destroy()
+    return {"before": before, "inside": inside, "after": after, "end": end, "loss": loss, "refused": refused}

@@ -36,6 +36,29 @@ def test_a_fresh_engine_goes_on_bit_exactly(engine: str, pools: Pools, tmp_path:
             assert torch.equal(resumed["parameters"][name], parameter), name
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "normuon, 8-bit": {"name": "normuon", "state_dtype": "8bit", "adamw": {"lr": 1e-3}},
+    "normuon, bf16": {"name": "normuon", "state_dtype": "bfloat16", "adamw": {"lr": 1e-3}},
+    "lion, bf16": {"name": "lion", "state_dtype": "bfloat16"},
+    "adamw_8bit": {"name": "adamw_8bit"},
+    "schedule_free_adamw, 8-bit": {"name": "schedule_free_adamw", "state_dtype": "8bit"},
+}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_state_format_goes_on_bit_exactly(rule: str, stage: int, pools: Pools, tmp_path: Path) -> None:
+    """torch casts loaded state to float32; OptForge restores what was saved."""
+    config = cases.engine_config(stage, RULES[rule])
+    wide = {"depth": 1, "width": 96}  # so that some parameters are large enough for 8-bit state
+    for result in pools[2].run(cases.save_and_load, config, str(tmp_path), model_options=wide):
+        uninterrupted, resumed = result["uninterrupted"], result["resumed"]
+        assert resumed["losses"] == uninterrupted["losses"]
+        assert resumed["state"] == uninterrupted["state"]
+        for name, parameter in uninterrupted["parameters"].items():
+            assert torch.equal(resumed["parameters"][name], parameter), name
+
+
 def test_a_checkpoint_of_other_groups_is_refused_before_anything_changes(pools: Pools, tmp_path: Path) -> None:
     saved, loading = cases.engine_config(2, cases.MUON), cases.engine_config(2, {"name": "adamw"})
     for message, unchanged in pools[2].run(cases.load_into_another, saved, loading, str(tmp_path)):

@@ -194,7 +194,7 @@ class TestRegister:
     def test_initialize_refuses_a_bad_configuration_before_anything_else(self) -> None:
         """No process group, no engine, no tags."""
         model = nn.Linear(4, 4)
-        with pytest.raises(ConfigError, match=r"^optimizer\.params\.name: got 'lion'"):
-            ds_optforge.initialize(model=model, config=config({"name": "lion"}))
+        with pytest.raises(ConfigError, match=r"^optimizer\.params\.name: got 'sgd'"):
+            ds_optforge.initialize(model=model, config=config({"name": "sgd"}))
         assert not torch.distributed.is_initialized()
         assert not hasattr(model.weight, "optforge_name")

@@ -12,17 +12,15 @@ GROUP = {"lr": 0.1, "weight_decay": 0.0, "betas": (0.8, 0.9)}
 
 def run(weight: Tensor, gradients: list[Tensor], eps: float = 1e-8, **group: object) -> dict[str, Tensor]:
     """Step ``weight`` in place; its state afterwards."""
+    rule = AdamW(eps)
     state = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-    step = torch.zeros(())
-    for gradient in gradients:
-        buffers = {name: [value] for name, value in state.items()}
-        AdamW(eps).step([weight], [gradient], buffers, [step], {**GROUP, **group})
-    return {**state, "step": step}
+    for step, gradient in enumerate(gradients, 1):
+        now = rule.begin({**GROUP, **group}, {}, step)
+        rule.step([weight], [gradient], {name: [value] for name, value in state.items()}, now)
+    return state
 
 
-def formula(
-    weight: Tensor, gradients: list[Tensor], lr: float, decay: float, betas: tuple[float, float], eps: float
-) -> Tensor:
+def formula(weight: Tensor, gradients: list[Tensor], lr: float, decay: float, betas: tuple[float, float], eps: float) -> Tensor:
     """Loshchilov & Hutter 2019, Algorithm 2, in float64."""
     weight = weight.double()
     first = second = torch.zeros_like(weight)
@@ -51,11 +49,6 @@ def test_the_betas_are_the_groups() -> None:
     """checklist 32; a schedule may change them."""
     state = run(torch.ones(1), [torch.tensor([2.0])], betas=(0.5, 0.75))
     assert (state["exp_avg"].item(), state["exp_avg_sq"].item()) == pytest.approx((1.0, 1.0))
-
-
-def test_every_call_is_counted() -> None:
-    """checklist 12"""
-    assert run(torch.ones(1), [torch.ones(1)] * 3)["step"].item() == 3
 
 
 def test_gradients_stay_unchanged() -> None:

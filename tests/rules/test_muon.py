@@ -14,6 +14,7 @@ from tests.oracles import newton_schulz
 
 GROUP = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9}
 ACTIVE, IDLE = torch.ones(1), torch.zeros(1)
+NO_ROWS = torch.empty(0)
 
 
 def rule(nesterov: bool = True, **orthogonalization: Any) -> Muon:
@@ -41,7 +42,16 @@ def test_the_scales_below_are_all_there_are() -> None:
 def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: int, cols: int) -> None:
     """checklist 7; 1e-6: the scale is a float32 number."""
     given = matrices(2, rows, cols)
-    found = rule(scale=scale).update(given, torch.ones(2))
+    found = rule(scale=scale).update(given, torch.ones(2), NO_ROWS, transposed=False)
+    expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(12, 3), (3, 12), (5, 5)])
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_weight_that_is_stored_in_out_has_the_scale_of_its_transpose(scale: str, rows: int, cols: int) -> None:
+    given = matrices(2, cols, rows)
+    found = rule(scale=scale).update(given, torch.ones(2), NO_ROWS, transposed=True)
     expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -49,20 +59,20 @@ def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: i
 def test_an_update_in_bfloat16_has_the_dtype_of_the_wire() -> None:
     """The scale is applied after the cast: 0.2 sqrt(2048) in bfloat16 products would be off by 0.4%."""
     given = matrices(1, 12, 3).float()
-    plain = rule(dtype=torch.bfloat16, scale="none").update(given, ACTIVE)
-    scaled = rule(dtype=torch.bfloat16, scale="match_rms_adamw").update(given, ACTIVE)
+    plain = rule(dtype=torch.bfloat16, scale="none").update(given, ACTIVE, NO_ROWS, transposed=False)
+    scaled = rule(dtype=torch.bfloat16, scale="match_rms_adamw").update(given, ACTIVE, NO_ROWS, transposed=False)
     assert scaled.dtype == torch.float32
     torch.testing.assert_close(scaled, plain * 0.2 * math.sqrt(12), rtol=1e-6, atol=0)
 
 
 def test_only_active_matrices_have_an_update() -> None:
-    found = rule().update(matrices(3, 4, 6), torch.tensor([1.0, 0.0, 1.0]))
+    found = rule().update(matrices(3, 4, 6), torch.tensor([1.0, 0.0, 1.0]), NO_ROWS, transposed=False)
     assert [one.any().item() for one in found] == [True, False, True]
 
 
 def test_the_given_matrices_stay_unchanged() -> None:
     given = matrices(2, 4, 6)
-    rule().update(given, torch.ones(2))
+    rule().update(given, torch.ones(2), NO_ROWS, transposed=False)
     assert torch.equal(given, matrices(2, 4, 6))
 
 
@@ -107,7 +117,7 @@ def test_decay_of_a_bfloat16_weight_is_rounded_once() -> None:
     """As torch.optim.Muon does it; 1 - lr wd itself has no exact bfloat16, only multiples of 1/256 below 1."""
     weight = torch.arange(1, 200, dtype=torch.bfloat16)
     expected = weight.clone().mul_(1 - 0.02 * 0.1)
-    rule().apply([weight], [torch.zeros_like(weight)], ACTIVE.bfloat16(), {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9})
+    rule().apply([weight], [torch.zeros_like(weight)], ACTIVE, {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9})
     assert torch.equal(weight, expected)
 
 

@@ -77,6 +77,8 @@ def zero3_optimizer(**attributes: Any) -> SimpleNamespace:
         "fp32_partitioned_groups_flat": [],
         "fp16_groups": [[]],
         "_get_sub_group_process_group": lambda index: dist.group.WORLD,
+        "offload_optimizer": False,
+        "grad_partitions_flat_buffer": torch.zeros(1000),
         **attributes,
     }
     return SimpleNamespace(**{name: value for name, value in known.items() if value is not None})
@@ -103,14 +105,34 @@ class TestZero3:
         assert (binding.rank, binding.world_size) == (0, 1)
         assert binding.process_group is one_rank
 
+    def test_gradients_that_it_keeps_are_those_of_the_sub_group(self, one_rank: dist.ProcessGroup) -> None:
+        """One buffer holds the gradients of all sub-groups; a step uses up those of its own."""
+        first, second = torch.zeros(24), torch.zeros(15)
+        optimizer = zero3_optimizer(fp32_partitioned_groups_flat=[first, second], grad_partitions_flat_buffer=torch.ones(39))
+        parameter = zero3_parameter(optimizer, (3, 5))
+        optimizer.fp16_groups = [[], [parameter]]
+        bind([parameter], NAMES, [second]).clear_spent_gradients([second])
+        assert torch.equal(optimizer.grad_partitions_flat_buffer, torch.cat([torch.ones(24), torch.zeros(15)]))
+
     def test_the_shape_of_an_emptied_parameter_is_that_of_the_whole(self) -> None:
         assert full_shape(zero3_parameter(None, (3, 5))) == (3, 5)
 
-    @pytest.mark.parametrize("missing", ["fp32_partitioned_groups_flat", "_get_sub_group_process_group", "fp16_groups"])
+    @pytest.mark.parametrize(
+        "missing",
+        [
+            "fp32_partitioned_groups_flat",
+            "_get_sub_group_process_group",
+            "fp16_groups",
+            "offload_optimizer",
+            "grad_partitions_flat_buffer",
+        ],
+    )
     def test_an_attribute_that_its_optimizer_lacks_is_named(self, missing: str, one_rank: dist.ProcessGroup) -> None:
         piece = torch.zeros(24)
-        optimizer = zero3_optimizer(**{"fp32_partitioned_groups_flat": [piece], missing: None})
-        said = message([zero3_parameter(optimizer)], [piece])
+        parameter = zero3_parameter(None)
+        known = {"fp32_partitioned_groups_flat": [piece], "fp16_groups": [[parameter]]}
+        parameter._z3_optimizer = zero3_optimizer(**{**known, missing: None})
+        said = message([parameter], [piece])
         assert f"has no attribute '{missing}'" in said
         assert f"DeepSpeed {SUPPORTED_DEEPSPEED}; found: {version('deepspeed')}" in said
 
@@ -193,6 +215,19 @@ class TestFlatPartition:
         said = message([parameter], [torch.zeros(24)])
         assert said.startswith("Parameter has no attribute '_dp_group'")
         assert f"DeepSpeed {SUPPORTED_DEEPSPEED}; found: {version('deepspeed')}" in said
+
+    def test_an_attribute_that_its_mapping_lacks_is_named(self, one_rank: dist.ProcessGroup) -> None:
+        parameters, piece = flat_partition((4, 6), (5,))
+        parameters[1]._hp_mapping = SimpleNamespace()
+        assert "has no attribute 'use_offload'" in message(list(parameters), [piece])
+
+    @pytest.mark.parametrize("offload", [True, False])
+    def test_gradients_are_used_up_where_offload_keeps_them(self, offload: bool, one_rank: dist.ProcessGroup) -> None:
+        parameters, piece = flat_partition((4, 6), (5,))
+        parameters[0]._hp_mapping = SimpleNamespace(use_offload=offload)
+        piece.grad = torch.ones(29)
+        bind(parameters, NAMES, [piece]).clear_spent_gradients([piece])
+        assert piece.grad.any().item() is not offload
 
     def test_a_weight_outside_the_buffer_is_named(self, one_rank: dist.ProcessGroup) -> None:
         (first, second), piece = flat_partition((4, 6), (5,))

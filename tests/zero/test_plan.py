@@ -3,7 +3,7 @@
 A `World` builds every rank's slice element by element, as ZeRO does, so it knows nothing of `Cut`'s arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,13 +16,14 @@ from ds_optforge.zero.plan import (
     Matrix,
     PartitionLayout,
     RankBucket,
+    Section,
     exchange_buckets,
     local_buckets,
     make_plan,
 )
 
 Element = tuple[int, int]  # (parameter, position within it)
-FLAG = "flag"
+FLAG, ROW = "flag", "row"
 
 settings.register_profile("plan", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("plan")
@@ -39,7 +40,7 @@ class World:
 @dataclass(frozen=True)
 class Parameter:
     numel: int
-    matrices: tuple[tuple[int, int, int], ...]  # (start, rows, cols)
+    matrices: tuple[tuple[int, int, int, bool], ...]  # (start, rows, cols, transposed)
 
 
 @st.composite
@@ -50,8 +51,8 @@ def parameters(draw: st.DrawFn) -> tuple[Parameter, ...]:
         rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 8))
         count, gap = draw(st.integers(1, 4)), draw(st.sampled_from([0, 0, 0, 3]))
         starts = [gap + index * (rows * cols + gap) for index in range(count)]
-        numel = count * (rows * cols + gap) + gap
-        made.append(Parameter(numel, tuple((start, rows, cols) for start in starts)))
+        numel, transposed = count * (rows * cols + gap) + gap, draw(st.booleans())
+        made.append(Parameter(numel, tuple((start, rows, cols, transposed) for start in starts)))
     return tuple(made)
 
 
@@ -107,6 +108,7 @@ def replicated(draw: st.DrawFn) -> World:
 
 worlds = st.one_of(flat_partitions(), parameter_partitions(), replicated())
 bucket_sizes = st.sampled_from([1, 7, 50, 10_000])
+row_words = st.sampled_from([0, 1, 2])  # elements of the wire per row statistic: none, float32 on float32, on bfloat16
 
 
 def cubic(matrix: Matrix) -> int:
@@ -117,9 +119,16 @@ def plan_of(world: World, bucket_numel: int) -> ExchangePlan:
     return make_plan(world.layout, cubic, bucket_numel)
 
 
-def all_buckets(plan: ExchangePlan, bucket_of: Callable[[ExchangePlan, int], list[RankBucket]]) -> list[list[RankBucket]]:
+def exchanges(plan: ExchangePlan, words: int = 0) -> list[list[RankBucket]]:
     """Per exchange, the buckets of all ranks."""
-    return [list(ranks) for ranks in zip(*(bucket_of(plan, r) for r in range(plan.layout.world_size)), strict=True)]
+    ranks = range(plan.layout.world_size)
+    return [list(buckets) for buckets in zip(*(exchange_buckets(plan, rank, words) for rank in ranks), strict=True)]
+
+
+def beginning_in(matrix: Matrix, start: int, numel: int) -> list[int]:
+    """The output rows of a matrix whose first element is one of [start, start + numel)."""
+    first_elements = range(matrix.cols) if matrix.transposed else range(0, matrix.numel, matrix.cols)
+    return [row for row, element in enumerate(first_elements) if start <= element < start + numel]
 
 
 class TestLayout:
@@ -150,6 +159,18 @@ class TestLayout:
             ranks = range(world.layout.world_size)
             holding = [rank for rank in ranks if world.layout.fragment(index, rank) is not None]
             assert list(world.layout.holders(index)) == holding
+
+    @given(worlds)
+    def test_every_output_row_begins_in_one_fragment(self, world: World) -> None:
+        seen: list[list[int]] = [[] for _ in world.layout.matrices]
+        for rank in range(world.layout.world_size):
+            for fragment in world.layout.fragments(rank):
+                matrix = world.layout.matrices[fragment.matrix]
+                first, count = matrix.outputs_in(fragment.start, fragment.numel)
+                rows = beginning_in(matrix, fragment.start, fragment.numel)
+                assert rows == list(range(first, first + count))
+                seen[fragment.matrix] += rows
+        assert seen == [list(range(matrix.outputs)) for matrix in world.layout.matrices]
 
     def test_a_matrix_is_described_by_name_place_and_shape(self) -> None:
         layout = PartitionLayout(2, ("experts",), (Cut(0, 20, 0),), (Matrix(0, 0, 4, 5), Matrix(0, 20, 4, 5)))
@@ -235,14 +256,14 @@ class TestBuckets:
     @given(worlds, bucket_sizes)
     def test_what_one_rank_sends_another_receives(self, world: World, bucket_numel: int) -> None:
         ranks = range(world.layout.world_size)
-        for buckets in all_buckets(plan_of(world, bucket_numel), exchange_buckets):
+        for buckets in exchanges(plan_of(world, bucket_numel)):
             sent = [[buckets[sender].sends[receiver] for receiver in ranks] for sender in ranks]
             received = [[buckets[receiver].receives[sender] for receiver in ranks] for sender in ranks]
             assert sent == received
 
-    @given(worlds, bucket_sizes)
-    def test_the_buffers_are_as_long_as_their_blocks(self, world: World, bucket_numel: int) -> None:
-        for buckets in all_buckets(plan_of(world, bucket_numel), exchange_buckets):
+    @given(worlds, bucket_sizes, row_words)
+    def test_the_buffers_are_as_long_as_their_blocks(self, world: World, bucket_numel: int, words: int) -> None:
+        for buckets in exchanges(plan_of(world, bucket_numel), words):
             for bucket in buckets:
                 assert (bucket.send_numel, bucket.receive_numel) == (sum(bucket.sends), sum(bucket.receives))
 
@@ -257,36 +278,57 @@ def all_to_all(buffers: list[list[object]], splits: list[tuple[int, ...]]) -> li
     return [[item for row in blocks for item in row[rank]] for rank in range(len(buffers))]
 
 
-def pack(bucket: RankBucket, piece: tuple[Element | None, ...], rank: int) -> list[object]:
-    """A rank's send buffer: elements at their positions, and a flag that tells whose it is."""
+def pack(bucket: RankBucket, piece: tuple[Element | None, ...], rank: int, layout: PartitionLayout) -> list[object]:
+    """A rank's send buffer: elements, row statistics and a flag that tells whose it is, each at its position."""
     buffer: list[object] = [None] * bucket.send_numel
-    for fragment, position, flag in zip(bucket.fragments, bucket.positions, bucket.flags, strict=True):
-        buffer[position : position + fragment.numel] = piece[fragment.offset : fragment.offset + fragment.numel]
-        buffer[flag] = (FLAG, fragment.matrix, rank)
-    assert None not in buffer  # no gaps, nothing written twice
+
+    def put(position: int, values: Sequence[object]) -> None:
+        assert buffer[position : position + len(values)] == [None] * len(values)  # nothing is written twice
+        buffer[position : position + len(values)] = values
+
+    for fragment, section in zip(bucket.fragments, bucket.sent, strict=True):
+        assert (section.matrix, section.start, section.numel) == (fragment.matrix, fragment.start, fragment.numel)
+        put(section.position, piece[fragment.offset : fragment.offset + fragment.numel])
+        put(section.row_position, statistics(bucket, section, layout))
+        put(section.flag, [(FLAG, fragment.matrix, rank)])
+    assert None not in buffer  # no gaps
     return buffer
 
 
+def statistics(bucket: RankBucket, section: Section, layout: PartitionLayout) -> list[object]:
+    """Those of the output rows that begin in the section's fragment."""
+    if bucket.row_words == 0:
+        return []
+    rows = beginning_in(layout.matrices[section.matrix], section.start, section.numel)
+    assert rows == list(range(section.first_row, section.first_row + section.rows))
+    return [(ROW, section.matrix, row, word) for row in rows for word in range(bucket.row_words)]
+
+
 def unpack(bucket: RankBucket, buffer: list[object], layout: PartitionLayout) -> None:
-    """Check that the owned matrices are whole, every element in its place, with a flag from every holder."""
-    found: dict[int, dict[int, object]] = {matrix: {} for matrix in bucket.owned}
-    flags: dict[int, list[object]] = {matrix: [] for matrix in bucket.owned}
-    for piece, flag in zip(bucket.pieces, bucket.piece_flags, strict=True):
-        for element in range(piece.numel):
-            assert piece.start + element not in found[piece.matrix]
-            found[piece.matrix][piece.start + element] = buffer[piece.position + element]
-        flags[piece.matrix].append(buffer[flag])
+    """Check that the owned matrices are whole, elements and statistics in their places, with a flag from every holder."""
+    elements: dict[int, list[object]] = {m: [None] * layout.matrices[m].numel for m in bucket.owned}
+    rows: dict[int, list[object]] = {m: [] for m in bucket.owned}
+    flags: dict[int, list[object]] = {m: [] for m in bucket.owned}
+    for section in bucket.received:
+        arrived = buffer[section.position : section.position + section.numel]
+        elements[section.matrix][section.start : section.start + section.numel] = arrived
+        rows[section.matrix] += buffer[section.row_position : section.row_position + section.rows * bucket.row_words]
+        flags[section.matrix].append(buffer[section.flag])
     for index in bucket.owned:
         matrix = layout.matrices[index]
-        assert found[index] == {e: (matrix.parameter, matrix.start + e) for e in range(matrix.numel)}
+        words = range(bucket.row_words)
+        assert elements[index] == [(matrix.parameter, matrix.start + e) for e in range(matrix.numel)]
+        assert rows[index] == [(ROW, index, row, word) for row in range(matrix.outputs) for word in words]
         assert flags[index] == [(FLAG, index, holder) for holder in layout.holders(index)]
 
 
 def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
-    """What an owner gives back: each element and flag, marked, in its place of the receive buffer."""
+    """What an owner gives back: everything that it received, marked, in its place."""
     marked: list[object] = [None] * len(buffer)
-    for piece, flag in zip(bucket.pieces, bucket.piece_flags, strict=True):
-        for position in (*range(piece.position, piece.position + piece.numel), flag):
+    for section in bucket.received:
+        elements = range(section.position, section.position + section.numel)
+        rows = range(section.row_position, section.row_position + section.rows * bucket.row_words)
+        for position in (*elements, *rows, section.flag):
             marked[position] = ("updated", buffer[position])
     return marked
 
@@ -294,10 +336,12 @@ def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
 class TestExchange:
     """The way out and back, simulated for all ranks with lists."""
 
-    @given(worlds, bucket_sizes)
-    def test_travelling_matrices_arrive_whole_and_their_updates_return(self, world: World, bucket_numel: int) -> None:
-        for buckets in all_buckets(plan_of(world, bucket_numel), exchange_buckets):
-            sent = [pack(bucket, world.slices[rank], rank) for rank, bucket in enumerate(buckets)]
+    @given(worlds, bucket_sizes, row_words)
+    def test_travelling_matrices_arrive_whole_and_their_updates_return(
+        self, world: World, bucket_numel: int, words: int
+    ) -> None:
+        for buckets in exchanges(plan_of(world, bucket_numel), words):
+            sent = [pack(bucket, world.slices[rank], rank, world.layout) for rank, bucket in enumerate(buckets)]
             received = all_to_all(sent, [bucket.sends for bucket in buckets])
             for bucket, buffer in zip(buckets, received, strict=True):
                 unpack(bucket, buffer, world.layout)
@@ -305,12 +349,12 @@ class TestExchange:
             returned = all_to_all(updates, [bucket.receives for bucket in buckets])
             assert returned == [[("updated", item) for item in buffer] for buffer in sent]
 
-    @given(worlds, bucket_sizes)
-    def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int) -> None:
+    @given(worlds, bucket_sizes, row_words)
+    def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int, words: int) -> None:
         plan = plan_of(world, bucket_numel)
         for rank, piece in enumerate(world.slices):
-            for bucket in local_buckets(plan, rank):
-                buffer = pack(bucket, piece, rank)
+            for bucket in local_buckets(plan, rank, words):
+                buffer = pack(bucket, piece, rank, world.layout)
                 unpack(bucket, buffer, world.layout)
                 assert update(bucket, buffer) == [("updated", item) for item in buffer]
 
@@ -333,7 +377,7 @@ class TestExchange:
         matrices = tuple(Matrix(index, 0, *shape) for index, shape in enumerate(shapes))
         plan = make_plan(PartitionLayout(world_size, ("a", "b", "c"), tuple(cuts), matrices), cubic, 100)
         travelled = 0
-        for buckets in all_buckets(plan, exchange_buckets):
+        for buckets in exchanges(plan):
             for rank, bucket in enumerate(buckets):
                 travelled += sum(n for other, n in enumerate(bucket.sends) if other != rank)  # collect
                 travelled += sum(n for other, n in enumerate(bucket.receives) if other != rank)  # give_back
@@ -364,12 +408,20 @@ class TestFingerprint:
         assert plan_of(other, 50).fingerprint != plan_of(world, 50).fingerprint
 
     def base(self) -> PartitionLayout:
-        return PartitionLayout(2, ("a",), (Cut(0, 10, 0),), (Matrix(0, 0, 4, 5),))
+        """Two 4x3 matrices, each cut in half."""
+        matrices = (Matrix(0, 0, 4, 3), Matrix(1, 0, 4, 3))
+        return PartitionLayout(2, ("a", "b"), (Cut(0, 6, 0), Cut(0, 6, 6)), matrices)
 
     @pytest.mark.parametrize(
         "change",
-        [{"world_size": 3}, {"names": ("b",)}, {"cuts": (Cut(0, 12, 0),)}, {"matrices": (Matrix(0, 1, 4, 5),)}],
-        ids=lambda change: next(iter(change)),
+        [
+            {"world_size": 3},
+            {"names": ("a", "c")},
+            {"cuts": (Cut(0, 6, 0), Cut(0, 6, 8))},
+            {"matrices": (Matrix(0, 0, 4, 3), Matrix(1, 0, 3, 4))},
+            {"matrices": (Matrix(0, 0, 4, 3), Matrix(1, 0, 4, 3, transposed=True))},
+        ],
+        ids=["world size", "name", "cut", "shape", "transposed"],
     )
     def test_whatever_ranks_could_disagree_about_changes_it(self, change: dict[str, object]) -> None:
         plan, other = make_plan(self.base(), cubic, 50), make_plan(replace(self.base(), **change), cubic, 50)  # type: ignore[arg-type]
@@ -379,9 +431,8 @@ class TestFingerprint:
         assert make_plan(self.base(), cubic, 50).fingerprint != make_plan(self.base(), cubic, 51).fingerprint
 
     def test_the_owners_change_it(self) -> None:
-        """Two matrices on two ranks: with equal costs each rank owns one, with zero cost the first rank owns both."""
-        layout = replace(self.base(), matrices=(Matrix(0, 0, 4, 4), Matrix(0, 4, 4, 4)))
-        even, free = make_plan(layout, cubic, 50), make_plan(layout, lambda matrix: 0, 50)
+        """With equal costs each rank owns one matrix, with no cost the first rank owns both."""
+        even, free = make_plan(self.base(), cubic, 50), make_plan(self.base(), lambda matrix: 0, 50)
         assert even.owners != free.owners
         assert even.fingerprint != free.fingerprint
 

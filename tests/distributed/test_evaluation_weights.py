@@ -1,0 +1,73 @@
+"""Schedule-Free's averaged weights: in for evaluation, out again bit-exactly, on every stage (checklist 17 and 18)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+from torch import Tensor
+
+from tests import models
+from tests.distributed import cases
+from tests.distributed.conftest import Pools
+from tests.distributed.test_parity import assert_same
+
+PARAMS = {"name": "schedule_free_adamw", "lr": 3e-3, "eps": 1e-5, "warmup_steps": 5}
+ENGINES: dict[str, dict[str, Any]] = {
+    "stage 0": {"zero_optimization": {"stage": 0}},
+    "stage 1": {"zero_optimization": {"stage": 1}},
+    "stage 2": {"zero_optimization": {"stage": 2}},
+    "stage 3": {"zero_optimization": {"stage": 3, "sub_group_size": 2000}},
+    "stage 2, offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "stage 3, offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+    "stage 0, bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+    "stage 2, bf16": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "stage 3, bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+    "BF16_Optimizer": {
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
+}
+
+
+def schedulefree_oracle() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The averaged weights after 10 steps and the training weights after 20, by the reference package."""
+    model = models.build()
+    optimizer = schedulefree.AdamWScheduleFree(
+        model.parameters(), lr=3e-3, eps=1e-5, warmup_steps=5, betas=(0.9, 0.999), weight_decay=0.0
+    )
+    optimizer.train()
+    average: dict[str, Tensor] = {}
+    for step in range(20):
+        if step == 10:
+            optimizer.eval()
+            average = {name: p.detach().clone() for name, p in model.named_parameters()}
+            optimizer.train()
+        model(*models.batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return average, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_averaged_weights_are_a_bit_exact_round_trip(engine: str, pools: Pools, tmp_path: Path) -> None:
+    config = cases.engine_config(2, PARAMS, **ENGINES[engine])
+    average, end = schedulefree_oracle()
+    low_precision = "bf16" in ENGINES[engine]
+    for result in pools[2].run(cases.evaluate_on_average, config, str(tmp_path)):
+        for name, weight in result["before"].items():
+            assert torch.equal(result["after"][name], weight), name
+        assert not torch.equal(result["inside"]["up.weight"], result["before"]["up.weight"])
+        # bf16: weights are rounded to 8 bits, and gradients are of those weights.
+        assert_same(result["inside"], average, 2e-2 if low_precision else 1e-5)
+        assert_same(result["end"], end, 2e-2 if low_precision else 1e-5)
+        assert [message.split(" on ")[0] for message in result["refused"]] == ["step()", "state_dict()"]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_other_rules_are_left_alone(stage: int, pools: Pools, tmp_path: Path) -> None:
+    config = cases.engine_config(stage, cases.MUON)
+    result = pools[1].run(cases.evaluate_on_average, config, str(tmp_path))[0]
+    assert all(torch.equal(result["inside"][name], weight) for name, weight in result["before"].items())
