@@ -84,7 +84,7 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
         yield
         return
     # DeepSpeed fills the groups to save a checkpoint, and leaves them so when the optimizer refuses.
-    stepped = [group["params"] for group in optimizer.param_groups]
+    stepped = [list(group["params"]) for group in optimizer.param_groups]
     with torch.no_grad():
         optimizer.eval()
         refresh_weights(wrapper)
