@@ -4,35 +4,32 @@
 # make clean   remove what the targets above made, the results of training aside
 
 PYTHON ?= python3
-VENV := $(CURDIR)/.venv
-INSTALLED := $(VENV)/.installed
 
-# The virtual environment comes first on the path because DeepSpeed compiles an operator when it first runs on a CPU
-# and looks for ninja there; the result is kept beside it, so that clones do not rebuild each other's.
-export PATH := $(VENV)/bin:$(PATH)
-export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
+# On a CPU, DeepSpeed compiles an operator when it first runs. It looks on the path for ninja, which the environment
+# has; and with the result kept in the environment, two clones do not rebuild each other's.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
 .PHONY: train test venv clean
 
 train: venv
-	OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
+	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
 
 test: venv
-	ruff check .
-	ruff format --check .
-	mypy
-	pytest
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
+	$(IN_VENV) pytest
 
-venv: $(INSTALLED)
+venv: .venv/installed
 
-# torch goes first, pinned to the release: left to the range in setup.cfg, pip takes the newest, which may bring
-# gigabytes of CUDA libraries where this one does not.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt torch==2.13.0
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+# torch goes first, pinned: left to the range in setup.cfg, pip would take the newest release, and on Linux that may
+# bring gigabytes of CUDA libraries.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

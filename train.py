@@ -171,7 +171,8 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path) -> R
             file.write(json.dumps(row) + "\n")
             rates = dict.fromkeys(f"{rate:.1e}" for rate in row["learning_rate"].values())  # equal ones once
             progress.set_postfix_str(f"loss {row['loss']:.3f}, lr {' '.join(rates)}", refresh=False)
-    validation_loss = evaluate(engine, corpus, args.sequence_length)
+    with ds_optforge.evaluation_weights(engine):  # the average, where the optimizer keeps one
+        validation_loss = evaluate(engine, corpus, args.sequence_length)
     return Result(metrics, validation_loss, seconds=time.perf_counter() - start)
 
 
@@ -201,9 +202,8 @@ def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace)
 
 
 def learning_rates(engine: Any) -> dict[str, float]:
-    """Return the learning rate of each group by its name; DeepSpeed's own optimizers leave theirs unnamed."""
-    groups = enumerate(engine.optimizer.param_groups)
-    return {group.get("optforge_group", f"group {index}"): group["lr"] for index, group in groups}
+    """Return the learning rate of each group, by role and rule ("matrix.muon")."""
+    return {group["optforge_group"]: group["lr"] for group in engine.optimizer.param_groups}
 
 
 def peak_memory_gb() -> float:

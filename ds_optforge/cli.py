@@ -49,6 +49,6 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     config = load_config(options.config)
-    check(config)
+    check(config, filled=False)
     print(f"{options.config}: valid")
     return 0

@@ -7,10 +7,10 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ds_optforge.orthogonalize import Method, coefficient_set
 from ds_optforge.rules.adamw import AdamW
@@ -30,7 +30,8 @@ DecaySchedule: TypeAlias = Literal["constant", "linear", "cosine"]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
-Triple = Annotated[tuple[float, float, float], Strict(False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Triple: TypeAlias = tuple[Finite, Finite, Finite]
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -49,13 +50,23 @@ class Section(BaseModel):
 class OrthogonalizationSettings(Section):
     """How the matrices of a matrix rule are orthogonalized."""
 
-    coefficients: str | Annotated[tuple[Triple, ...], Strict(False)] = Field(
+    coefficients: str | tuple[tuple[float, float, float], ...] = Field(
         "quintic", description="name of a coefficient set, or a list of triples [a, b, c]"
     )
     steps: int | None = Field(None, ge=1, description="Newton-Schulz steps; null takes the set's own number (quintic: 5)")
     method: Method = Field("auto", description="standard, gram, or auto: the one with fewer FLOPs for the shape")
     dtype: DTypeName = Field("bfloat16", description="of the matrix products")
     scale: Scale = Field("shape", description="factor of the update, from the matrix's shape")
+
+    @field_validator("coefficients", mode="wrap")
+    @classmethod
+    def _triples(cls, value: Any, handler: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        try:
+            return TypeAdapter(list[Triple]).validate_python(value) and tuple(map(tuple, value))
+        except (ValidationError, TypeError):
+            raise ValueError("the name of a set, or a list of triples [a, b, c] of finite numbers") from None
 
     @model_validator(mode="after")
     def _known_set(self) -> "OrthogonalizationSettings":
@@ -222,14 +233,22 @@ class Override(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
-    match: str
+    match: str = Field(description="a regular expression")
     role: Role | None = None
     split: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
         None, description="rows of each matrix that is fused into the parameter"
     )
-    heads: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
+    heads: int | tuple[int, ...] | None = Field(
         None, description="equal row blocks that each matrix is cut into; a list: one count per entry of split"
     )
+
+    @field_validator("heads", mode="wrap")
+    @classmethod
+    def _counts(cls, value: Any, handler: Any) -> Any:
+        counts = value if isinstance(value, list | tuple) else [value]
+        if not counts or any(type(count) is not int or count < 1 for count in counts):
+            raise ValueError("an integer of at least 1, or a list of them")
+        return value if isinstance(value, int) else tuple(value)
 
     @field_validator("match")
     @classmethod
@@ -277,7 +296,12 @@ class OptimizerConfig:
             self._check_override(index, (override.role,) if override.role else ROLES)
 
     def settings(
-        self, role: Role, overrides: Sequence[int] = (), too_thin: bool = False, own: Mapping[str, Any] | None = None
+        self,
+        role: Role,
+        overrides: Sequence[int] = (),
+        too_thin: bool = False,
+        own: Mapping[str, Any] | None = None,
+        place: str = "param_groups",
     ) -> RuleSettings:
         """The rule and its settings for a parameter.
 
@@ -286,8 +310,9 @@ class OptimizerConfig:
             overrides: indices of the overrides that match it; later ones win.
             too_thin: the parameter's aspect ratio is beyond ``max_aspect_ratio``, so a matrix rule does not take it.
             own: settings of its own parameter group, weaker than overrides and stronger than everything else.
+            place: names that group in messages.
         """
-        layers = [(f"{self._path}.roles.{role}", dict(self.common.roles.get(role, {}))), ("param_groups", dict(own or {}))]
+        layers = [(f"{self._path}.roles.{role}", dict(self.common.roles.get(role, {}))), (place, dict(own or {}))]
         layers += [(f"{self._path}.overrides[{i}]", self.common.overrides[i].settings) for i in overrides]
         for_itself = any("name" in layer for _, layer in layers[1:])
         names = [(path, layer.pop("name")) for path, layer in layers if "name" in layer]
@@ -296,6 +321,8 @@ class OptimizerConfig:
             raise ConfigError(f"{path}.name: got {name!r}; allowed: {', '.join(SETTINGS)}")
         if SETTINGS[name].needs_matrix and ((too_thin and not for_itself) or (role != "matrix" and not names)):
             name = "adamw"
+            if too_thin:  # what was said of matrices does not hold for it
+                layers = layers[1:]
         return self._resolve(name, [*self._base(role, name), *layers])
 
     def _check_override(self, index: int, roles: Sequence[Role]) -> None:
@@ -403,7 +430,8 @@ def validate(model: type[M], values: Mapping[str, Any], path: str, paths: Mappin
         problems = []
         for detail in error.errors():
             origin = (paths or {}).get(str(detail["loc"][0]), path) if detail["loc"] else path
-            problems.append(_problem(model, detail, _join(origin, detail["loc"])))
+            where = _join(origin, [part for part in detail["loc"] if part != "[key]"])
+            problems.append(_problem(model, detail, where, top_level=origin == path))
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -413,28 +441,40 @@ def _join(path: str, location: Sequence[int | str]) -> str:
     return path
 
 
-def _problem(model: type[BaseModel], detail: Any, where: str) -> str:
+def _problem(model: type[BaseModel], detail: Any, where: str, top_level: bool) -> str:
     found = detail["input"]
     if detail["type"] == "extra_forbidden":
-        return f"{where}: {_unknown_key(model, detail['loc'])}"
+        return f"{where}: {_unknown_key(model, detail['loc'], top_level)}"
     if detail["type"] == "missing":
-        return f"{where}: missing"
+        return f"{where}: missing; allowed: {_model_at(model, detail['loc']).model_fields[str(detail['loc'][-1])].description}"
     if detail["type"] == "value_error":  # of ours: about one field of the section, or about the value itself
         message = str(detail["ctx"]["error"])
-        return f"{where}.{message}" if isinstance(found, Mapping) else f"{where}: got {found!r}; allowed: {message}"
+        return f"{where}.{message}" if isinstance(found, Mapping) else f"{where}: {_got(found)}; allowed: {message}"
     allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Input should ")
-    return f"{where}: got {found!r} ({type(found).__name__}); allowed: {allowed}"
+    return f"{where}: {_got(found)}; allowed: {allowed}"
 
 
-def _unknown_key(model: type[BaseModel], location: Sequence[int | str]) -> str:
+def _got(found: Any) -> str:
+    return f"got {found!r} ({type(found).__name__})"
+
+
+def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> Any:
+    """The section that the last part of ``location`` is a key of."""
     inner: Any = model
     for part in location[:-1]:
-        inner = inner.model_fields[part].annotation
+        if isinstance(part, str):
+            annotation = inner.model_fields[part].annotation
+            inner = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
+    return inner
+
+
+def _unknown_key(model: type[BaseModel], location: Sequence[int | str], top_level: bool) -> str:
+    inner = _model_at(model, location)
     allowed = list(inner.model_fields)
     if issubclass(inner, RuleSettings):
         others = [name for name, other in SETTINGS.items() if location[-1] in other.model_fields]
-        reason = f"'{inner.rule}' does not read it" + (f" ({', '.join(others)} does)" if others else "")
-        allowed += [key for key in CommonSettings.model_fields if key not in allowed]
+        reason = f"'{inner.rule}' does not read it" + (f" (read by {', '.join(others)})" if others else "")
+        allowed += [key for key in CommonSettings.model_fields if top_level and key not in allowed]
     else:
         reason = "unknown key"
     close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
@@ -455,5 +495,5 @@ def _autos(value: Any, path: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _autos(inner, f"{path}[{index}]")
-    elif value == "auto" and not path.endswith(".orthogonalization.method"):
+    elif value == "auto" and not path.endswith((".orthogonalization.method", ".match")):
         yield path

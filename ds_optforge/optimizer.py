@@ -43,7 +43,7 @@ class OptForge(torch.optim.Optimizer):
         self._routing = routing_table(item[1] for item in routed)
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
-        self._rates_seen: dict[str, tuple[float, float]] = {}
+        self._rates_seen: dict[str, tuple[int, float, float]] = {}  # by group: step, configured lr, lr found
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # inside eval()
         super().__init__(self._build_groups(routed), defaults={})
 
@@ -126,9 +126,10 @@ class OptForge(torch.optim.Optimizer):
             )
         if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; zero tells nothing yet
             return
-        self._rates_seen[group[_GROUP]] = (settings.lr, group["lr"])
-        for other, (configured, rate) in self._rates_seen.items():
-            if configured != settings.lr and rate == group["lr"]:
+        step = int(self.state[group["params"][0]].get("step", 0))
+        self._rates_seen[group[_GROUP]] = (step, settings.lr, group["lr"])
+        for other, (its_step, configured, rate) in self._rates_seen.items():
+            if its_step == step and configured != settings.lr and rate == group["lr"]:
                 raise ConfigError(
                     f"scheduler: the groups '{other}' and '{group[_GROUP]}' are configured with lr {configured:g} and "
                     f"{settings.lr:g}, but something set both to {rate:g}; allowed: a scheduler that keeps the ratio, "
@@ -205,7 +206,7 @@ class _GroupStep:
         """Refuse gradients that are not finite, where no DeepSpeed wrapper has skipped the step."""
         if self._slices.binding.process_group is not None:
             return
-        norms = torch.stack(torch._foreach_norm(self._gradients))
+        norms = torch.stack(torch._foreach_norm(self._gradients, float("inf")))
         if not norms.isfinite().all():
             index = int(norms.isfinite().logical_not().nonzero()[0])
             route = self._members.routes[self._slices.binding.indices[index]]

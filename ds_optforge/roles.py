@@ -92,7 +92,8 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
         parameter: of the model, tagged.
         config: of the optimizer.
         own: the settings of the parameter group that the user put it into, KellerJordan's ``use_muon`` included.
-        place: names a parameter without a tag, where ``use_muon`` says all that is needed.
+        place: the parameter's place in the given groups ("param_groups[0].params[3]"): its name, where ``use_muon`` says
+            all that is needed and it has no tag.
 
     Raises:
         ConfigError: an unregistered parameter, settings that its rule does not read, a matrix rule for a vector.
@@ -108,7 +109,10 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
     pieces = _matrices_in(parameter, name, config, matched)
     fused = any(config.common.overrides[i].split or config.common.overrides[i].heads for i in matched)
     thin = any(max(rows, cols) > config.common.max_aspect_ratio * min(rows, cols) for _, rows, cols in pieces)
-    settings = config.settings(role, matched, thin and not (certain or fused), own)
+    try:
+        settings = config.settings(role, matched, thin and not (certain or fused), own, place.rpartition(".")[0])
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     if settings.needs_matrix and len(shape) < 2:
         raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
     group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
@@ -123,7 +127,14 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
 def _matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: Sequence[int]) -> list[tuple[int, int, int]]:
     """(start, rows, cols) of each matrix: a bank's members, a conv filter bank, or what ``split`` and ``heads`` say."""
     shape = full_shape(parameter)
-    rows, cols = getattr(parameter, _MATRIX, None) or (tuple(shape[-2:]) if len(shape) > 1 else (1, shape.numel()))
+    if hasattr(parameter, _MATRIX):
+        rows, cols = getattr(parameter, _MATRIX)
+    elif len(shape) < 2:
+        rows, cols = 1, shape.numel()
+    elif hasattr(parameter, _NAME):
+        rows, cols = shape[-2:]
+    else:  # KellerJordan's groups are not registered; more dimensions than two are convolution filters there
+        rows, cols = shape[0], shape.numel() // shape[0]
     blocks = [rows]
     for key in ("split", "heads"):
         asked = [(i, value) for i in matched if (value := getattr(config.common.overrides[i], key)) is not None]
@@ -202,6 +213,7 @@ def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
         return
     if not any(r.settings.needs_matrix for r in routes):
         logger.warning("no parameter is a matrix for '%s': every one is trained by adamw", main.rule)
+        return
     scale = getattr(main, "orthogonalization").scale  # noqa: B009 - every matrix rule has it
     beside = [r for r in routes if not r.settings.needs_matrix]
     if scale != "match_rms_adamw" and "lr" not in config.common.adamw and any(r.settings.lr == main.lr for r in beside):

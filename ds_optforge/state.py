@@ -1,4 +1,4 @@
-"""State buffers in float32, bfloat16 or 8-bit blocks, behind one pair: `read` gives float32, `write` stores it.
+"""State buffers in full precision, bfloat16 or 8-bit blocks, behind one pair: `read` gives values, `write` stores them.
 
 8-bit: bitsandbytes' blockwise dynamic quantization (Dettmers et al. 2022, arXiv 2110.02861), blocks of 256 values with one
 float32 absmax each. Blocks restart at each fragment and are aligned to multiples of 256 within the parameter, so that
@@ -35,7 +35,7 @@ class StateFormat(Protocol):
         """Enter the buffer, holding zeros."""
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
-        """(numel,) float32: elements [offset, offset + numel) of the slice; a view where the format allows it."""
+        """(numel,): elements [offset, offset + numel) of the slice; a view where the format allows it."""
 
     def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
         """Store what `read` returned, changed or not."""
@@ -43,7 +43,7 @@ class StateFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """One tensor of the slice's shape. Reading float32 is a view, and writing it does nothing."""
+    """One tensor of the slice's shape. `read` is a view, so that storing what was changed in place does nothing."""
 
     dtype: torch.dtype
 
@@ -52,10 +52,10 @@ class Plain:
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         stored: Tensor = state[buffer.name]
-        return stored.view(-1).narrow(0, offset, numel).float()
+        return stored.view(-1).narrow(0, offset, numel)
 
     def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
-        if self.dtype != torch.float32:
+        if values.dtype != self.dtype:
             state[buffer.name].view(-1).narrow(0, offset, values.numel()).copy_(values)
 
 
@@ -89,7 +89,7 @@ class EightBit:
 
         codes = state[buffer.name].view(-1)
         for at, length, blocks in self._cut(offset, values.numel()):
-            part = values.narrow(0, at - offset, length)
+            part = values.narrow(0, at - offset, length).float()
             quantized, how = quantize_blockwise(part, code=_code(buffer.signed, codes.device), blocksize=BLOCK)
             codes.narrow(0, at, length).copy_(quantized)
             state[f"{buffer.name}_absmax"][blocks] = how.absmax

@@ -1,4 +1,4 @@
-"""What a section may say, how its layers resolve, and that every mistake is one error: path, what was found, what is allowed."""
+"""What a section may say, how its layers resolve, and that every mistake is one error: path, found, allowed."""
 
 from typing import Any
 
@@ -60,6 +60,7 @@ WRONG_TYPE = {
     "overrides": (muon(overrides={"match": "blocks"}), "{'match': 'blocks'} (dict)", "tuple"),
     "overrides[0]": (muon(overrides=["blocks"]), "'blocks' (str)", "a valid dictionary"),
     "overrides[0].match": (muon(overrides=[{"match": 3}]), "3 (int)", "a valid string"),
+    "overrides[0].heads": (override(heads="all"), "'all' (str)", "integer"),
 }
 
 NOT_A_CHOICE = {
@@ -89,6 +90,7 @@ UNKNOWN_KEY = {
     "adamw.beta": (muon(adamw={"beta": [0.9, 0.95]}), "betas"),
     "roles.scalar.epsi": (muon(roles={"scalar": {"epsi": 1e-8}}), "eps"),
     "overrides[0].momentun": (override(momentun=0.9), "momentum"),
+    "momentum_warmup.step": (muon(momentum_warmup={"step": 300}), "steps"),
 }
 
 # The key belongs to the second rule; the section is the first one's.

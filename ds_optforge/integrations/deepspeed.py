@@ -1,7 +1,9 @@
 """The doors into DeepSpeed: `register` makes the JSON names known, `initialize` is register + deepspeed.initialize."""
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ import torch
 from torch import nn
 
 from ds_optforge import roles
-from ds_optforge.config import ConfigError, OptimizerConfig, schedule_config
+from ds_optforge.config import ROLES, ConfigError, OptimizerConfig, schedule_config
 from ds_optforge.optimizer import OptForge
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.zero.layout import refresh_weights
+
+logger = logging.getLogger("ds_optforge")
 
 # DeepSpeed's own schedulers: they write the same learning rate into every group.
 _FLATTENING_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
@@ -114,12 +118,25 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def optimizer_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The "params" of the optimizer section; ``config`` may also be those params alone."""
-    return _params(config, "optimizer", "OptForge") if "optimizer" in config else config
+    """The "params" of the optimizer section; ``config`` may also be those params alone. Raises ConfigError."""
+    return _params(config, "optimizer", OptForge.__name__) if "optimizer" in config else config
 
 
-def check(config: Mapping[str, Any]) -> None:
+def scheduler_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The "params" of the scheduler section; ``config`` may also be those params alone. Raises ConfigError."""
+    if "scheduler" in config:
+        return _params(config, "scheduler", OptForgeSchedule.__name__)
+    if "optimizer" in config or "train_batch_size" in config:
+        raise ConfigError('scheduler: missing; allowed: {"type": "OptForgeSchedule", "params": {...}}')
+    return config
+
+
+def check(config: Mapping[str, Any], filled: bool = True) -> None:
     """Validate what OptForge reads of a DeepSpeed configuration, as far as that is possible without a model.
+
+    Args:
+        config: the whole configuration.
+        filled: False for a file: the "auto" values that frameworks and train.py fill are accepted.
 
     Raises:
         ConfigError: bad "params", a DeepSpeed scheduler that would flatten different learning rates to one, a ZeRO
@@ -127,14 +144,25 @@ def check(config: Mapping[str, Any]) -> None:
     """
     if "optimizer" not in config:
         raise ConfigError('optimizer: missing; allowed: {"type": "OptForge", "params": {"name": ...}}')
-    optimizer = OptimizerConfig(_params(config, "optimizer", "OptForge"))
+    params = _params(config, "optimizer", OptForge.__name__)
+    optimizer = OptimizerConfig(params if filled else _without_auto(params, ("lr", "betas", "eps", "weight_decay")))
     if "scheduler" in config:
         kind = _section(config, "scheduler").get("type")
         if kind == OptForgeSchedule.__name__:
-            schedule_config(_params(config, "scheduler", OptForgeSchedule.__name__))
+            section = _params(config, "scheduler", OptForgeSchedule.__name__)
+            if not filled:
+                length = {"total_num_steps": sys.maxsize} if section.get("total_num_steps") == "auto" else {}
+                section = {**_without_auto(section, ("total_num_steps", "warmup_num_steps")), **length}
+            schedule_config(section)
+        elif kind is None:
+            raise ConfigError("scheduler.type: got None; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
         elif kind in _FLATTENING_SCHEDULERS:
             _refuse_flattening(kind, optimizer)
     _refuse_zero_features(config)
+
+
+def _without_auto(section: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if not (key in keys and value == "auto")}
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -155,34 +183,50 @@ def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]
 
 
 def _refuse_flattening(kind: str, optimizer: OptimizerConfig) -> None:
-    rates = {role: optimizer.settings(role).lr for role in ("matrix", "embedding", "unembedding", "scalar")}
+    rates: dict[str, float] = {role: optimizer.settings(role).lr for role in ROLES}
+    rates["matrix beyond max_aspect_ratio"] = optimizer.settings("matrix", too_thin=True).lr
     for index, override in enumerate(optimizer.common.overrides):
         if "lr" in override.settings:
             rates[f"overrides[{index}]"] = override.settings["lr"]
     if len(set(rates.values())) > 1:
         found = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
         raise ConfigError(
-            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while optimizer.params asks for "
-            f"different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
+            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while optimizer.params asks "
+            f"for different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
         )
 
 
 def _refuse_zero_features(config: Mapping[str, Any]) -> None:
-    zero = config.get("zero_optimization", {})
-    zero = zero if isinstance(zero, Mapping) else {}
-    offload = zero.get("offload_optimizer") or {}
+    zero = _object(config, "zero_optimization", "zero_optimization")
+    offload = _object(zero, "offload_optimizer", "zero_optimization.offload_optimizer")
+    checkpoint = _object(config, "checkpoint", "checkpoint")
+    here = "zero_optimization.offload_optimizer"
     problems = []
     if offload.get("device") == "nvme":
-        problems.append("zero_optimization.offload_optimizer.device: got 'nvme'; allowed: 'cpu' or 'none'")
-    if offload.get("ratio", 1.0) < 1.0:
-        problems.append(f"zero_optimization.offload_optimizer.ratio: got {offload['ratio']}; allowed: 1.0")
+        problems.append(f"{here}.device: got 'nvme'; allowed: 'cpu' or 'none'")
+    ratio = offload.get("ratio", 1.0)
+    if not isinstance(ratio, int | float) or ratio < 1.0:
+        problems.append(f"{here}.ratio: got {ratio!r}; allowed: 1.0 (DeepSpeed would step the rest itself)")
     if offload.get("super_offload"):
-        problems.append("zero_optimization.offload_optimizer.super_offload: got true; allowed: false")
+        problems.append(f"{here}.super_offload: got true; allowed: false")
     if zero.get("zenflow"):
         problems.append("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
     if zero.get("elastic_checkpoint"):
         problems.append("zero_optimization.elastic_checkpoint: got true; allowed: false")
-    if (config.get("checkpoint") or {}).get("load_universal"):
+    if checkpoint.get("load_universal"):
         problems.append("checkpoint.load_universal: got true; allowed: false (DeepSpeed's loader knows only Adam's state)")
     if problems:
         raise ConfigError("\n".join(problems))
+    if _object(config, "bf16", "bf16").get("check_grad_overflow") is False or zero.get("compute_grad_norm") is False:
+        logger.warning(
+            "bf16.check_grad_overflow or zero_optimization.compute_grad_norm is false: DeepSpeed then steps with gradients "
+            "that are not finite, and they reach weights and state"
+        )
+
+
+def _object(owner: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
+    """A section that may be missing."""
+    section = owner.get(key)
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"{path}: got {section!r}; allowed: an object")
+    return section or {}

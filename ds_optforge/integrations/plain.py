@@ -10,7 +10,7 @@ from torch import nn
 
 from ds_optforge import roles
 from ds_optforge.config import ConfigError, OptimizerConfig
-from ds_optforge.integrations.deepspeed import load_config, optimizer_section
+from ds_optforge.integrations.deepspeed import load_config, optimizer_section, scheduler_section
 from ds_optforge.optimizer import OptForge
 from ds_optforge.schedules import OptForgeSchedule
 
@@ -37,8 +37,7 @@ def build_scheduler(optimizer: OptForge, config: Config, total_steps: int | None
 
     ``total_steps`` stands in for ``total_num_steps`` where the configuration has none, or "auto". Raises ConfigError.
     """
-    loaded = load_config(config)
-    section = dict(loaded["scheduler"].get("params", {}) if "scheduler" in loaded else loaded)
+    section = dict(scheduler_section(load_config(config)))
     if total_steps is not None and section.get("total_num_steps", "auto") == "auto":
         section["total_num_steps"] = total_steps
     return OptForgeSchedule(optimizer, **section)

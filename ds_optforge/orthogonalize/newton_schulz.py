@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ds_optforge.orthogonalize.coefficients import Triple, coefficient_set
+from ds_optforge.orthogonalize.coefficients import CoefficientSet, Triple, coefficient_set
 
 Method = Literal["auto", "standard", "gram"]
 
@@ -38,7 +38,7 @@ def orthogonalize(
         matrices: (..., rows, cols), any floating dtype; left unchanged. Matrices of a batch do not influence each other.
         coefficients: the name of a set (``ds_optforge.orthogonalize.COEFFICIENT_SETS``) or a list of triples.
         steps: the number of steps; None takes the set's own (5 for ``quintic``).
-        method: ``auto`` takes the form that needs fewer FLOPs for this shape.
+        method: ``auto`` takes the form that needs fewer FLOPs for this shape, if it is accurate in ``dtype``.
         dtype: of the matrix products. The norm that scales the start is computed in float32 or wider.
 
     Returns:
@@ -56,6 +56,7 @@ def orthogonalize(
     if rows > cols:
         batch = batch.mT  # iterate on the short side
     x = _normalised(batch, chosen.safety, chosen.eps, dtype)
+    method = accurate_method(method, chosen, dtype)
     x = _gram(x, triples) if uses_gram(rows, cols, len(triples), method) else _standard(x, triples)
     return (x.mT if rows > cols else x).reshape(matrices.shape)
 
@@ -67,6 +68,12 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
     products, long_products = _gram_products(steps)
     gram = 2 * n * n * m * long_products + 2 * n**3 * products
     return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[method]
+
+
+def accurate_method(method: Method, coefficients: CoefficientSet, dtype: torch.dtype) -> Method:
+    """``auto`` leaves the Gram form out where it would be inaccurate."""
+    inaccurate = coefficients.steep and torch.finfo(dtype).bits < 32
+    return "standard" if method == "auto" and inaccurate else method
 
 
 def uses_gram(rows: int, cols: int, steps: int, method: Method = "auto") -> bool:

@@ -84,7 +84,8 @@ def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool) ->
     if rate == 0:
         return
     if not cautious:
-        torch._foreach_mul_(list(parameters), 1.0 - rate)
+        # A tensor, because foreach rounds a number to the parameters' dtype first.
+        torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
         return
     agrees = torch._foreach_mul(list(parameters), list(updates))
     masked = [parameter * (product >= 0) for parameter, product in zip(parameters, agrees, strict=True)]

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Method, coefficient_set, flops, orthogonalize
+from ds_optforge.orthogonalize import Method, accurate_method, coefficient_set, flops, orthogonalize
 from ds_optforge.rules.base import Buffer, Hyperparameters, State, Tensors, decay
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
@@ -40,8 +40,9 @@ class Orthogonalization:
         return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
 
     def flops(self, rows: int, cols: int) -> int:
-        steps = len(coefficient_set(self.coefficients).sequence(self.steps))
-        return flops(rows, cols, steps, self.method)
+        chosen = coefficient_set(self.coefficients)
+        method = accurate_method(self.method, chosen, self.dtype)
+        return flops(rows, cols, len(chosen.sequence(self.steps)), method)
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,8 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     indices, cuts, offset = [], [], 0
     for parameter in _need(zero, "fp16_groups")[sub_group]:
+        if id(parameter) not in position:
+            raise LayoutError(f"sub-group {sub_group} holds a parameter of another group. {_versions()}")
         partition = int(_need(parameter, "partition_numel")())
         indices.append(position[id(parameter)])
         cuts.append(Cut(base=0, size=partition, offset=offset))

@@ -139,7 +139,7 @@ def test_a_set_that_was_designed_as_a_whole_has_no_further_steps(name: str) -> N
 
 
 def test_no_steps_are_an_error() -> None:
-    with pytest.raises(ValueError, match="^steps: got 0; allowed: an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"^steps: got 0; allowed: an integer of at least 1"):
         COEFFICIENT_SETS["quintic"].sequence(0)
 
 

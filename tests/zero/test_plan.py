@@ -3,8 +3,9 @@
 A `World` builds every rank's slice element by element, as ZeRO does, so it knows nothing of `Cut`'s arithmetic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -25,8 +26,10 @@ from ds_optforge.zero.plan import (
 Element = tuple[int, int]  # (parameter, position within it)
 FLAG, ROW = "flag", "row"
 
-settings.register_profile("plan", max_examples=60, deadline=None, derandomize=True)
-settings.load_profile("plan")
+
+def holds_for(*arguments: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same random layouts in every run; planning may be slow on a busy machine."""
+    return lambda test: settings(max_examples=60, deadline=None, derandomize=True)(given(*arguments)(test))
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def beginning_in(matrix: Matrix, start: int, numel: int) -> list[int]:
 
 
 class TestLayout:
-    @given(worlds)
+    @holds_for(worlds)
     def test_every_element_of_every_matrix_is_held_once_where_the_fragment_says(self, world: World) -> None:
         seen: list[list[int]] = [[] for _ in world.layout.matrices]
         for rank, piece in enumerate(world.slices):
@@ -144,7 +147,7 @@ class TestLayout:
                 seen[fragment.matrix] += elements
         assert [sorted(elements) for elements in seen] == [list(range(m.numel)) for m in world.layout.matrices]
 
-    @given(worlds)
+    @holds_for(worlds)
     def test_fragments_of_a_rank_ascend_in_its_slice_and_do_not_overlap(self, world: World) -> None:
         for rank, piece in enumerate(world.slices):
             end = 0
@@ -153,14 +156,14 @@ class TestLayout:
                 end = fragment.offset + fragment.numel
             assert end <= len(piece)
 
-    @given(worlds)
+    @holds_for(worlds)
     def test_holders_are_exactly_the_ranks_with_a_fragment(self, world: World) -> None:
         for index in range(len(world.layout.matrices)):
             ranks = range(world.layout.world_size)
             holding = [rank for rank in ranks if world.layout.fragment(index, rank) is not None]
             assert list(world.layout.holders(index)) == holding
 
-    @given(worlds)
+    @holds_for(worlds)
     def test_every_output_row_begins_in_one_fragment(self, world: World) -> None:
         seen: list[list[int]] = [[] for _ in world.layout.matrices]
         for rank in range(world.layout.world_size):
@@ -178,13 +181,13 @@ class TestLayout:
 
 
 class TestOwners:
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_an_owner_holds_a_piece(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         for index, owner in enumerate(plan.owners):
             assert owner in world.layout.holders(index)
 
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_each_matrix_is_orthogonalized_once_by_its_owner(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         done = [
@@ -195,7 +198,7 @@ class TestOwners:
         ]
         assert sorted(done) == list(enumerate(plan.owners))
 
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_only_matrices_on_several_ranks_travel(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         shared = [m for m in range(len(world.layout.matrices)) if len(world.layout.holders(m)) > 1]
@@ -228,7 +231,7 @@ class TestOwners:
         plan = make_plan(self.zero3(2, [16] + [8] * 8), cubic, 10_000)
         assert plan.owners.count(plan.owners[0]) == 1
 
-    @given(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=40), st.sampled_from([2, 4]))
+    @holds_for(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=40), st.sampled_from([2, 4]))
     def test_no_rank_has_more_than_its_share_and_one_matrix(self, sides: list[int], world_size: int) -> None:
         """What longest-processing-time-first guarantees."""
         layout = self.zero3(world_size, sides)
@@ -239,13 +242,13 @@ class TestOwners:
 
 
 class TestBuckets:
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_an_exchange_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
         for exchange in plan_of(world, bucket_numel).exchanges:
             numel = sum(world.layout.matrices[matrix].numel for matrix in exchange)
             assert numel <= world.layout.world_size * bucket_numel or len(exchange) == 1
 
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_a_local_bucket_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         for rank in range(world.layout.world_size):
@@ -253,7 +256,7 @@ class TestBuckets:
                 numel = sum(fragment.numel for fragment in bucket.fragments)
                 assert numel <= bucket_numel or len(bucket.owned) == 1
 
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_what_one_rank_sends_another_receives(self, world: World, bucket_numel: int) -> None:
         ranks = range(world.layout.world_size)
         for buckets in exchanges(plan_of(world, bucket_numel)):
@@ -261,7 +264,7 @@ class TestBuckets:
             received = [[buckets[receiver].receives[sender] for receiver in ranks] for sender in ranks]
             assert sent == received
 
-    @given(worlds, bucket_sizes, row_words)
+    @holds_for(worlds, bucket_sizes, row_words)
     def test_the_buffers_are_as_long_as_their_blocks(self, world: World, bucket_numel: int, words: int) -> None:
         for buckets in exchanges(plan_of(world, bucket_numel), words):
             for bucket in buckets:
@@ -336,7 +339,7 @@ def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
 class TestExchange:
     """The way out and back, simulated for all ranks with lists."""
 
-    @given(worlds, bucket_sizes, row_words)
+    @holds_for(worlds, bucket_sizes, row_words)
     def test_travelling_matrices_arrive_whole_and_their_updates_return(
         self, world: World, bucket_numel: int, words: int
     ) -> None:
@@ -349,7 +352,7 @@ class TestExchange:
             returned = all_to_all(updates, [bucket.receives for bucket in buckets])
             assert returned == [[("updated", item) for item in buffer] for buffer in sent]
 
-    @given(worlds, bucket_sizes, row_words)
+    @holds_for(worlds, bucket_sizes, row_words)
     def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int, words: int) -> None:
         plan = plan_of(world, bucket_numel)
         for rank, piece in enumerate(world.slices):
@@ -358,7 +361,7 @@ class TestExchange:
                 unpack(bucket, buffer, world.layout)
                 assert update(bucket, buffer) == [("updated", item) for item in buffer]
 
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_every_fragment_is_in_one_bucket_of_its_rank(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         for rank in range(world.layout.world_size):
@@ -395,11 +398,11 @@ class TestExchange:
 
 
 class TestFingerprint:
-    @given(worlds, bucket_sizes)
+    @holds_for(worlds, bucket_sizes)
     def test_the_same_layout_gives_the_same_plan(self, world: World, bucket_numel: int) -> None:
         assert plan_of(world, bucket_numel) == plan_of(world, bucket_numel)
 
-    @given(worlds)
+    @holds_for(worlds)
     def test_a_matrix_of_another_shape_changes_it(self, world: World) -> None:
         first = world.layout.matrices[0]
         assume(first.rows != first.cols)
