@@ -23,7 +23,6 @@ from ds_optforge.zero.plan import Matrix, PartitionLayout, RankBucket, exchange_
 
 # Elements that an elementwise rule updates at a time where its state is not float32: bounds the float32 copies.
 _CHUNK_NUMEL = 2**22
-_EXACT = Plain(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +106,19 @@ class Slices:
 
     @contextmanager
     def opened(self, rule: Rule, states: Sequence[MutableMapping[str, Any]], runs: Sequence[Run]) -> Iterator[State]:
-        """The runs' state in float32, by buffer; changes are stored at the end."""
-        values: dict[str, list[Tensor]] = {}
+        """The runs' state in the tensors' dtype, by buffer; changes are stored at the end."""
+        values: dict[str, list[Tensor]] = {buffer.name: [] for buffer in rule.buffers}
         for buffer in rule.buffers:
-            values[buffer.name] = [self._format(r.piece, buffer).read(states[r.piece], buffer, r.start, r.numel) for r in runs]
+            for r in runs:
+                value = self._format(r.piece, buffer).read(states[r.piece], buffer, r.start, r.numel)
+                values[buffer.name].append(value.to(self.tensors[r.piece].dtype))
         yield values
         for buffer in rule.buffers:
             for run, value in zip(runs, values[buffer.name], strict=True):
                 self._format(run.piece, buffer).write(states[run.piece], buffer, run.start, value)
 
     def _format(self, piece: int, buffer: Buffer) -> StateFormat:
-        return _EXACT if buffer.copies_weight else self.formats[piece]
+        return Plain(self.tensors[piece].dtype) if buffer.copies_weight else self.formats[piece]
 
 
 def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingSettings, routing: str) -> Slices:
@@ -127,7 +128,8 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     layout = PartitionLayout(binding.world_size, tuple(r.name for r in routes), binding.cuts, tuple(_matrices(routes)))
     starts = list(accumulate((piece.numel() for piece in tensors), initial=0))[:-1]
     extents = _extents(layout, binding.rank, starts)
-    formats = tuple(_format(members.settings.state_dtype, extent) for extent in extents)
+    state_dtype = members.settings.state_dtype
+    formats = tuple(_format(state_dtype, tensor, extent) for tensor, extent in zip(tensors, extents, strict=True))
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
     rule = members.rule
@@ -160,8 +162,11 @@ def _matrices(routes: Sequence[Route]) -> Iterator[Matrix]:
             yield Matrix(index, start, rows, cols, route.transposed)
 
 
-def _format(name: str, extents: Sequence[Extent]) -> StateFormat:
-    return EightBit(extents) if name == "8bit" else Plain(getattr(torch, name))
+def _format(name: str, tensor: Tensor, extents: Sequence[Extent]) -> StateFormat:
+    """float32 is what ZeRO's slices have; in plain PyTorch full precision is that of the parameter, as in torch.optim."""
+    if name == "8bit":
+        return EightBit(extents)
+    return Plain(tensor.dtype if name == "float32" else getattr(torch, name))
 
 
 def _place(starts: Sequence[int], offset: int) -> tuple[int, int]:
