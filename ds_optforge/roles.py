@@ -112,7 +112,7 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
     try:
         settings = config.settings(role, matched, thin and not (certain or fused), own, place.rpartition(".")[0])
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ConfigError(str(error) if name == place else f"{name}: {error}") from None
     if settings.needs_matrix and len(shape) < 2:
         raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
     group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])

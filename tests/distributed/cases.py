@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import ds_optforge
@@ -216,3 +217,33 @@ def evaluate_on_average(config: dict[str, Any], folder: str) -> dict[str, Any]:
     end = full_parameters(engine.module)
     engine.destroy()
     return {"before": before, "inside": inside, "after": after, "end": end, "loss": loss, "refused": refused}
+
+
+class MixtureNet(nn.Module):
+    """Four experts, one per token: with 8 tokens some are idle in some steps."""
+
+    def __init__(self, expert_parallel_size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(models.VOCABULARY, 24)
+        expert = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24))
+        self.moe = MoE(24, expert, num_experts=4, ep_size=expert_parallel_size, k=1, use_rts=False, **ROOMY)
+        self.lm_head = nn.Linear(24, models.VOCABULARY)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        mixed, *_ = self.moe(x)  # the balance loss depends on how many tokens a rank sees
+        return nn.functional.cross_entropy(self.lm_head(x + mixed), targets)
+
+
+# No token is dropped, so that the result does not depend on how tokens are shared out.
+ROOMY = {"capacity_factor": 4.0, "eval_capacity_factor": 4.0, "min_capacity": 0}
+
+
+def train_mixture(config: dict[str, Any], expert_parallel_size: int, steps: int = 20) -> dict[str, Any]:
+    """Losses, and the groups that the optimizer made."""
+    engine = ds_optforge.initialize(model=MixtureNet(expert_parallel_size), config=config)[0]
+    losses = run_steps(engine, 0, steps)
+    groups = [group["optforge_group"] for group in base_optimizer(engine).param_groups]
+    engine.destroy()
+    return {"losses": losses, "groups": groups}

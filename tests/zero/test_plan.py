@@ -227,9 +227,12 @@ class TestOwners:
         assert len(plan.exchanges) == 4
         assert [sorted(plan.owners[m] for m in exchange) for exchange in plan.exchanges] == [[0, 1, 2, 3]] * 4
 
-    def test_a_large_matrix_counts_for_many_small_ones(self) -> None:
-        plan = make_plan(self.zero3(2, [16] + [8] * 8), cubic, 10_000)
-        assert plan.owners.count(plan.owners[0]) == 1
+    @pytest.mark.parametrize("large", [0, 4, 8])
+    def test_a_large_matrix_counts_for_eight_small_ones_wherever_it_stands(self, large: int) -> None:
+        sides = [8] * 8
+        sides.insert(large, 16)
+        plan = make_plan(self.zero3(2, sides), cubic, 10_000)
+        assert plan.owners.count(plan.owners[large]) == 1
 
     @holds_for(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=40), st.sampled_from([2, 4]))
     def test_no_rank_has_more_than_its_share_and_one_matrix(self, sides: list[int], world_size: int) -> None:
