@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 train.py --ds_config ds_configs/muon_zero3.json
     python train.py                                           # one rank
 
-Leaves DIR/metrics.jsonl, DIR/summary.json and DIR/loss.png (`--out DIR`). The plot needs matplotlib, which the extra
-`experiments` brings.
+Leaves DIR/metrics.jsonl, DIR/summary.json, DIR/loss.png and DIR/model.safetensors (`--out DIR`). The extra `experiments`
+brings what it needs (matplotlib, safetensors).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import ds_optforge
@@ -173,6 +174,7 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path) -> R
             progress.set_postfix_str(f"loss {row['loss']:.3f}, lr {' '.join(rates)}", refresh=False)
     with ds_optforge.evaluation_weights(engine):  # the average, where the optimizer keeps one
         validation_loss = evaluate(engine, corpus, args.sequence_length)
+        export_weights(engine, out / "model.safetensors")
     return Result(metrics, validation_loss, seconds=time.perf_counter() - start)
 
 
@@ -234,6 +236,17 @@ def evaluate(engine: Any, corpus: Corpus, sequence_length: int) -> float:
             loss_sum += loss * len(tokens[chunk])
     comm.all_reduce(loss_sum)
     return loss_sum.item() / len(tokens)
+
+
+@torch.no_grad()
+def export_weights(engine: Any, path: Path) -> None:
+    """Write the model's weights as they are, under their names. All ranks take part: ZeRO-3 gathers from them."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().cpu().clone()
+    if comm.get_rank() == 0:
+        save_file(weights, path)
 
 
 def write_summary(path: Path, result: Result, args: argparse.Namespace, config: dict[str, Any]) -> None:

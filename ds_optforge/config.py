@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, get_ar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, field_validator, model_validator
 
-from ds_optforge.orthogonalize import Method, coefficient_set
+from ds_optforge.orthogonalize import Method, accurate_method, coefficient_set
 from ds_optforge.rules.adamw import AdamW
 from ds_optforge.rules.base import Rule
 from ds_optforge.rules.lion import Lion
@@ -70,7 +70,9 @@ class OrthogonalizationSettings(Section):
 
     @model_validator(mode="after")
     def _known_set(self) -> "OrthogonalizationSettings":
-        coefficient_set(self.coefficients).sequence(self.steps)
+        chosen = coefficient_set(self.coefficients)
+        chosen.sequence(self.steps)
+        accurate_method(self.method, chosen, getattr(torch, self.dtype))
         return self
 
     def build(self) -> Orthogonalization:
@@ -344,10 +346,10 @@ class OptimizerConfig:
             top = {key: value for key, value in top.items() if key in readable}
             if name == "adamw":
                 top.setdefault("lr", self.main.lr)
-        if role == "scalar":  # decay is for matrices and tables
-            top = {**top, "weight_decay": 0.0}
         beside = [(f"{self._path}.adamw", self.common.adamw)] if name == "adamw" else []
-        return [(self._path, top), *beside]
+        # Decay is for matrices and tables, unless the scalar role itself asks for it.
+        no_decay = [(self._path, {"weight_decay": 0.0})] if role == "scalar" else []
+        return [(self._path, top), *beside, *no_decay]
 
     def _resolve(self, name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RuleSettings:
         merged: dict[str, Any] = {}
@@ -391,9 +393,10 @@ class ScheduleConfig(Section):
         falls = self.name in ("linear", "cosine", "rex") or self.cools_down
         if self.total_num_steps is None and (falls or self.warmup_ratio):
             raise ValueError(f"total_num_steps: missing; allowed: an integer of at least 1 ('{self.name}' needs it)")
-        if self.total_num_steps is not None and self.warmup + self.cooldown > self.total_num_steps:
-            found = f"{self.warmup} steps of warm-up and {self.cooldown} of cool-down"
-            raise ValueError(f"total_num_steps: got {self.total_num_steps}; allowed: at least {found}")
+        falling = max(self.cooldown, 1 if falls else 0)
+        if self.total_num_steps is not None and self.warmup + falling > self.total_num_steps:
+            needed = f"{self.warmup} steps of warm-up and {falling} to fall"
+            raise ValueError(f"total_num_steps: got {self.total_num_steps}; allowed: at least {needed}")
         return self
 
     @property

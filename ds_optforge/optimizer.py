@@ -78,6 +78,12 @@ class OptForge(torch.optim.Optimizer):
             groups.append({"params": list(parameters), _GROUP: identifier, **kept[identifier], **settings.scheduled()})
         return groups
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's constructor adds the groups that were made from the configuration; others cannot follow."""
+        if _GROUP not in param_group:
+            raise ConfigError("add_param_group: got a group of its own; allowed: all parameters when OptForge is built")
+        super().add_param_group(param_group)
+
     def settings_of(self, group: Mapping[str, Any]) -> RuleSettings:
         """The configuration of one of ``param_groups``."""
         return self._members[group[_GROUP]].settings
@@ -305,13 +311,16 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
             {**item, "params": [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])}
             for item in items
         ]
+    if items and all(isinstance(item, tuple) for item in items):  # model.named_parameters()
+        items = [parameter for _, parameter in items]
     return [{"params": items}]
 
 
 def _flat_gradient(piece: Tensor) -> Tensor:
     if piece.grad is None:
         return torch.zeros_like(piece).view(-1)
-    return piece.grad.reshape(-1).to(piece.dtype)
+    gradient = piece.grad.to_dense() if piece.grad.is_sparse else piece.grad
+    return gradient.reshape(-1).to(piece.dtype)
 
 
 def _nonzero(fragments: Sequence[Tensor]) -> Tensor:

@@ -58,6 +58,7 @@ def tag(model: nn.Module) -> None:
         elif isinstance(module, nn.modules.conv._ConvNd):
             shape = full_shape(module.weight)
             setattr(module.weight, _MATRIX, (shape[0], shape.numel() // shape[0]))
+            setattr(module.weight, _TRANSPOSED, module.transposed)
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored (in, out)
             setattr(module.weight, _TRANSPOSED, True)
 

@@ -11,6 +11,7 @@ from tests.oracles import table_rows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.json"))
+RULES = {"adamw_zero2.json": "adamw", "muon_zero1.json": "muon", "muon_zero2.json": "muon", "muon_zero3.json": "muon"}
 MUON = {"type": "OptForge", "params": {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}}}
 
 
@@ -18,10 +19,6 @@ def write(folder: Path, config: Any) -> str:
     path = folder / "config.json"
     path.write_text(config if isinstance(config, str) else json.dumps(config))
     return str(path)
-
-
-def test_there_are_configurations_to_ship() -> None:
-    assert SHIPPED == ["adamw_zero2.json", "muon_zero1.json", "muon_zero2.json", "muon_zero3.json"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -35,14 +32,13 @@ def test_check_accepts_the_shipped_configurations(name: str, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", RULES)
 def test_explain_prints_the_routing_of_the_shipped_configurations(
     name: str, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explain", "--config", str(CONFIGS / name), "--model", model]) == 0
     rows = table_rows(capsys.readouterr().out)
-    rule = name.split("_")[0]
-    assert rows["blocks.0.mlp.up.weight"][1:3] == ["matrix", rule]
+    assert rows["blocks.0.mlp.up.weight"][1:3] == ["matrix", RULES[name]]
     assert rows["token_embedding.weight"][1:3] == ["embedding", "adamw"]
     assert rows["lm_head.weight"][1:3] == ["unembedding", "adamw"]
     assert rows["final_norm.weight"][1:3] == ["scalar", "adamw"]
@@ -87,6 +83,25 @@ def test_a_bad_file_is_named_with_its_problem(
 def test_a_file_that_is_not_there(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay"])
+def test_check_accepts_the_autos_that_the_hugging_face_trainer_fills(key: str, tmp_path: Path) -> None:
+    params = {"name": "adamw", key: "auto"}
+    schedule = {"name": "linear", "total_num_steps": "auto", "warmup_num_steps": "auto"}
+    config = {
+        "optimizer": {"type": "OptForge", "params": params},
+        "scheduler": {"type": "OptForgeSchedule", "params": schedule},
+    }
+    assert main(["check", write(tmp_path, config)]) == 0
+
+
+def test_check_refuses_an_auto_that_nobody_fills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"name": "muon", "lr": "auto", "adamw": {"lr": "auto"}}
+    assert main(["check", write(tmp_path, {"optimizer": {"type": "OptForge", "params": params}})]) == 2
+    said = capsys.readouterr().err
+    assert 'optimizer.params.adamw.lr: got "auto"' in said
+    assert "optimizer.params.lr:" not in said
 
 
 @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle"])

@@ -36,7 +36,7 @@ def orthogonalize(
 
     Args:
         matrices: (..., rows, cols), any floating dtype; left unchanged. Matrices of a batch do not influence each other.
-        coefficients: the name of a set (``ds_optforge.orthogonalize.COEFFICIENT_SETS``) or a list of triples.
+        coefficients: the name of a set (in `COEFFICIENT_SETS`) or a list of triples.
         steps: the number of steps; None takes the set's own (5 for ``quintic``).
         method: ``auto`` takes the form that needs fewer FLOPs for this shape, if it is accurate in ``dtype``.
         dtype: of the matrix products. The norm that scales the start is computed in float32 or wider.
@@ -45,7 +45,8 @@ def orthogonalize(
         (..., rows, cols) in ``dtype``. A zero matrix stays zero.
 
     Raises:
-        ValueError: fewer than two dimensions, an unknown set, or more steps than the set holds.
+        ValueError: fewer than two dimensions, an unknown set, more steps than the set holds, or the Gram form of a steep set
+            in 16 bits.
     """
     if matrices.ndim < 2:
         raise ValueError(f"matrices: got shape {tuple(matrices.shape)}; allowed: (..., rows, cols)")
@@ -71,9 +72,12 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
 
 
 def accurate_method(method: Method, coefficients: CoefficientSet, dtype: torch.dtype) -> Method:
-    """``auto`` leaves the Gram form out where it would be inaccurate."""
-    inaccurate = coefficients.steep and torch.finfo(dtype).bits < 32
-    return "standard" if method == "auto" and inaccurate else method
+    """``auto`` leaves the Gram form out where it would diverge. Raises ValueError where it was asked for by name."""
+    if method == "standard" or not coefficients.steep or torch.finfo(dtype).bits >= 32:
+        return method
+    if method == "gram":
+        raise ValueError(f"method: got 'gram' with steep coefficients in {dtype}; allowed: 'auto', 'standard', or float32")
+    return "standard"
 
 
 def uses_gram(rows: int, cols: int, steps: int, method: Method = "auto") -> bool:

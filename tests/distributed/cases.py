@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import deepspeed
@@ -11,6 +12,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import ds_optforge
+from ds_optforge.workload import build_model, load_corpus, micro_batch_rows
 from tests import models
 
 EXACT = {"orthogonalization": {"dtype": "float32"}, "sharding": {"wire_dtype": "float32"}}
@@ -247,3 +249,28 @@ def train_mixture(config: dict[str, Any], expert_parallel_size: int, steps: int 
     groups = [group["optforge_group"] for group in base_optimizer(engine).param_groups]
     engine.destroy()
     return {"losses": losses, "groups": groups}
+
+
+def train_workload(config: dict[str, Any], steps: int) -> list[float]:
+    """The tiny GPT on the default corpus, as train.py does it: losses, the mean over ranks."""
+    schedule = config["scheduler"]["params"]
+    if schedule.get("total_num_steps") == "auto":
+        schedule["total_num_steps"] = steps
+    torch.manual_seed(0)
+    engine = ds_optforge.initialize(model=build_model("tiny", sequence_length=64), config=config)[0]
+    micro = engine.train_micro_batch_size_per_gpu()
+    losses = []
+    for step in range(steps):
+        rows = micro_batch_rows(0, dist.get_rank(), dist.get_world_size(), micro)
+        tokens, targets = CORPUS().batch(step, 0, engine.train_batch_size(), 64, rows)
+        loss = engine(tokens, targets)
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    engine.destroy()
+    return losses
+
+
+CORPUS = cache(lambda: load_corpus(None))

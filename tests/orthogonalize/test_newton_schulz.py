@@ -181,6 +181,22 @@ def test_auto_takes_the_gram_form_where_it_is_cheaper(shape: tuple[int, int], gr
     assert counter.get_total_flops() == flops(*shape, 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "gram"),
+    [
+        ("quintic", torch.bfloat16, True),
+        ("polar_express", torch.bfloat16, False),
+        ("cans", torch.bfloat16, False),
+        ("polar_express", torch.float32, True),
+    ],
+)
+def test_auto_leaves_the_gram_form_out_where_it_is_inaccurate(name: str, dtype: torch.dtype, gram: bool) -> None:
+    """The steepest sets, in 16 bits: see the ranges in test_coefficients."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(matrix(24, 96, dtype=torch.float32), name, dtype=dtype)
+    assert counter.get_total_flops() == flops(24, 96, 5, "gram" if gram else "standard")
+
+
 def test_it_is_usable_on_its_own() -> None:
     """checklist 30; 5%: bfloat16 in the Gram form."""
     found = ds_optforge.orthogonalize(matrix(24, 96, dtype=torch.float32))

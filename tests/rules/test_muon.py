@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optforge.orthogonalize import COEFFICIENT_SETS
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule
@@ -125,6 +126,16 @@ def test_decay_of_a_bfloat16_weight_is_rounded_once() -> None:
 def test_its_cost_is_that_of_its_own_steps(name: str) -> None:
     steps = len(COEFFICIENT_SETS[name].triples)
     assert rule(coefficients=name, method="standard").cost(8, 24) == steps * (4 * 8 * 8 * 24 + 2 * 8**3)
+
+
+@pytest.mark.parametrize("name", ["quintic", "polar_express"])
+def test_its_cost_is_that_of_the_form_that_auto_takes(name: str) -> None:
+    """Owners are chosen by it."""
+    given = matrices(1, 8, 24).bfloat16()
+    chosen = rule(coefficients=name, dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        chosen.update(given, ACTIVE, NO_ROWS, transposed=False)
+    assert chosen.cost(8, 24) == counter.get_total_flops()
 
 
 def test_its_cost_follows_the_configured_steps() -> None:

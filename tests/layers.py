@@ -1,0 +1,33 @@
+"""Models that are nothing but their weights, and gradients for them. Shared by the tests of rules, state and matrices."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal, the same on every call."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def linears(*weights: Tensor) -> nn.Sequential:
+    """A layer per given (out, in) weight, without biases."""
+    layers = []
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        layer.weight = nn.Parameter(weight.clone())
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def set_gradients(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Gradients that depend on the seed and the parameter's place."""
+    for index, parameter in enumerate(parameters):
+        parameter.grad = matrix(*parameter.shape, seed=1000 * (seed + 1) + index, dtype=parameter.dtype)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
