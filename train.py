@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ds_config", default="ds_configs/muon_zero2.json", help="DeepSpeed config file")
     parser.add_argument("--model", choices=tuple(PRESETS), default="tiny")
-    parser.add_argument("--steps", type=positive_int, default=200)
+    parser.add_argument("--steps", type=positive_int, default=200, help="of the run and of its schedule")
     parser.add_argument("--sequence-length", type=positive_int, default=128, help="bytes in a sample")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     parser.add_argument("--out", help="folder for the results (default: runs/<name of the config file>)")
@@ -119,7 +119,7 @@ def set_up_logging() -> None:
 
 
 def read_config(path: Path, steps: int) -> dict[str, Any]:
-    """Read a DeepSpeed config, with an "auto" length of the schedule replaced by `steps`."""
+    """Read a DeepSpeed config, with the length of its schedule replaced by that of this run, `steps`."""
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -127,7 +127,7 @@ def read_config(path: Path, steps: int) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"--ds_config {str(path)!r} holds a {type(config).__name__}; needed: a JSON object")
     match config:
-        case {"scheduler": {"params": {"total_num_steps": "auto"} as schedule}}:
+        case {"scheduler": {"params": {"total_num_steps": _} as schedule}}:
             schedule["total_num_steps"] = steps
     return config
 

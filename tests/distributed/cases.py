@@ -1,6 +1,7 @@
 """What the ranks of a pool run: real DeepSpeed engines on small models. Every function returns plain data."""
 
 import contextlib
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -254,7 +255,7 @@ def train_mixture(config: dict[str, Any], expert_parallel_size: int, steps: int 
 def train_workload(config: dict[str, Any], steps: int) -> list[float]:
     """The tiny GPT on the default corpus, as train.py does it: losses, the mean over ranks."""
     schedule = config["scheduler"]["params"]
-    if schedule.get("total_num_steps") == "auto":
+    if "total_num_steps" in schedule:
         schedule["total_num_steps"] = steps
     torch.manual_seed(0)
     engine = ds_optforge.initialize(model=build_model("tiny", sequence_length=64), config=config)[0]
@@ -274,3 +275,35 @@ def train_workload(config: dict[str, Any], steps: int) -> list[float]:
 
 
 CORPUS = cache(lambda: load_corpus(None))
+
+
+def run_snippet(code: str, folder: str) -> list[float]:
+    """Run README code that makes an engine or a plain optimizer for ``model``, then train with it."""
+    os.chdir(folder)
+    names: dict[str, Any] = {"model": models.build()}
+    exec(code, names)  # the README's own text
+    if "engine" in names:
+        engine = names["engine"]
+        losses = fit_one_batch(lambda batch: engine(*batch), engine.backward, engine.step)
+        engine.destroy()
+        return losses
+    model, optimizer = names["model"], names["optimizer"]
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        if "scheduler" in names:
+            names["scheduler"].step()
+
+    return fit_one_batch(lambda batch: model(*batch), torch.Tensor.backward, step)
+
+
+def fit_one_batch(forward: Any, backward: Any, step: Any, steps: int = 10) -> list[float]:
+    """The loss on the same batch, step by step."""
+    losses = []
+    for _ in range(steps):
+        loss = forward(models.batch(0))
+        backward(loss)
+        step()
+        losses.append(loss.item())
+    return losses

@@ -129,9 +129,17 @@ def test_the_input_is_left_unchanged(shape: tuple[int, int], dtype: torch.dtype,
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", COEFFICIENT_SETS)
 def test_a_zero_matrix_stays_zero(name: str, method: Any) -> None:
-    found = orthogonalize(torch.stack([torch.zeros(6, 20), matrix(6, 20, dtype=torch.float32)]), name, method=method)
+    matrices = torch.stack([torch.zeros(6, 20), matrix(6, 20, dtype=torch.float32)])
+    found = orthogonalize(matrices, name, method=method, dtype=torch.float32)
     assert not found[0].any()
     assert found[1].any()
+
+
+@pytest.mark.parametrize("name", ["polar_express", "cans"])
+def test_the_gram_form_of_a_steep_set_is_refused_in_bfloat16(name: str) -> None:
+    """It multiplies a matrix of low rank by up to 1e6 there."""
+    with pytest.raises(ValueError, match="method: got 'gram' with steep coefficients"):
+        orthogonalize(matrix(6, 20, dtype=torch.float32), name, method="gram")
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3, 1e15])

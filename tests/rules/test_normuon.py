@@ -126,7 +126,9 @@ def test_a_weight_stored_in_out_is_stepped_as_its_transpose(out: int, into: int)
         stored.weight.grad = reference[0].weight.grad.T.contiguous()
         for optimizer in optimizers:
             optimizer.step()
-    rows = [optimizer.state[w]["row_second_moment"] for optimizer, w in zip(optimizers, weights(stored, reference), strict=True)]
+    rows = [
+        optimizer.state[w]["row_second_moment"] for optimizer, w in zip(optimizers, weights(stored, reference), strict=True)
+    ]
     assert rows[0].shape == (out,)
     assert relative_error(rows[0], rows[1]) < 1e-5
     assert relative_error(stored.weight.T - matrix(out, into), reference[0].weight.detach() - matrix(out, into)) < 1e-5
