@@ -1,11 +1,11 @@
 """Optimizers for DeepSpeed that know where ZeRO put each weight matrix."""
 
-from ds_optforge.config import ConfigError
 from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, publish_names, register
 from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler, explain
 from ds_optforge.optimizer import OptForge
 from ds_optforge.orthogonalize import orthogonalize
 from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import LayoutError
 
 __version__ = "0.1.0"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_optforge.config import ConfigError
 from ds_optforge.integrations.deepspeed import check, load_config
 from ds_optforge.integrations.plain import explain
+from ds_optforge.validation import ConfigError
 from ds_optforge.workload.gpt import PRESETS, build_model
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import ConfigError, OptimizerConfig, RuleSettings
+from ds_optforge.config import OptimizerConfig
 from ds_optforge.roles import Route, log_routing, route, routing_table
 from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
+from ds_optforge.settings import RuleSettings
 from ds_optforge.slices import Bucket, Members, Slices, bind_slices
+from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import expert_group_name
 
 _GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is

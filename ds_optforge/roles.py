@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_optforge.config import ConfigError, OptimizerConfig, Role, RuleSettings
+from ds_optforge.config import OptimizerConfig, Role
+from ds_optforge.settings import RuleSettings
+from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import full_shape
 
 logger = logging.getLogger("ds_optforge")

@@ -7,8 +7,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ds_optforge.config import ConfigError, ScheduleConfig, schedule_config
+from ds_optforge.config import ScheduleConfig, schedule_config
 from ds_optforge.optimizer import OptForge
+from ds_optforge.validation import ConfigError
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig) -> float:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import RuleSettings, ShardingSettings
+from ds_optforge.config import ShardingSettings
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import Buffer, MatrixRule, Rule, State
+from ds_optforge.settings import RuleSettings
 from ds_optforge.state import EightBit, Extent, Plain, StateFormat, chunks
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind

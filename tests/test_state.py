@@ -1,22 +1,18 @@
 """State formats: what is kept of a value, where blocks lie, how many bytes it takes, and what a step needs beside them."""
 
-import io
 import itertools
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
-from ds_optforge import OptForge, build_optimizer
+from ds_optforge import build_optimizer
 from ds_optforge.rules.base import Buffer
-from ds_optforge.state import BLOCK, EightBit, Extent, Plain, StateFormat, chunks
+from ds_optforge.state import BLOCK, EightBit, Extent, Plain, StateFormat
 from tests.layers import linears, matrix, set_gradients
 from tests.oracles import relative_error
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ds_optforge import roles
-from ds_optforge.config import ROLES, ConfigError, OptimizerConfig, schedule_config
+from ds_optforge.config import ROLES, OptimizerConfig, schedule_config
 from ds_optforge.optimizer import OptForge
 from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import refresh_weights
 
 logger = logging.getLogger("ds_optforge")

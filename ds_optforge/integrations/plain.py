@@ -9,10 +9,11 @@ from rich.table import Table
 from torch import nn
 
 from ds_optforge import roles
-from ds_optforge.config import ConfigError, OptimizerConfig
+from ds_optforge.config import OptimizerConfig
 from ds_optforge.integrations.deepspeed import load_config, optimizer_section, scheduler_section
 from ds_optforge.optimizer import OptForge
 from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.validation import ConfigError
 
 Config = str | Path | Mapping[str, Any]
 
