@@ -210,7 +210,9 @@ class ScheduleConfig(Section):
     @property
     def cooldown(self) -> int:
         """Steps of cool-down, however they were given."""
-        return self.cooldown_num_steps or round(self.cooldown_ratio * (self.total_num_steps or 0))
+        if self.cooldown_num_steps or not self.cooldown_ratio:
+            return self.cooldown_num_steps
+        return max(int(self.cooldown_ratio * (self.total_num_steps or 0)), 1)  # down, where a warm-up rounds up
 
 
 def schedule_config(section: Mapping[str, Any], path: str = "scheduler.params") -> ScheduleConfig:

@@ -18,7 +18,7 @@ from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 from ds_optforge.settings import RuleSettings
 from ds_optforge.slices import Bucket, Members, Slices, bind_slices
 from ds_optforge.validation import ConfigError
-from ds_optforge.zero.layout import expert_group_name
+from ds_optforge.zero.layout import expert_group_name, full_shape
 
 _GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
 _KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
@@ -56,7 +56,7 @@ class OptForge(torch.optim.Optimizer):
         prefix = f"group{index}." if own else ""
         routed = []
         for position, parameter in enumerate(group["params"]):
-            if not (parameter.requires_grad and parameter.is_floating_point()):
+            if not (parameter.requires_grad and parameter.is_floating_point() and full_shape(parameter).numel()):
                 continue
             decided = route(parameter, self._config, own, f"param_groups[{index}].params[{position}]")
             experts = expert_group_name(parameter)
@@ -181,6 +181,7 @@ class OptForge(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned for the same groups. Raises ConfigError, before any change, for others."""
+        self._refuse_while_averaged("load_state_dict()")
         found = [group.get(_GROUP) for group in state_dict["param_groups"]]
         expected = [group[_GROUP] for group in self.param_groups]
         if found != expected:
@@ -232,6 +233,7 @@ class _GroupStep:
             for runs in self._slices.chunks:
                 with self._slices.opened(rule, self._states, runs) as state:
                     rule.step([r.of(self._parameters) for r in runs], [r.of(self._gradients) for r in runs], state, now)
+                del state  # before the next chunk is opened
         elif isinstance(rule, MatrixRule):
             self._run_buckets(rule, now)
         self._slices.binding.clear_spent_gradients(self._slices.tensors)

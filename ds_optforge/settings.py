@@ -27,6 +27,9 @@ Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Triple: TypeAlias = tuple[Finite, Finite, Finite]
 
 
+# A step changes a moving average by up to 1 - rate of itself; less than half the spacing of bfloat16 is rounded away.
+_SLOWEST_IN_BFLOAT16 = 0.996
+
 # The keys of "params" that belong to no rule (see `ds_optforge.config.CommonSettings`).
 COMMON_KEYS = ("name", "adamw", "roles", "overrides", "sharding", "max_aspect_ratio")
 
@@ -79,6 +82,16 @@ class RuleSettings(Section):
         if state_dtype == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("'float32' or 'bfloat16', or install bitsandbytes: pip install 'ds-optforge[8bit]'")
         return state_dtype
+
+    @model_validator(mode="after")
+    def _representable(self) -> "RuleSettings":
+        rates = [*getattr(self, "betas", ()), getattr(self, "momentum", 0.0)]
+        if self.state_dtype == "bfloat16" and max(rates) > _SLOWEST_IN_BFLOAT16:
+            raise ValueError(
+                f"state_dtype: got 'bfloat16' with a moving average of decay rate {max(rates):g}, which would stand still in "
+                f"its 8 bits; allowed: rates up to {_SLOWEST_IN_BFLOAT16}, or 'float32' or '8bit'"
+            )
+        return self
 
     @property
     def needs_schedule(self) -> str:

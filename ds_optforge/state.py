@@ -68,8 +68,7 @@ class EightBit:
 
     def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
         blocks = self._stretches[-1].first_block + self._stretches[-1].blocks if self._stretches else 0
-        zero = int(_code(buffer.signed, piece.device).abs().argmin())
-        state[buffer.name] = torch.full_like(piece, zero, dtype=torch.uint8)
+        state[buffer.name] = torch.full_like(piece, _zero(buffer.signed), dtype=torch.uint8)
         state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=piece.device)
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
@@ -88,10 +87,12 @@ class EightBit:
         from bitsandbytes.functional import quantize_blockwise
 
         codes = state[buffer.name].view(-1)
+        code, zero = _code(buffer.signed, codes.device), _zero(buffer.signed)
         for at, length, blocks in self._cut(offset, values.numel()):
             part = values.narrow(0, at - offset, length).float()
-            quantized, how = quantize_blockwise(part, code=_code(buffer.signed, codes.device), blocksize=BLOCK)
-            codes.narrow(0, at, length).copy_(quantized)
+            quantized, how = quantize_blockwise(part, code=code, blocksize=BLOCK)
+            # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would march on its sign.
+            codes.narrow(0, at, length).copy_(quantized.masked_fill_(part == 0, zero))
             state[f"{buffer.name}_absmax"][blocks] = how.absmax
 
     def _cut(self, offset: int, numel: int) -> list[tuple[int, int, slice]]:
@@ -164,3 +165,9 @@ def _code(signed: bool, device: torch.device) -> Tensor:
 
     code: Tensor = create_dynamic_map(signed=signed)  # type: ignore[no-untyped-call]
     return code.to(device)
+
+
+@cache
+def _zero(signed: bool) -> int:
+    """The code of zero."""
+    return int(_code(signed, torch.device("cpu")).abs().argmin())

@@ -69,12 +69,13 @@ def explain(model: nn.Module, config: Config) -> str:
     parsed = OptimizerConfig(optimizer_section(load_config(config)))
     roles.tag(model)
     routes = [roles.route(parameter, parsed) for parameter in model.parameters() if parameter.requires_grad]
-    table = Table("parameter", "shape", "role", "rule", "matrices", "lr", "weight decay")
+    table = Table("parameter", "shape", "role", "rule", "matrices", "state", "lr", "weight decay")
     for route in routes:
-        matrices = f"{len(route.matrices)} of {route.matrices[0][1]}x{route.matrices[0][2]}" if route.matrices else "-"
         shape = "x".join(map(str, route.shape))
-        rate, weight_decay = f"{route.settings.lr:g}", f"{route.settings.weight_decay:g}"
-        table.add_row(route.name, shape, route.role, route.settings.rule, matrices, rate, weight_decay)
+        matrices = f"{len(route.matrices)} of {route.matrices[0][1]}x{route.matrices[0][2]}" if route.matrices else "-"
+        settings = route.settings
+        what = (settings.rule, matrices, settings.state_dtype, f"{settings.lr:g}", f"{settings.weight_decay:g}")
+        table.add_row(route.name, shape, route.role, *what)
     for rule in dict.fromkeys(route.settings.rule for route in routes):
         numel = sum(route.numel for route in routes if route.settings.rule == rule)
         table.caption = f"{table.caption + ', ' if table.caption else ''}{rule}: {numel:,} params"
