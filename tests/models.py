@@ -10,7 +10,8 @@ VOCABULARY = 50
 class AwkwardNet(nn.Module):
     """Matrices of odd shapes (so that slices cut through rows), tall, wide and repeated ones, biases, and options.
 
-    ``unused``: a layer that never gets a gradient; ``sometimes``: one that every third call leaves out.
+    ``unused``: a layer that never gets a gradient; ``sometimes``: one that every third call leaves out; ``shapes``: an expert
+    bank and a convolution.
     """
 
     def __init__(
@@ -21,6 +22,7 @@ class AwkwardNet(nn.Module):
         frozen: bool = False,
         depth: int = 3,
         width: int = 40,
+        shapes: bool = False,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 24)
@@ -32,6 +34,8 @@ class AwkwardNet(nn.Module):
         self.lm_head = nn.Linear(24, VOCABULARY, bias=False)
         self.idle = nn.Linear(20, 12) if unused else None
         self.calls = 0
+        self.bank = nn.Parameter(0.2 * torch.randn(3, 24, 17)) if shapes else None
+        self.filters = nn.Conv1d(24, 24, 3, padding=1) if shapes else None
         self.sometimes = nn.Linear(24, 24) if sometimes else None
         if tied:
             self.lm_head.weight = self.embed.weight
@@ -46,6 +50,9 @@ class AwkwardNet(nn.Module):
         x = self.down(F.gelu(self.odd(x)))
         if self.sometimes is not None and self.calls % 3 != 1:
             x = x + self.sometimes(x)
+        if self.bank is not None and self.filters is not None:
+            x = x + torch.einsum("bi,eij,ekj->bk", x, self.bank, self.bank)
+            x = x + self.filters(x.unsqueeze(-1)).squeeze(-1)
         x = self.norm(x)
         return F.cross_entropy(self.lm_head(x).float(), targets)
 

@@ -307,3 +307,64 @@ def fit_one_batch(forward: Any, backward: Any, step: Any, steps: int = 10) -> li
         step()
         losses.append(loss.item())
     return losses
+
+
+def rates_under_accelerate(config: dict[str, Any], steps: int) -> list[dict[str, float]]:
+    """Each group's learning rate in every step of a loop through Accelerate, optimizer and scheduler from the JSON."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.utils import DummyOptim, DummyScheduler
+
+    model = models.build()
+    ds_optforge.register(model)
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+    )
+    optimizer = DummyOptim(model.parameters())
+    engine, optimizer, scheduler = accelerator.prepare(model, optimizer, DummyScheduler(optimizer))
+    rates = []
+    for step in range(steps):
+        rates.append({group["optforge_group"]: group["lr"] for group in base_optimizer(engine).param_groups})
+        accelerator.backward(engine(*models.batch(step)))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    engine.destroy()
+    return rates
+
+
+def rates_under_trainer(config: dict[str, Any], steps: int, folder: str) -> list[dict[str, float]]:
+    """Each group's learning rate in every step of the HF Trainer on a small Llama."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from accelerate import PartialState
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    PartialState(backend="gloo")
+    rates: list[dict[str, float]] = []
+
+    class Recorder(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+            base = base_optimizer(trainer.model_wrapped)
+            rates.append({group["optforge_group"]: group["lr"] for group in base.param_groups})
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        warmup_steps=3,
+        max_grad_norm=0.0,
+        deepspeed=config,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=False,
+        accelerator_config={"use_configured_state": True},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape))
+    ds_optforge.register(model)
+    data = [{"input_ids": torch.arange(i, i + 8) % 50, "labels": torch.arange(i, i + 8) % 50} for i in range(64)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Recorder()])
+    trainer.train()
+    return rates
