@@ -4,6 +4,7 @@ It owns groups and state and walks the way of a step; the math is in ``rules/``,
 ``zero/``.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,11 @@ from ds_optforge.roles import Route, log_routing, route, routing_table
 from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 from ds_optforge.settings import RuleSettings
-from ds_optforge.slices import Bucket, Members, Slices, bind_slices
+from ds_optforge.slices import Bucket, Members, Slices, bind_slices, buffer_dtype
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import expert_group_name, full_shape
+
+logger = logging.getLogger("ds_optforge")
 
 _GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
 _KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
@@ -46,6 +49,7 @@ class OptForge(torch.optim.Optimizer):
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._rates_seen: dict[str, tuple[int, float, float]] = {}  # by group: step, configured lr, lr found
+        self._told = False
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # inside eval()
         super().__init__(self._build_groups(routed), defaults={})
 
@@ -155,20 +159,44 @@ class OptForge(torch.optim.Optimizer):
             if "z" in state:
                 yield piece, ScheduleFreeAdamW.averaged(piece.detach(), state["z"], state["beta1"])
 
-    @torch.no_grad()
     def eval(self) -> None:
-        """Put the averaged weights into the parameters until `train`. (With an engine: ``evaluation_weights(engine)``.)"""
-        if self._training_weights is None:
-            self._training_weights = [(piece, piece.data) for piece, _ in self._averages()]
-            for piece, average in self._averages():
-                piece.data = average
+        """Put the averaged weights into the parameters until `train`. (With an engine: ``evaluation_weights(engine)``.)
 
-    @torch.no_grad()
+        Frameworks call this on an engine's optimizer too, where it would reach the slices and not the model: there it does
+        nothing but say so.
+        """
+        if self._steps_parameters():
+            if self._training_weights is None:
+                self.enter_averages()
+        elif self.averages_weights and not self._told:
+            logger.warning("optimizer.eval() does not reach an engine's weights: evaluate inside evaluation_weights(engine)")
+            self._told = True
+
     def train(self) -> None:
         """Take the averaged weights out again, bit-exactly."""
+        self.leave_averages()
+
+    @torch.no_grad()
+    def enter_averages(self) -> None:
+        """Point the stepped tensors at their averages. Raises RuntimeError when they are there already."""
+        self._refuse_while_averaged("averaging")
+        self._training_weights = []
+        for piece, average in self._averages():
+            self._training_weights.append((piece, piece.data))
+            piece.data = average
+
+    @torch.no_grad()
+    def leave_averages(self) -> None:
+        """Point them back."""
         for piece, weights in self._training_weights or []:
             piece.data = weights
         self._training_weights = None
+
+    def _steps_parameters(self) -> bool:
+        """Whether the groups hold the model's own parameters, not slices or clones of them."""
+        own = {id(parameter) for members in self._members.values() for parameter in members.parameters}
+        pieces = [piece for group in self.param_groups for piece in group["params"]]
+        return bool(pieces) and all(id(piece) in own for piece in pieces)
 
     def _refuse_while_averaged(self, what: str) -> None:
         if self._training_weights is not None:
@@ -186,18 +214,42 @@ class OptForge(torch.optim.Optimizer):
         expected = [group[_GROUP] for group in self.param_groups]
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
+        self._refuse_other_formats(state_dict)
+        decays = [group.get("initial_weight_decay") for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, initial in zip(self.param_groups, decays, strict=True):
+            if initial is not None:  # this run has a decay schedule, also where the saved one had none
+                group.setdefault("initial_weight_decay", initial)
         self._restore_dtypes(state_dict)
 
+    def _loaded(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Members, Tensor, Mapping[str, Any]]]:
+        """(members, tensor, its saved state) of each tensor that has any."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for piece, index in zip(group["params"], saved["params"], strict=False):
+                if state_dict["state"].get(index):
+                    yield self._members[group[_GROUP]], piece, state_dict["state"][index]
+
+    def _refuse_other_formats(self, state_dict: Mapping[str, Any]) -> None:
+        for members, piece, state in self._loaded(state_dict):
+            for buffer in members.rule.buffers:
+                saved = state.get(buffer.name)
+                expected = buffer_dtype(members.settings.state_dtype, buffer, piece)
+                if saved is None or saved.dtype != expected or saved.numel() != piece.numel():
+                    found = "nothing" if saved is None else f"{saved.numel()} elements of {saved.dtype}"
+                    raise ConfigError(
+                        f"state_dtype: the checkpoint holds {found} for '{buffer.name}' of the group of "
+                        f"{members.routes[0].name}; allowed: {piece.numel()} of {expected}, as this run is configured and cut"
+                    )
+
     def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
-        """torch casts state to the parameter's dtype (losslessly here, from uint8 and bfloat16 to float32)."""
-        pieces = [piece for group in self.param_groups for piece in group["params"]]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for piece, index in zip(pieces, saved, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
+        """torch casts state to the parameter's dtype; take the saved values where that changed anything."""
+        for _, piece, saved in self._loaded(state_dict):
+            state = self.state[piece]
+            for key, value in saved.items():
                 if isinstance(value, Tensor):
-                    device = "cpu" if key == "step" else piece.device
-                    self.state[piece][key] = self.state[piece][key].to(device=device, dtype=value.dtype)
+                    device = torch.device("cpu") if key == "step" else piece.device
+                    source = state[key] if state[key].dtype == value.dtype else value
+                    state[key] = source.to(device)
 
 
 class _GroupStep:
@@ -209,6 +261,7 @@ class _GroupStep:
         self._members = optimizer._members[group[_GROUP]]
         self._slices = optimizer.slices_of(group)
         self._states: list[MutableMapping[str, Any]] = [optimizer.state[piece] for piece in self._slices.tensors]
+        self._slices.binding.discard_left_overs(self._slices.tensors)
         self._gradients = [_flat_gradient(piece) for piece in self._slices.tensors]
 
     def check(self) -> None:

@@ -108,6 +108,9 @@ class OptForgeSchedule(LRScheduler):
             if "initial_weight_decay" in group and isinstance(self.optimizer, OptForge):
                 assert self.config.total_num_steps is not None  # checked when the schedule was made
                 schedule = self.optimizer.settings_of(group).needs_schedule
+                if not schedule:  # the checkpoint's run had one, this one has not
+                    group["weight_decay"] = group.pop("initial_weight_decay")
+                    continue
                 factor = weight_decay_factor(self.last_epoch, schedule, self.config.total_num_steps)
                 group["weight_decay"] = group["initial_weight_decay"] * factor
 

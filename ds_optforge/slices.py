@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_optforge.config import ShardingSettings
 from ds_optforge.roles import Route
-from ds_optforge.rules.base import Buffer, MatrixRule, Rule, State
+from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Rule, State
 from ds_optforge.settings import RuleSettings
 from ds_optforge.state import EightBit, Extent, Plain, StateFormat, chunks
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
@@ -97,13 +97,13 @@ class Slices:
         for index, (piece, state) in enumerate(zip(self.tensors, states, strict=True)):
             if "step" in state:
                 continue
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for buffer in rule.buffers:
                 self._format(index, buffer).allocate(state, buffer, piece.detach())
                 if buffer.copies_weight:
                     state[buffer.name].copy_(piece.detach())
             if isinstance(rule, MatrixRule) and rule.row_buffer:
-                state[rule.row_buffer] = torch.zeros(self.row_counts[index], device=piece.device)
+                state[rule.row_buffer] = torch.zeros(self.row_counts[index], dtype=torch.float32, device=piece.device)
 
     @contextmanager
     def opened(self, rule: Rule, states: Sequence[MutableMapping[str, Any]], runs: Sequence[Run]) -> Iterator[State]:
@@ -161,6 +161,13 @@ def _matrices(routes: Sequence[Route]) -> Iterator[Matrix]:
             yield Matrix(index, 0, 1, route.numel)
         for start, rows, cols in route.matrices:
             yield Matrix(index, start, rows, cols, route.transposed)
+
+
+def buffer_dtype(state_dtype: str, buffer: Buffer, tensor: Tensor) -> torch.dtype:
+    """The dtype in which a tensor's buffer is kept."""
+    if buffer.copies_weight or state_dtype == "float32":
+        return tensor.dtype
+    return torch.uint8 if state_dtype == "8bit" else torch.bfloat16
 
 
 def _format(name: str, tensor: Tensor, extents: Sequence[Extent]) -> StateFormat:
@@ -225,13 +232,19 @@ def _runs(bucket: RankBucket, starts: Sequence[int]) -> tuple[Run, ...]:
 
 
 def _chunks(extents: Sequence[Sequence[Extent]], tensors: Sequence[Tensor], members: Members) -> tuple[tuple[Run, ...], ...]:
-    """Float32 state is updated in place, in one call; other formats, and rules that copy, a bounded part at a time."""
-    if isinstance(members.rule, MatrixRule):
+    """A kernel that works in place on full-precision state takes everything in one call; others a bounded part at a time."""
+    rule = members.rule
+    if not isinstance(rule, ElementwiseRule):
         return ()
-    if members.settings.state_dtype == "float32" and not getattr(members.rule, "cautious", False):
+    if members.settings.state_dtype == "float32" and rule.in_place:
         return (tuple(Run(piece, 0, [tensor.numel()]) for piece, tensor in enumerate(tensors)),)
-    return tuple(
-        tuple(Run(piece, offset, [numel]) for offset, numel in chunk)
-        for piece, extent in enumerate(extents)
-        for chunk in chunks(extent, _CHUNK_NUMEL)
-    )
+    parts: list[list[Run]] = []
+    room = 0
+    for piece, extent in enumerate(extents):
+        for offset, numel in (run for chunk in chunks(extent, _CHUNK_NUMEL) for run in chunk):
+            if numel > room:
+                parts.append([])
+                room = _CHUNK_NUMEL
+            parts[-1].append(Run(piece, offset, [numel]))
+            room -= numel
+    return tuple(map(tuple, parts))

@@ -323,6 +323,19 @@ def test_a_format_can_be_chosen_by_role() -> None:
     assert dtypes(optimizer) == {"table.weight": torch.bfloat16, "layer.weight": torch.float32}
 
 
+@pytest.mark.parametrize(("saved", "loading"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("8bit", "float32")])
+def test_state_of_another_format_is_refused_before_anything_changes(saved: str, loading: str) -> None:
+    optimizers = [build_optimizer(linears(matrix(65, 70)), section("muon", form)) for form in (saved, loading)]
+    for optimizer in optimizers:
+        set_gradients(optimizer.param_groups[0]["params"], 0)
+        optimizer.step()
+    before = [value.clone() for state in optimizers[1].state.values() for value in state.values()]
+    with pytest.raises(ConfigError, match=r"state_dtype: the checkpoint holds 4550 elements of .* allowed: 4550 of "):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    after = [value for state in optimizers[1].state.values() for value in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
 @pytest.mark.parametrize("name", ["normuon", "adamw", "lion", "schedule_free_adamw"])
 def test_a_saved_and_loaded_run_goes_on_bit_for_bit(name: str, state_dtype: str) -> None:

@@ -90,16 +90,16 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
         return
     # DeepSpeed fills the groups to save a checkpoint, and leaves them so when the optimizer refuses.
     stepped = [list(group["params"]) for group in optimizer.param_groups]
-    with torch.no_grad():
-        optimizer.eval()
-        refresh_weights(wrapper)
+    optimizer.enter_averages()
     try:
+        with torch.no_grad():
+            refresh_weights(wrapper)
         yield
     finally:
         for group, tensors in zip(optimizer.param_groups, stepped, strict=True):
             group["params"] = tensors
+        optimizer.leave_averages()
         with torch.no_grad():
-            optimizer.train()
             refresh_weights(wrapper)
 
 

@@ -25,6 +25,7 @@ def _restarts(step: int) -> bool:
     return step % 3 == 2
 
 
+@torch.no_grad()
 def orthogonalize(
     matrices: Tensor,
     coefficients: str | Sequence[Sequence[float]] = "quintic",

@@ -19,6 +19,10 @@ class AdamW:
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg"), Buffer("exp_avg_sq", signed=False))
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
+    @property
+    def in_place(self) -> bool:
+        return not self.cautious
+
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
         return {**group, "step": step}
 
@@ -33,7 +37,7 @@ class AdamW:
 
     def _fused(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters, weight_decay: float) -> None:
         # The kernel counts for itself: it adds 1 to each counter.
-        steps = torch.full((len(parameters),), now["step"] - 1.0, device=parameters[0].device)
+        steps = torch.full((len(parameters),), now["step"] - 1.0, dtype=torch.float32, device=parameters[0].device)
         beta1, beta2 = now["betas"]
         adamw(
             list(parameters),

@@ -44,7 +44,13 @@ class Rule(Protocol):
 
 @runtime_checkable
 class ElementwiseRule(Rule, Protocol):
-    """A rule whose update of an element depends on that element alone."""
+    """A rule whose update of an element depends on that element alone.
+
+    ``in_place``: `step` makes no temporary tensors of the parameters' size.
+    """
+
+    @property
+    def in_place(self) -> bool: ...
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
         """Update ``parameters`` and ``state`` in place, given what `begin` returned. ``gradients`` stay unchanged."""

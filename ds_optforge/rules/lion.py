@@ -14,6 +14,7 @@ class Lion:
     """u = sign(lerp(m, g, 1 - beta1)); W <- (1 - lr wd) W - lr u; m <- lerp(m, g, 1 - beta2)."""
 
     cautious: bool = False
+    in_place: ClassVar[bool] = False
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg"),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 

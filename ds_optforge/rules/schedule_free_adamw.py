@@ -22,6 +22,7 @@ class ScheduleFreeAdamW:
     eps: float
     warmup_steps: int
     r: float = 0.0
+    in_place: ClassVar[bool] = False
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg_sq", signed=False), Buffer("z", copies_weight=True))
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 

@@ -180,7 +180,7 @@ def _shapes(layout: PartitionLayout, bucket: RankBucket, device: torch.device) -
 
 
 def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> None:
-    """Raise on every rank unless all ranks of the group made the same plan from the same configuration.
+    """Raise on every rank unless all made the same plan from the same configuration, and none has a problem.
 
     One small all-reduce; tables travel only to name a difference.
 
@@ -194,8 +194,10 @@ def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> Non
     """
     group = binding.process_group
     if group is None or binding.world_size == 1:
+        if binding.problem:
+            raise LayoutError(binding.problem)
         return
-    digest = int(hashlib.sha256((plan.fingerprint + routing).encode()).hexdigest()[:15], 16)
+    digest = int(hashlib.sha256((plan.fingerprint + routing + binding.problem).encode()).hexdigest()[:15], 16)
     extremes = torch.tensor([digest, -digest], dtype=torch.long, device=binding.device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MIN, group=group)
     lowest, highest = extremes[0].item(), -extremes[1].item()
@@ -204,7 +206,7 @@ def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> Non
 
 
 def _first_difference(plan: ExchangePlan, routing: str, binding: Binding) -> str:
-    table = routing.splitlines()
+    table = [binding.problem or "nothing wrong", *routing.splitlines()]
     for matrix, owner in enumerate(plan.owners):
         table.append(f"{plan.layout.describe(matrix)}, orthogonalized by rank {owner}")
     table.append(f"exchanges {plan.exchanges}, bucket_numel {plan.bucket_numel}")

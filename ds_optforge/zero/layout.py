@@ -32,7 +32,10 @@ class Binding:
         process_group: the ranks that share these parameters; None when every rank holds all of them.
         device: where the model's weights live, and matrices are orthogonalized.
         keeps_gradients: DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
-        gradient_buffer: a buffer of which the same is true (ZeRO-3).
+        gradient_buffer: (buffer, start, numel) of which the same is true (ZeRO-3). The buffer itself, not a view: its
+            storage changes when engine states are offloaded.
+        problem: what is wrong with this rank's slice. Told, not raised, because other ranks may see nothing wrong and
+            would wait for this one.
     """
 
     indices: tuple[int, ...]
@@ -42,7 +45,18 @@ class Binding:
     process_group: dist.ProcessGroup | None
     device: torch.device
     keeps_gradients: bool = False
-    gradient_buffer: Tensor | None = None
+    gradient_buffer: tuple[Tensor, int, int] | None = None
+    problem: str = ""
+
+    def discard_left_overs(self, slices: Sequence[Tensor]) -> None:
+        """Zero what a step that DeepSpeed skipped for its overflow left in the gradients it keeps.
+
+        (DeepSpeed looks for an overflow in the gradients that arrived, so nothing else that is not finite gets here.)
+        """
+        if self.keeps_gradients:
+            for piece in slices:
+                if piece.grad is not None:
+                    piece.grad.nan_to_num_(0.0, 0.0, 0.0)
 
     def clear_spent_gradients(self, slices: Sequence[Tensor]) -> None:
         """Zero the gradients that DeepSpeed keeps, after the step has used them.
@@ -55,7 +69,8 @@ class Binding:
                 if piece.grad is not None:
                     piece.grad.zero_()
         if self.gradient_buffer is not None:
-            self.gradient_buffer.zero_()
+            buffer, start, numel = self.gradient_buffer
+            buffer.narrow(0, start, numel).zero_()
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -121,31 +136,33 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     rank = dist.get_rank(group)
     storage = parameters[0].untyped_storage().data_ptr()
     order = sorted(range(len(parameters)), key=lambda i: parameters[i].storage_offset())
-    cuts = []
+    cuts, problem = [], ""
     for index in order:
         parameter, name = parameters[index], names[index]
         if parameter.untyped_storage().data_ptr() != storage:
             raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
         cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
-        _check_values(parameter, name, cut, rank, piece)
+        problem = problem or _wrong_values(parameter, name, cut, rank, piece)
         cuts.append(cut)
     mappings = [mapping for parameter in parameters if (mapping := _need(parameter, "_hp_mapping")) is not None]
     offload = any(_need(mapping, "use_offload") for mapping in mappings)
     world_size, device = dist.get_world_size(group), parameters[0].device
-    return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, keeps_gradients=offload)
+    return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, offload, problem=problem)
 
 
-def _check_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> None:
+def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> str:
+    """What is wrong if this rank's fragment does not hold the weight's values, else ""."""
     low, high = max(cut.base, rank * cut.size), min(cut.base + parameter.numel(), (rank + 1) * cut.size)
     if low >= high:
-        return
+        return ""
     master = piece.detach().narrow(0, low - rank * cut.size, high - low).to(parameter)
     weight = parameter.detach().view(-1).narrow(0, low - cut.base, high - low)
-    if not torch.equal(master.nan_to_num(), weight.nan_to_num()):
-        raise LayoutError(
-            f"{name}: ZeRO's slice on rank {rank} does not hold the weight's values. Either the weight was changed after the "
-            f"engine was built (ZeRO would undo that), or the layout is unknown. {_versions()}"
-        )
+    if torch.equal(master.nan_to_num(), weight.nan_to_num()):
+        return ""
+    return (
+        f"{name}: ZeRO's slice on rank {rank} does not hold the weight's values. Either the weight was changed after the "
+        f"engine was built (ZeRO would undo that), or the layout is unknown. {_versions()}"
+    )
 
 
 def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Binding:
@@ -179,7 +196,7 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
         group,
         parameters[0].device,
         keeps_gradients=bool(_need(zero, "offload_optimizer")),
-        gradient_buffer=_need(zero, "grad_partitions_flat_buffer").narrow(0, sum(f.numel() for f in flats[:sub_group]), offset),
+        gradient_buffer=(_need(zero, "grad_partitions_flat_buffer"), sum(f.numel() for f in flats[:sub_group]), offset),
     )
 
 

@@ -31,6 +31,13 @@ def test_a_scheduler_that_flattens_rates_is_refused_in_the_first_step(stage: int
     assert "0.02" in failure.value.messages[0]
 
 
+def test_a_problem_that_one_rank_sees_stops_all_of_them(pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(cases.change_weight_behind_engine)
+    assert failure.value.types == {0: "LayoutError", 1: "LayoutError"}
+    assert "blocks.1.weight: ZeRO's slice on rank" in failure.value.messages[0]
+
+
 def test_a_weight_changed_behind_the_engine_is_named(pools: Pools) -> None:
     with pytest.raises(RankFailure) as failure:
         pools[1].run(cases.change_weight_behind_engine)

@@ -37,6 +37,16 @@ def test_stage_1_in_bf16_is_the_bf16_optimizer(pools: Pools) -> None:
     assert pools[2].run(cases.train, config, steps=1)[0]["wrapper"] == "BF16_Optimizer"
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_what_an_overflow_leaves_never_reaches_an_idle_layer(stage: int, offload: str, pools: Pools) -> None:
+    """DeepSpeed keeps the gradients of a step that it skips; the next step may bring none for a layer."""
+    zero = {"offload_optimizer": {"device": offload}}
+    fp16 = {"enabled": True, "initial_scale_power": 24}
+    config = cases.engine_config(stage, cases.MUON, fp16=fp16, zero_optimization=zero)
+    assert pools[2].run(cases.overflow_then_idle, config) == [True, True]
+
+
 def test_an_overflow_that_loss_scaling_skips_changes_nothing(pools: Pools) -> None:
     config = cases.engine_config(2, cases.MUON, fp16={"enabled": True, "initial_scale_power": 32})
     for result in pools[2].run(cases.train_past_overflow, config):
