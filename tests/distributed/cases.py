@@ -380,3 +380,20 @@ def rates_under_trainer(config: dict[str, Any], steps: int, folder: str) -> list
     trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Recorder()])
     trainer.train()
     return rates
+
+
+def nan_on_one_rank(config: dict[str, Any]) -> bool:
+    """Two steps, then one whose gradient is NaN on rank 0 alone: is every weight and state what it was?"""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, 2)
+    before = full_parameters(engine.module)
+    state = [v.clone() for s in base_optimizer(engine).state.values() for v in s.values() if isinstance(v, Tensor)]
+    loss = engine(*models.batch(2)) * (float("nan") if dist.get_rank() == 0 else 1.0)
+    engine.backward(loss)
+    engine.step()
+    after = full_parameters(engine.module)
+    now = [v for s in base_optimizer(engine).state.values() for v in s.values() if isinstance(v, Tensor)]
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    same = same and all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
+    engine.destroy()
+    return same

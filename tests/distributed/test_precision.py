@@ -37,6 +37,14 @@ def test_stage_1_in_bf16_is_the_bf16_optimizer(pools: Pools) -> None:
     assert pools[2].run(cases.train, config, steps=1)[0]["wrapper"] == "BF16_Optimizer"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16, fp32 accumulation"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_nan_on_one_rank_reaches_no_buffer_on_any(stage: int, precision: str, pools: Pools) -> None:
+    """DeepSpeed skips such a step on all ranks."""
+    config = cases.engine_config(stage, cases.MUON, **LOW_PRECISION.get(precision, {}))
+    assert pools[2].run(cases.nan_on_one_rank, config) == [True, True]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_what_an_overflow_leaves_never_reaches_an_idle_layer(stage: int, offload: str, pools: Pools) -> None:
