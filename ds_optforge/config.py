@@ -117,7 +117,7 @@ class OptimizerConfig:
             raise ConfigError(f"{path}.name: got {name!r}; allowed: {', '.join(SETTINGS)}")
         if SETTINGS[name].needs_matrix and ((too_thin and not for_itself) or (role != "matrix" and not names)):
             name = "adamw"
-            if too_thin:  # what was said of matrices does not hold for it
+            if too_thin and role == "matrix":  # what was said of matrices does not hold for it
                 layers = layers[1:]
         return self._resolve(name, [*self._base(role, name), *layers])
 

@@ -294,3 +294,14 @@ def test_a_learning_rate_of_adamw_that_nobody_chose_is_warned_about(caplog: pyte
 def test_no_warning_where_somebody_did(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """checklist 11"""
     assert LogLines(caplog, nn.Linear(4, 4), config).warnings == []
+
+
+@pytest.mark.parametrize("vocabulary", [256, 5000])
+def test_roles_other_than_matrix_hold_whatever_the_shape(vocabulary: int) -> None:
+    """A vector, and the table of a large vocabulary, are beyond max_aspect_ratio too (checklist 31)."""
+    model = nn.ModuleDict({"embed": nn.Embedding(vocabulary, 64), "norm": nn.LayerNorm(64), "up": nn.Linear(64, 64)})
+    tag(model)
+    section = {"name": "muon", "adamw": {"lr": 0.003}, "roles": {"embedding": {"lr": 0.3}, "scalar": {"lr": 0.5}}}
+    config = OptimizerConfig(section)
+    rates = {name: route(parameter, config).settings.lr for name, parameter in model.named_parameters()}
+    assert rates == {"embed.weight": 0.3, "norm.weight": 0.5, "norm.bias": 0.5, "up.weight": 0.02, "up.bias": 0.5}
