@@ -16,7 +16,6 @@ import ds_optforge
 from ds_optforge.workload import build_model, load_corpus, micro_batch_rows
 from tests import models
 
-EXACT = {"orthogonalization": {"dtype": "float32"}, "sharding": {"wire_dtype": "float32"}}
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}}
 
 

@@ -7,8 +7,9 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
+from tests.oracles import EXACT
 
-PARAMS = {"name": "normuon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}, **cases.EXACT}
+PARAMS = {"name": "normuon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}, **EXACT}
 
 
 @cache

@@ -16,9 +16,10 @@ from tests import models
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
+from tests.oracles import EXACT
 
 TOLERANCE = 1e-5
-MUON = {**cases.MUON, **cases.EXACT}
+MUON = {**cases.MUON, **EXACT}
 AWKWARD = {"tied": True, "unused": True, "frozen": True}
 
 

@@ -9,24 +9,25 @@ import torch
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
 from tests.distributed.test_parity import assert_same, one_process
+from tests.oracles import EXACT
 
 ADAMW = {"lr": 3e-3, "eps": 1e-5}
 RULES: dict[str, dict[str, Any]] = {
-    "normuon": {"name": "normuon", "lr": 0.02, "weight_decay": 0.1, "adamw": ADAMW, **cases.EXACT},
-    "muon, cautious": {**cases.MUON, "cautious_weight_decay": True, **cases.EXACT},
-    "muon, warming up": {**cases.MUON, "momentum_warmup": {"from": 0.5, "steps": 7}, **cases.EXACT},
+    "normuon": {"name": "normuon", "lr": 0.02, "weight_decay": 0.1, "adamw": ADAMW, **EXACT},
+    "muon, cautious": {**cases.MUON, "cautious_weight_decay": True, **EXACT},
+    "muon, warming up": {**cases.MUON, "momentum_warmup": {"from": 0.5, "steps": 7}, **EXACT},
     "lion": {"name": "lion", "lr": 1e-3, "weight_decay": 0.1},
     "schedule_free_adamw": {"name": "schedule_free_adamw", "lr": 3e-3, "eps": 1e-5, "warmup_steps": 5, "weight_decay": 0.1},
     "adamw, cautious": {"name": "adamw", **ADAMW, "weight_decay": 0.1, "cautious_weight_decay": True},
     "a mix by role": {
         "name": "normuon",
-        **cases.EXACT,
+        **EXACT,
         "adamw": ADAMW,
         "roles": {"embedding": {"name": "lion", "lr": 1e-3}, "unembedding": {"name": "schedule_free_adamw", "eps": 1e-5}},
     },
     "heads and split": {
         **cases.MUON,
-        **cases.EXACT,
+        **EXACT,
         "overrides": [{"match": "blocks.0", "heads": 4}, {"match": "odd.weight", "split": [10, 20, 3]}],
     },
 }
