@@ -59,8 +59,7 @@ class OrthogonalizationSettings(Section):
     @model_validator(mode="after")
     def _known_set(self) -> "OrthogonalizationSettings":
         chosen = coefficient_set(self.coefficients)
-        chosen.sequence(self.steps)
-        accurate_method(self.method, chosen, getattr(torch, self.dtype))
+        accurate_method(self.method, len(chosen.sequence(self.steps)), getattr(torch, self.dtype))
         return self
 
     def build(self) -> Orthogonalization:

@@ -24,14 +24,6 @@ class CoefficientSet:
     safety: float = 1.0
     eps: float = 1e-7
 
-    @property
-    def steep(self) -> bool:
-        """Whether small singular values rise so fast that in the Gram form 16-bit rounding errors outgrow them.
-
-        Measured on matrices of low rank: sets up to 4.1 in their first coefficient are accurate there, 8.2 is not.
-        """
-        return max(a for a, _, _ in self.triples) > 5.0
-
     def sequence(self, steps: int | None) -> tuple[Triple, ...]:
         """The triples of ``steps`` steps (None: the set's own number). Raises ValueError for more steps than it has."""
         if steps is None or steps == len(self.triples):

@@ -40,9 +40,8 @@ class Orthogonalization:
         return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
 
     def flops(self, rows: int, cols: int) -> int:
-        chosen = coefficient_set(self.coefficients)
-        method = accurate_method(self.method, chosen, self.dtype)
-        return flops(rows, cols, len(chosen.sequence(self.steps)), method)
+        steps = len(coefficient_set(self.coefficients).sequence(self.steps))
+        return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype))
 
 
 @dataclass(frozen=True, slots=True)
