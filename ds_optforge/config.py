@@ -17,11 +17,31 @@ _SHARED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")
 
 
 class ShardingSettings(Section):
-    """How matrices meet their owners. (mode `gather`: every matrix is orthogonalized whole, exactly once.)"""
+    """How the matrices that ZeRO has cut are orthogonalized."""
 
-    mode: Literal["gather"] = "gather"
+    mode: Literal["gather", "shard_local"] = Field(
+        "gather", description="gather: whole, by the rank that owns the matrix; shard_local: each rank its own rows, no traffic"
+    )
+    gather_every: int | None = Field(
+        None, ge=2, description="shard_local: every how many steps to gather, from the first on (block-periodic); null: never"
+    )
     wire_dtype: DTypeName = Field("bfloat16", description="fragments and updates are rounded to it, travelling or not")
     bucket_numel: int = Field(2**26, ge=1, description="elements per rank of one bucket; bounds the workspace")
+
+    @model_validator(mode="after")
+    def _periodic(self) -> "ShardingSettings":
+        if self.gather_every and self.mode == "gather":
+            raise ValueError(f"gather_every: got {self.gather_every} with mode 'gather'; allowed: mode 'shard_local'")
+        return self
+
+    @property
+    def travels(self) -> bool:
+        """Whether matrices are ever gathered."""
+        return self.mode == "gather" or self.gather_every is not None
+
+    def gathers(self, step: int) -> bool:
+        """Whether the matrices are gathered in this step (from 1)."""
+        return self.mode == "gather" or (self.gather_every is not None and (step - 1) % self.gather_every == 0)
 
 
 class Override(Section):

@@ -6,7 +6,6 @@ It owns groups and state and walks the way of a step; the math is in ``rules/``,
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class OptForge(torch.optim.Optimizer):
         self._rates_seen: dict[str, tuple[int, float, float]] = {}  # by group: step, configured lr, lr found
         self._told = False
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # inside eval()
-        super().__init__(self._build_groups(routed), defaults={})
+        super().__init__(self._build_groups(routed), defaults={"lr": self._config.main.lr})  # Accelerate reads it
 
     def _routed(self, index: int, group: dict[str, Any]) -> list[tuple[Tensor, Route, str, dict[str, Any]]]:
         """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
@@ -268,9 +267,10 @@ class _GroupStep:
         """Refuse gradients that are not finite, where no DeepSpeed wrapper has skipped the step."""
         if self._slices.binding.process_group is not None:
             return
-        norms = torch.stack(torch._foreach_norm(self._gradients, float("inf")))
-        if not norms.isfinite().all():
-            index = int(norms.isfinite().logical_not().nonzero()[0])
+        norms = torch.stack(torch._foreach_norm(self._gradients))
+        suspects = norms.isfinite().logical_not().nonzero().flatten().tolist()  # or the square of a value overflows
+        index = next((index for index in suspects if not self._gradients[index].isfinite().all()), None)
+        if index is not None:
             route = self._members.routes[self._slices.binding.indices[index]]
             raise RuntimeError(f"{route.name}: its gradient is not finite; nothing was changed")
 
@@ -288,7 +288,7 @@ class _GroupStep:
                     rule.step([r.of(self._parameters) for r in runs], [r.of(self._gradients) for r in runs], state, now)
                 del state  # before the next chunk is opened
         elif isinstance(rule, MatrixRule):
-            self._run_buckets(rule, now)
+            self._run_matrices(rule, now)
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
 
     def _is_rehearsal(self) -> bool:
@@ -308,51 +308,68 @@ class _GroupStep:
             state.update(scalars)
         return now
 
-    def _run_buckets(self, rule: MatrixRule, now: Hyperparameters) -> None:
-        """Keep one exchange travelling while another is orthogonalized; local matrices fill the gaps.
+    def _run_matrices(self, rule: MatrixRule, now: Hyperparameters) -> None:
+        slices = self._slices
+        if slices.sharding.gathers(int(self._states[0]["step"])):
+            self._run_exchanges(rule, now)
+        else:
+            self._step_alone(rule, now, (*slices.local, *slices.shards))
+
+    def _run_exchanges(self, rule: MatrixRule, now: Hyperparameters) -> None:
+        """Keep two buckets in work: one is orthogonalized while the other returns, and then the next one is collected.
 
         The order of the collectives is the same on every rank: collect(k + 1) is issued before give_back(k).
         """
         travelling, local = self._slices.travelling, self._slices.local
-        last = len(travelling) - 1
-        shares = [local[k :: last + 2] for k in range(last + 2)]
+        shares = [local[k :: 2 * len(travelling) + 1] for k in range(2 * len(travelling) + 1)]
         if travelling:
             self._collect(rule, now, travelling[0])
         for k, bucket in enumerate(travelling):
-            if k < last:
-                self._collect(rule, now, travelling[k + 1])
-            self._step_locally(rule, now, shares[k])
-            self._update(rule, bucket)
+            batches = bucket.exchange.batches
+            half = (len(batches) + 1) // 2
+            self._step_alone(rule, now, shares[2 * k])
+            self._update(rule, bucket, batches[:half])
             if k > 0:
                 self._apply(rule, now, travelling[k - 1])
-        self._step_locally(rule, now, shares[-1])
+            if k + 1 < len(travelling):
+                self._collect(rule, now, travelling[k + 1])
+            self._step_alone(rule, now, shares[2 * k + 1])
+            self._update(rule, bucket, batches[half:])
+            bucket.exchange.give_back()
+        self._step_alone(rule, now, shares[-1])
         if travelling:
             self._apply(rule, now, travelling[-1])
 
-    def _step_locally(self, rule: MatrixRule, now: Hyperparameters, buckets: Sequence[Bucket]) -> None:
+    def _step_alone(self, rule: MatrixRule, now: Hyperparameters, buckets: Sequence[Bucket]) -> None:
+        """Step buckets that do not travel."""
         for bucket in buckets:
             self._collect(rule, now, bucket)
-            self._update(rule, bucket)
+            self._update(rule, bucket, bucket.exchange.batches)
             self._apply(rule, now, bucket)
 
     def _collect(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
-        gradients = bucket.views(self._gradients)
-        with self._slices.opened(rule, self._states, bucket.runs) as state:
-            directions = rule.direction(gradients, state, now) if gradients else []
-            active = _nonzero(bucket.fragments(gradients))
-            bucket.exchange.collect(bucket.fragments(directions), active, self._rows(rule, bucket))
+        bucket.exchange.open()
+        for part in bucket.parts:
+            gradients = part.views(self._gradients)
+            with self._slices.opened(rule, self._states, part.runs) as state:
+                directions = rule.direction(gradients, state, now)
+                torch._foreach_copy_(part.places(bucket.exchange.outgoing), part.split(directions))
+        active = _nonzero([self._gradients[piece].narrow(0, start, numel) for piece, start, numel in bucket.fragments])
+        bucket.exchange.collect(active, self._rows(rule, bucket))
 
-    def _update(self, rule: MatrixRule, bucket: Bucket) -> None:
-        batches = bucket.exchange.matrices()
-        bucket.exchange.give_back(
-            [replace(b, matrices=rule.update(b.matrices, b.active, b.rows, b.transposed)) for b in batches]
-        )
+    def _update(self, rule: MatrixRule, bucket: Bucket, batches: Sequence[int]) -> None:
+        for index in batches:
+            batch = bucket.exchange.matrices(index)
+            bucket.exchange.put(index, rule.update(batch.matrices, batch.active, batch.rows, batch.transposed), batch)
 
     def _apply(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
         updates, active = bucket.exchange.updates()
-        if updates:
-            bucket.exchange.returned_rows(self._rows(rule, bucket))
-            rule.apply(bucket.fragments(bucket.views(self._parameters)), updates, active, now)
+        if bucket.rms is not None:
+            _scale_to(updates, bucket.rms)
+        bucket.exchange.returned_rows(self._rows(rule, bucket))
+        for part in bucket.parts:
+            parameters = part.split(part.views(self._parameters))
+            rule.apply(parameters, part.places(bucket.exchange.outgoing), active[part.fragments], now)
         bucket.exchange.release()
 
     def _rows(self, rule: MatrixRule, bucket: Bucket) -> list[Tensor]:
@@ -381,7 +398,15 @@ def _flat_gradient(piece: Tensor) -> Tensor:
 
 
 def _nonzero(fragments: Sequence[Tensor]) -> Tensor:
-    """(fragments,) 1 where any element is not zero (NaN is not), else 0."""
+    """(fragments,) 1 where the norm is not zero (NaN is not), else 0."""
     if not fragments:
         return torch.empty(0)
-    return (torch.stack(torch._foreach_norm(list(fragments), float("inf"))) != 0).float()
+    return (torch.stack(torch._foreach_norm(list(fragments))) != 0).float()
+
+
+def _scale_to(updates: Sequence[Tensor], rms: Tensor) -> None:
+    """Give each update the root mean square of its element of ``rms``; zeros stay zeros."""
+    norms = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
+    numels = torch.tensor([update.numel() for update in updates], dtype=torch.float32, device=rms.device)
+    factors = rms * numels.sqrt() / norms.clamp(min=torch.finfo(torch.float32).tiny)
+    torch._foreach_mul_(list(updates), list(factors.unbind()))

@@ -4,7 +4,7 @@ Under ZeRO a call steps one flat slice; elsewhere a tensor per parameter. Offset
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,10 +20,24 @@ from ds_optforge.settings import RuleSettings
 from ds_optforge.state import EightBit, Extent, Plain, StateFormat, chunks
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.plan import Matrix, PartitionLayout, RankBucket, exchange_buckets, local_buckets, make_plan
+from ds_optforge.zero.plan import (
+    ExchangePlan,
+    Matrix,
+    PartitionLayout,
+    RankBucket,
+    exchange_buckets,
+    local_buckets,
+    make_plan,
+    shard_buckets,
+)
 
-# Elements that an elementwise rule updates at a time where its state is not float32: bounds the float32 copies.
-_CHUNK_NUMEL = 2**22
+# Elements that are read and updated at a time wherever that makes temporary tensors: bounds them. On a CPU they fit its
+# cache (half the time of whole buckets was measured); elsewhere fewer kernels count.
+_CHUNK_NUMEL = {"cpu": 2**18}
+_CHUNK_NUMEL_ELSEWHERE = 2**22
+
+# Batches of matrices are this part of a bucket, so that what orthogonalization needs beside them stays small.
+_BATCHES_PER_BUCKET = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +67,48 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Stretches that are read and updated at a time: ``runs``, made of parts of fragments.
+
+    ``fragments`` (parts,) are the fragments' numbers within the bucket, ``positions`` the parts' places in the exchange's
+    send buffer.
+    """
+
+    runs: tuple[Run, ...]
+    fragments: Tensor
+    positions: tuple[int, ...]
+
+    def views(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """One view per run of flat tensors that are laid out like the slices."""
+        return [run.of(pieces) for run in self.runs]
+
+    def split(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """``views`` cut at the ends of fragments."""
+        return [part for view, run in zip(views, self.runs, strict=True) for part in torch.split(view, run.sizes)]
+
+    def places(self, buffer: Tensor) -> list[Tensor]:
+        """The same elements in the send buffer."""
+        sizes = [size for run in self.runs for size in run.sizes]
+        return [buffer.narrow(0, at, size) for at, size in zip(self.positions, sizes, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Bucket:
     """Matrices that travel, or are stepped, together.
 
-    ``runs`` cover its fragments; ``rows`` are the (piece, start, count) of each fragment's output rows in the row buffers.
+    Attributes:
+        exchange: their way to their owners and back.
+        fragments: (piece, start, numel) of each fragment in the slices.
+        parts: the same elements, a bounded number at a time.
+        rows: (piece, start, count) of each fragment's output rows in the row buffers.
+        rms: (fragments,) that updates are scaled to; None where matrices are orthogonalized whole.
     """
 
     exchange: BucketExchange
-    runs: tuple[Run, ...]
+    fragments: tuple[tuple[int, int, int], ...]
+    parts: tuple[Part, ...]
     rows: tuple[tuple[int, int, int], ...]
-
-    def views(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """The bucket's part of flat tensors that are laid out like the slices."""
-        return [run.of(pieces) for run in self.runs]
-
-    def fragments(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """``views`` cut into fragments."""
-        return [part for view, run in zip(views, self.runs, strict=True) for part in torch.split(view, run.sizes)]
+    rms: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,16 +119,19 @@ class Slices:
         tensors: ``group["params"]``.
         formats: of each tensor's elementwise state.
         row_counts: output rows that begin in each tensor.
-        travelling, local: buckets of a matrix rule's matrices that do and do not travel between ranks.
+        travelling, local: buckets of a matrix rule's matrices that lie on several ranks, and on this one alone.
+        shards: this rank's fragments of the former, to be orthogonalized alone; empty where that is never done.
         chunks: runs that an elementwise rule updates at a time.
     """
 
     binding: Binding
+    sharding: ShardingSettings
     tensors: tuple[Tensor, ...]
     formats: tuple[StateFormat, ...]
     row_counts: tuple[int, ...]
     travelling: tuple[Bucket, ...]
     local: tuple[Bucket, ...]
+    shards: tuple[Bucket, ...]
     chunks: tuple[tuple[Run, ...], ...]
 
     def allocate(self, rule: Rule, states: Sequence[MutableMapping[str, Any]]) -> None:
@@ -133,25 +175,23 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     formats = tuple(_format(state_dtype, tensor, extent) for tensor, extent in zip(tensors, extents, strict=True))
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
+    shards: tuple[Bucket, ...] = ()
     rule = members.rule
     row_counts = [0] * len(tensors)
     if isinstance(rule, MatrixRule):
         cost = rule.cost
         plan = make_plan(layout, lambda matrix: cost(matrix.rows, matrix.cols), sharding.bucket_numel)
-        wire = getattr(torch, sharding.wire_dtype)
-        row_words = 4 // wire.itemsize if rule.row_buffer else 0
-        row_places = _row_places(layout, binding.rank, starts, row_counts)
-
-        def build(buckets: Sequence[RankBucket]) -> tuple[Bucket, ...]:
-            return tuple(_bucket(layout, bucket, binding, wire, starts, row_places) for bucket in buckets)
-
-        travelling = build(exchange_buckets(plan, binding.rank, row_words))
-        local = build(local_buckets(plan, binding.rank, row_words))
+        builder = _BucketBuilder(plan, rule, binding, sharding, starts, row_counts, state_dtype == "8bit")
+        if sharding.travels:
+            travelling = builder.build(exchange_buckets(plan, binding.rank, builder.row_words))
+        local = builder.build(local_buckets(plan, binding.rank, builder.row_words))
+        if sharding.mode == "shard_local":
+            shards = builder.build(shard_buckets(plan, binding.rank, builder.row_words), alone=True)
     else:
         plan = make_plan(layout, lambda matrix: 0, sharding.bucket_numel)
-    require_agreement(plan, routing, binding)
+    require_agreement(plan, f"sharding {sharding}\n{routing}", binding)
     parts = _chunks(extents, tensors, members)
-    return Slices(binding, tuple(tensors), formats, tuple(row_counts), travelling, local, parts)
+    return Slices(binding, sharding, tuple(tensors), formats, tuple(row_counts), travelling, local, shards, parts)
 
 
 def _matrices(routes: Sequence[Route]) -> Iterator[Matrix]:
@@ -205,30 +245,75 @@ def _row_places(
     return places
 
 
-def _bucket(
-    layout: PartitionLayout,
-    bucket: RankBucket,
-    binding: Binding,
-    wire: torch.dtype,
-    starts: Sequence[int],
-    row_places: Mapping[int, tuple[int, int, int]],
-) -> Bucket:
-    rows = tuple(row_places[fragment.matrix] for fragment in bucket.fragments) if bucket.row_words else ()
-    return Bucket(BucketExchange(layout, bucket, binding, wire), _runs(bucket, starts), rows)
+class _BucketBuilder:
+    """Turns one rank's buckets of the plan into buckets of its tensors."""
+
+    def __init__(
+        self,
+        plan: ExchangePlan,
+        rule: MatrixRule,
+        binding: Binding,
+        sharding: ShardingSettings,
+        starts: Sequence[int],
+        row_counts: list[int],
+        in_blocks: bool,
+    ) -> None:
+        self._plan, self._rule, self._binding, self._starts = plan, rule, binding, starts
+        self._wire: torch.dtype = getattr(torch, sharding.wire_dtype)
+        self.row_words = 4 // self._wire.itemsize if rule.row_buffer else 0
+        self._row_places = _row_places(plan.layout, binding.rank, starts, row_counts)
+        self._in_blocks = in_blocks
+
+    def build(self, buckets: Sequence[RankBucket], alone: bool = False) -> tuple[Bucket, ...]:
+        """``alone``: the buckets' fragments are orthogonalized each for itself."""
+        batch_numel = self._plan.bucket_numel // _BATCHES_PER_BUCKET
+        return tuple(
+            Bucket(
+                BucketExchange(self._plan.layout, bucket, self._binding, self._wire, batch_numel),
+                tuple((*_place(self._starts, f.offset), f.numel) for f in bucket.fragments),
+                self._parts(bucket),
+                tuple(self._row_places[f.matrix] for f in bucket.fragments) if bucket.row_words else (),
+                self._rms(bucket) if alone else None,
+            )
+            for bucket in buckets
+        )
+
+    def _rms(self, bucket: RankBucket) -> Tensor:
+        matrices = [self._plan.layout.matrices[fragment.matrix] for fragment in bucket.fragments]
+        values = [self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) for matrix in matrices]
+        return torch.tensor(values, dtype=torch.float32, device=self._binding.device)
+
+    def _parts(self, bucket: RankBucket) -> tuple[Part, ...]:
+        """Cut the bucket's fragments into parts."""
+        limit = _chunk_numel(self._binding.device)
+        parts: list[list[tuple[int, int, int, int]]] = []
+        room = 0
+        for index, (fragment, section) in enumerate(zip(bucket.fragments, bucket.sent, strict=True)):
+            begin = self._plan.layout.matrices[fragment.matrix].start + fragment.start if self._in_blocks else 0
+            extent = Extent(fragment.offset, fragment.numel, begin)
+            for offset, numel in (run for chunk in chunks([extent], limit) for run in chunk):
+                if numel > room:
+                    parts.append([])
+                    room = limit
+                parts[-1].append((offset, numel, index, section.position + offset - fragment.offset))
+                room -= numel
+        return tuple(self._part(items) for items in parts)
+
+    def _part(self, items: Sequence[tuple[int, int, int, int]]) -> Part:
+        """Merge what lies side by side in one tensor into runs. items: (offset, numel, fragment, position)."""
+        runs: list[Run] = []
+        for offset, numel, _, _ in items:
+            piece, start = _place(self._starts, offset)
+            if runs and runs[-1].piece == piece and runs[-1].start + runs[-1].numel == start:
+                runs[-1].sizes.append(numel)
+            else:
+                runs.append(Run(piece, start, [numel]))
+        fragments = torch.tensor([index for _, _, index, _ in items], device=self._binding.device)
+        return Part(tuple(runs), fragments, tuple(position for _, _, _, position in items))
 
 
-def _runs(bucket: RankBucket, starts: Sequence[int]) -> tuple[Run, ...]:
-    """Merge fragments that lie side by side in one tensor."""
-    runs: list[Run] = []
-    end = -1
-    for fragment in bucket.fragments:
-        piece, start = _place(starts, fragment.offset)
-        if runs and runs[-1].piece == piece and end == fragment.offset:
-            runs[-1].sizes.append(fragment.numel)
-        else:
-            runs.append(Run(piece, start, [fragment.numel]))
-        end = fragment.offset + fragment.numel
-    return tuple(runs)
+def _chunk_numel(device: torch.device) -> int:
+    return _CHUNK_NUMEL.get(device.type, _CHUNK_NUMEL_ELSEWHERE)
 
 
 def _chunks(extents: Sequence[Sequence[Extent]], tensors: Sequence[Tensor], members: Members) -> tuple[tuple[Run, ...], ...]:
@@ -240,11 +325,12 @@ def _chunks(extents: Sequence[Sequence[Extent]], tensors: Sequence[Tensor], memb
         return (tuple(Run(piece, 0, [tensor.numel()]) for piece, tensor in enumerate(tensors)),)
     parts: list[list[Run]] = []
     room = 0
+    limit = _chunk_numel(tensors[0].device)
     for piece, extent in enumerate(extents):
-        for offset, numel in (run for chunk in chunks(extent, _CHUNK_NUMEL) for run in chunk):
+        for offset, numel in (run for chunk in chunks(extent, limit) for run in chunk):
             if numel > room:
                 parts.append([])
-                room = _CHUNK_NUMEL
+                room = limit
             parts[-1].append(Run(piece, offset, [numel]))
             room -= numel
     return tuple(map(tuple, parts))

@@ -74,25 +74,32 @@ class MatrixRule(Rule, Protocol):
     def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
         """(n, rows, cols) directions -> (n, rows, cols) updates; zero where ``active`` (n,) is 0.
 
-        ``rows`` (n, outputs) are the row statistics, advanced in place (empty without a row buffer). ``transposed`` tells
-        that the weight is stored (in, out), so that its outputs are its columns.
+        ``rows`` (n, outputs) are the row statistics, advanced in place (empty without a row buffer); a negative one is kept
+        by another rank. ``transposed`` tells that the weight is stored (in, out), so that its outputs are its columns.
         """
+
+    def rms(self, rows: int, cols: int, transposed: bool) -> float:
+        """The root mean square of the elements of `update` for one exactly orthogonal (rows, cols) matrix."""
 
     def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, now: Hyperparameters) -> None:
         """Step ``parameters`` in place. ``active`` (one 0 or 1 each): 0 leaves a parameter as it is."""
 
 
-def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool) -> None:
+def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, active: Tensor | None = None) -> None:
     """Decoupled weight decay, before the update: W <- (1 - rate) W.
 
     ``cautious`` (as in NorMuon's and MuonAdamW's recipes): only where update * W >= 0, that is where decay and update agree.
+    ``active`` (one 0 or 1 each): 0 leaves a parameter as it is.
     """
     if rate == 0:
         return
     if not cautious:
-        # A tensor, because foreach rounds a number to the parameters' dtype first.
-        torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
+        # Tensors, because foreach rounds a number to the parameters' dtype first.
+        kept = torch.tensor(1.0 - rate, dtype=torch.float64)
+        torch._foreach_mul_(list(parameters), kept if active is None else list((1.0 - rate * active.double()).unbind()))
         return
     agrees = torch._foreach_mul(list(parameters), list(updates))
     masked = [parameter * (product >= 0) for parameter, product in zip(parameters, agrees, strict=True)]
+    if active is not None:
+        torch._foreach_mul_(masked, list(active.unbind()))
     torch._foreach_add_(list(parameters), masked, alpha=-rate)

@@ -77,14 +77,13 @@ class Muon:
     def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
         # Scaled in the wire's precision: the compute dtype may be narrower.
         orthogonal = self.orthogonalization(matrices).to(matrices.dtype)
-        scale = self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
-        return orthogonal.mul_((active.float() * scale).view(-1, 1, 1))
+        factors = active.float() * self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
+        torch._foreach_mul_(list(orthogonal.unbind()), list(factors.unbind()))  # faster on a CPU than with broadcasting
+        return orthogonal
+
+    def rms(self, rows: int, cols: int, transposed: bool) -> float:
+        return self.orthogonalization.scale_of(rows, cols, transposed) / math.sqrt(max(rows, cols))
 
     def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, now: Hyperparameters) -> None:
-        rate = now["lr"] * now["weight_decay"]
-        if rate and not active.all():
-            live = active.nonzero().flatten().tolist()
-            parameters, updates = [parameters[i] for i in live], [updates[i] for i in live]
-        if parameters:
-            decay(parameters, updates, rate, self.cautious)
-            torch._foreach_add_(list(parameters), list(updates), alpha=-now["lr"])
+        decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious, active)
+        torch._foreach_add_(list(parameters), list(updates), alpha=-now["lr"])

@@ -25,8 +25,10 @@ class NorMuon(Muon):
         orthogonal = self.orthogonalization(matrices).float()
         norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
         into = -2 if transposed else -1
-        live = (active != 0).view(-1, 1)
-        rows.copy_(torch.where(live, torch.lerp(rows, orthogonal.square().mean(into), 1.0 - self.beta2), rows))
+        square = orthogonal.square().mean(into)
+        # A row whose statistic is kept elsewhere (shard_local) is normalised by its own square of this step.
+        moved = torch.where(rows < 0, square, torch.lerp(rows, square, 1.0 - self.beta2))
+        rows.copy_(torch.where((active != 0).view(-1, 1), moved, rows.clamp(min=0)))
         orthogonal.div_((rows.sqrt() + _EPS).unsqueeze(into))
         factor = norm / (torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True) + _EPS)
         factor.mul_(self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed))

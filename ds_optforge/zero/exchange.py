@@ -15,6 +15,9 @@ from torch import Tensor
 from ds_optforge.zero.layout import Binding, LayoutError
 from ds_optforge.zero.plan import ExchangePlan, PartitionLayout, RankBucket, Section
 
+# In the place of a row's statistic that is kept elsewhere: a shard's first row may begin on another rank.
+NO_STATISTIC = -1.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixBatch:
@@ -23,7 +26,7 @@ class MatrixBatch:
     Attributes:
         matrices: (n, rows, cols) in the wire dtype.
         active: (n,) 1 for a matrix with any gradient that is not zero, else 0; in the wire dtype.
-        rows: (n, outputs) row statistics in float32; (n, 0) when the rule has none.
+        rows: (n, outputs) row statistics in float32, negative where one is kept elsewhere; (n, 0) when the rule has none.
         transposed: the matrices are stored (in, out).
     """
 
@@ -34,8 +37,11 @@ class MatrixBatch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Shape:
-    """Which sections make up the owned matrices of one shape, and each section's matrix's place in the batch."""
+class _Batch:
+    """Owned matrices of one shape: their sections, and each section's matrix's place in the batch.
+
+    ``start``: where the batch lies in the receive buffer if it does so as it is, else -1.
+    """
 
     rows: int
     cols: int
@@ -45,70 +51,99 @@ class _Shape:
     slots: tuple[int, ...]
     slot_index: Tensor
     flag_index: Tensor
+    start: int
+    partial: bool
+
+    @property
+    def numel(self) -> int:
+        return self.count * self.rows * self.cols
 
 
 class BucketExchange:
-    """One bucket's way out and back: ``collect`` -> ``matrices`` -> ``give_back`` -> ``updates`` -> ``release``.
+    """One bucket's way out and back: ``open`` -> ``collect`` -> ``matrices``, ``put`` -> ``give_back`` -> ``updates`` ->
+    ``release``.
 
-    Built once, used every step. The collectives are asynchronous; their buffers are referenced from ``collect`` until
-    ``release``, so they outlive both.
+    Built once, used every step; ``outgoing`` is filled between ``open`` and ``collect``. The collectives are asynchronous;
+    their buffers are referenced from ``open`` until ``release``, so they outlive both.
+
+    Args:
+        layout, bucket, binding, wire: what travels, between whom, in which dtype.
+        batch_numel: elements of a batch of matrices (or one matrix): bounds the workspace of orthogonalization.
     """
 
-    def __init__(self, layout: PartitionLayout, bucket: RankBucket, binding: Binding, wire: torch.dtype) -> None:
+    def __init__(
+        self, layout: PartitionLayout, bucket: RankBucket, binding: Binding, wire: torch.dtype, batch_numel: int
+    ) -> None:
         self.bucket = bucket
         self._binding = binding
         self._wire = wire
         self._flag_index = _index([section.flag for section in bucket.sent], binding.device)
-        self._shapes = _shapes(layout, bucket, binding.device)
+        self._batches = _batches(layout, bucket, binding.device, batch_numel)
         self._work: dist.Work | None = None
         self.release()
 
-    def collect(self, fragments: Sequence[Tensor], active: Tensor, rows: Sequence[Tensor]) -> None:
-        """Start sending every fragment to the owner of its matrix.
+    @property
+    def batches(self) -> range:
+        """Numbers of the batches of owned matrices."""
+        return range(len(self._batches))
+
+    @property
+    def outgoing(self) -> Tensor:
+        """The send buffer: fragment i's elements are at ``bucket.sent[i].position``; updates return to their places."""
+        return self._send
+
+    def open(self) -> None:
+        """Allocate the send buffer."""
+        self._send = torch.empty(self.bucket.send_numel, dtype=self._wire, device=self._binding.device)
+
+    def collect(self, active: Tensor, rows: Sequence[Tensor]) -> None:
+        """Start sending the elements in ``outgoing`` to the owners of the matrices.
 
         Args:
-            fragments: flat, in the order of ``bucket.fragments``; rounded to the wire dtype.
             active: (fragments,) 1 where any element of the fragment's gradient is not zero, else 0.
             rows: float32 statistics of the output rows that begin in each fragment; empty when the rule has none.
         """
-        bucket, device = self.bucket, self._binding.device
-        self._send = torch.empty(bucket.send_numel, dtype=self._wire, device=device)
-        if fragments:
-            torch._foreach_copy_(self._elements(self._send, bucket.sent), list(fragments))
+        bucket = self.bucket
+        if bucket.sent:
             self._send[self._flag_index] = active.to(self._send)
         if rows:
             torch._foreach_copy_(self._statistics(self._send, bucket.sent), [row.view(self._wire) for row in rows])
         if bucket.travels:
-            self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=device)
+            self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=self._binding.device)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
         else:
             self._receive = self._send
 
-    def matrices(self) -> list[MatrixBatch]:
-        """Wait for the fragments; return the owned matrices, one batch per shape."""
+    def matrices(self, index: int) -> MatrixBatch:
+        """Wait for the fragments; return one batch of owned matrices, to be overwritten at will."""
         self._wait()
-        batches = []
-        for shape in self._shapes:
-            matrices = self._receive.new_empty(shape.count, shape.rows, shape.cols)
-            torch._foreach_copy_(_element_places(shape, matrices), self._elements(self._receive, shape.sections))
-            active = self._receive.new_zeros(shape.count)
-            active.scatter_reduce_(0, shape.slot_index, self._receive[shape.flag_index], "amax")
-            outputs = (shape.cols if shape.transposed else shape.rows) if self.bucket.row_words else 0
-            rows = torch.empty(shape.count, outputs, dtype=torch.float32, device=matrices.device)
-            if outputs:
-                places = _statistic_places(shape, rows, self._wire)
-                torch._foreach_copy_(places, self._statistics(self._receive, shape.sections))
-            batches.append(MatrixBatch(matrices, active, rows, shape.transposed))
-        return batches
+        batch = self._batches[index]
+        if batch.start >= 0:
+            matrices = self._receive.narrow(0, batch.start, batch.numel).view(batch.count, batch.rows, batch.cols)
+        else:
+            fill = self._receive.new_zeros if batch.partial else self._receive.new_empty
+            matrices = fill(batch.count, batch.rows, batch.cols)
+            torch._foreach_copy_(_element_places(batch, matrices), self._elements(self._receive, batch.sections))
+        active = self._receive.new_zeros(batch.count)
+        active.scatter_reduce_(0, batch.slot_index, self._receive[batch.flag_index], "amax")
+        outputs = (batch.cols if batch.transposed else batch.rows) if self.bucket.row_words else 0
+        rows = torch.full((batch.count, outputs), NO_STATISTIC, dtype=torch.float32, device=matrices.device)
+        if outputs:
+            places = _statistic_places(batch, rows, self._wire)
+            torch._foreach_copy_(places, self._statistics(self._receive, batch.sections))
+        return MatrixBatch(matrices, active, rows, batch.transposed)
 
-    def give_back(self, batches: Sequence[MatrixBatch]) -> None:
-        """Start returning ``matrices()`` with the updates in place of the matrices, and their statistics."""
-        for shape, batch in zip(self._shapes, batches, strict=True):
-            torch._foreach_copy_(self._elements(self._receive, shape.sections), _element_places(shape, batch.matrices))
-            self._receive[shape.flag_index] = batch.active[shape.slot_index]
-            if self.bucket.row_words:
-                places = _statistic_places(shape, batch.rows, self._wire)
-                torch._foreach_copy_(self._statistics(self._receive, shape.sections), places)
+    def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
+        """Put the updates, (n, rows, cols), in the place of the batch ``given`` that `matrices` returned."""
+        batch = self._batches[index]
+        torch._foreach_copy_(self._elements(self._receive, batch.sections), _element_places(batch, updates))
+        self._receive[batch.flag_index] = given.active[batch.slot_index]
+        if self.bucket.row_words:
+            places = _statistic_places(batch, given.rows, self._wire)
+            torch._foreach_copy_(self._statistics(self._receive, batch.sections), places)
+
+    def give_back(self) -> None:
+        """Start returning the updates and statistics that were `put`."""
         if self.bucket.travels:
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
@@ -148,15 +183,15 @@ class BucketExchange:
         return [buffer.narrow(0, section.row_position, section.rows * words) for section in sections]
 
 
-def _element_places(shape: _Shape, matrices: Tensor) -> list[Tensor]:
+def _element_places(batch: _Batch, matrices: Tensor) -> list[Tensor]:
     """The sections' elements in (n, rows, cols) matrices."""
-    flat = matrices.reshape(shape.count, -1)
-    return [flat[slot].narrow(0, s.start, s.numel) for slot, s in zip(shape.slots, shape.sections, strict=True)]
+    flat = matrices.reshape(batch.count, -1)
+    return [flat[slot].narrow(0, s.start, s.numel) for slot, s in zip(batch.slots, batch.sections, strict=True)]
 
 
-def _statistic_places(shape: _Shape, rows: Tensor, wire: torch.dtype) -> list[Tensor]:
+def _statistic_places(batch: _Batch, rows: Tensor, wire: torch.dtype) -> list[Tensor]:
     """The sections' statistics in (n, outputs) float32 rows, seen as elements of the wire dtype."""
-    places = zip(shape.slots, shape.sections, strict=True)
+    places = zip(batch.slots, batch.sections, strict=True)
     return [rows[slot].narrow(0, section.first_row, section.rows).view(wire) for slot, section in places]
 
 
@@ -164,19 +199,33 @@ def _index(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-def _shapes(layout: PartitionLayout, bucket: RankBucket, device: torch.device) -> list[_Shape]:
-    """Group the sections of a bucket's owned matrices by shape."""
-    by_shape: dict[tuple[int, int, bool], list[Section]] = {}
+def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, batch_numel: int) -> list[_Batch]:
+    """Group a bucket's owned matrices by shape, at most ``batch_numel`` elements (or one matrix) at a time."""
+    sections: dict[int, list[Section]] = {}
     for section in bucket.received:
-        matrix = layout.matrices[section.matrix]
-        by_shape.setdefault((matrix.rows, matrix.cols, matrix.transposed), []).append(section)
-    shapes = []
-    for (rows, cols, transposed), sections in by_shape.items():
-        place: dict[int, int] = {}
-        slots = tuple(place.setdefault(section.matrix, len(place)) for section in sections)
-        slot_index, flag_index = _index(slots, device), _index([section.flag for section in sections], device)
-        shapes.append(_Shape(rows, cols, transposed, len(place), tuple(sections), slots, slot_index, flag_index))
-    return shapes
+        sections.setdefault(section.matrix, []).append(section)
+    by_shape: dict[tuple[int, int, bool], list[int]] = {}
+    for matrix, shape in zip(bucket.owned, bucket.shapes, strict=True):
+        by_shape.setdefault((*shape, layout.matrices[matrix].transposed), []).append(matrix)
+    batches = []
+    for (rows, cols, transposed), matrices in by_shape.items():
+        size = max(1, batch_numel // (rows * cols))
+        for first in range(0, len(matrices), size):
+            members = matrices[first : first + size]
+            batches.append(_batch((rows, cols), transposed, [sections[matrix] for matrix in members], device))
+    return batches
+
+
+def _batch(shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[Section]], device: torch.device) -> _Batch:
+    numel = shape[0] * shape[1]
+    sections = tuple(section for member in members for section in member)
+    slots = tuple(slot for slot, member in enumerate(members) for _ in member)
+    partial = any(sum(section.numel for section in member) < numel for member in members)
+    first = sections[0].position
+    whole = [section.position for section in sections] == [first + numel * slot for slot in range(len(members))]
+    slot_index, flag_index = _index(slots, device), _index([section.flag for section in sections], device)
+    start = first if whole and not partial else -1
+    return _Batch(*shape, transposed, len(members), sections, slots, slot_index, flag_index, start, partial)
 
 
 def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> None:

@@ -7,9 +7,10 @@ on a plan by talking.
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class RankBucket:
         fragments: this rank's fragments, with increasing slice offsets.
         sent: where each of them lies in the send buffer.
         owned: matrices that this rank orthogonalizes, in order.
+        shapes: (rows, cols) of each of them; of a shard, the rows that it touches.
         received: where their fragments lie in the receive buffer.
         sends: elements per destination rank; empty when nothing travels (then send and receive buffer are the same).
         receives: elements per source rank; empty likewise.
@@ -163,6 +165,7 @@ class RankBucket:
     fragments: tuple[Fragment, ...]
     sent: tuple[Section, ...]
     owned: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
     received: tuple[Section, ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
@@ -192,8 +195,10 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         cost: of orthogonalizing one matrix (FLOPs; any unit).
         bucket_numel: elements of one bucket per rank; an exchange holds at most world_size times as many, or one matrix.
 
-    Owners of an exchange's matrices are chosen longest-processing-time first among the ranks that hold a piece, so that
-    each exchange is balanced; ties go to the rank with the lower load so far.
+    An owner holds a piece of its matrix. Where no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
+    load of a rank is the smallest possible, and the bound holds for what each rank owns of an exchange. Elsewhere matrices go
+    longest-processing-time first to the lowest load, and then those of equal cost change owners so that ranks wait for each
+    other as little as possible.
     """
     holders = [layout.holders(matrix) for matrix in range(len(layout.matrices))]
     costs = [cost(matrix) for matrix in layout.matrices]
@@ -205,53 +210,207 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
             load[ranks.start] += costs[matrix]
         else:
             shared.append(matrix)
-    exchanges = list(_runs_of(shared, layout.matrices, layout.world_size * bucket_numel))
-    # A rank walks its local matrices between the exchanges, so each exchange sees its part of that work.
-    local_share = [total // max(len(exchanges), 1) for total in load]
-    for exchange in exchanges:
-        _choose_owners(exchange, holders, costs, owners, load, local_share)
+    if _at_most_one_a_boundary(shared, holders, load):
+        _own_straddling(shared, holders, costs, owners, load)
+        exchanges = _one_or_two_exchanges(shared, owners, layout.matrices, bucket_numel)
+    else:
+        exchanges = list(_runs_of(shared, layout.matrices, layout.world_size * bucket_numel))
+        clocks = Clocks(load, len(exchanges))
+        _own_longest_first(shared, holders, costs, owners, load)
+        _swap_equals(exchanges, holders, costs, owners, clocks)
     return ExchangePlan(
         layout, tuple(owners), tuple(exchanges), bucket_numel, _fingerprint(layout, owners, exchanges, bucket_numel)
     )
 
 
 def _runs_of(indices: Sequence[int], matrices: Sequence[Matrix], limit: int) -> Iterator[tuple[int, ...]]:
-    """Cut ``indices`` into runs of at most ``limit`` elements (a larger matrix is a run of its own)."""
+    """Cut ``indices`` into as few and as equal runs of at most ``limit`` elements as goes (a larger matrix is its own run)."""
+    left = sum(matrices[index].numel for index in indices)
     run: list[int] = []
     numel = 0
     for index in indices:
-        if run and numel + matrices[index].numel > limit:
+        size = matrices[index].numel
+        runs = -(-left // limit)
+        # Cut where half of the matrix or more would lie beyond an equal share of what is left.
+        if run and (numel + size > limit or (2 * numel + size) * runs > 2 * left):
             yield tuple(run)
+            left -= numel
             run, numel = [], 0
         run.append(index)
-        numel += matrices[index].numel
+        numel += size
     if run:
         yield tuple(run)
 
 
-def _choose_owners(
-    exchange: Sequence[int],
-    holders: Sequence[range],
-    costs: Sequence[int],
-    owners: list[int],
-    load: list[int],
-    local_share: Sequence[int],
+def _at_most_one_a_boundary(shared: Sequence[int], holders: Sequence[range], load: Sequence[int]) -> bool:
+    """Whether one matrix at most crosses each boundary between two ranks, and a rank in the middle of one has nothing else."""
+    return all(holders[left][-1] <= holders[right][0] for left, right in pairwise(shared)) and not any(
+        load[rank] for matrix in shared for rank in holders[matrix][1:-1]
+    )
+
+
+def _own_straddling(
+    shared: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
 ) -> None:
-    """Longest processing time first; writes ``owners`` and adds to ``load``."""
-    everyone = range(len(load))
-    here = list(local_share)
-    heap = [(here[rank], load[rank], rank) for rank in everyone]
-    heapq.heapify(heap)
-    for matrix in sorted(exchange, key=lambda index: (-costs[index], index)):
-        if holders[matrix] == everyone:
-            while (here[heap[0][2]], load[heap[0][2]]) != heap[0][:2]:  # outdated by a choice made below
-                heapq.heapreplace(heap, (here[heap[0][2]], load[heap[0][2]], heap[0][2]))
-            owner = heap[0][2]
+    """Write the owners with the smallest maximum of ``load``, given at most one shared matrix per boundary, and add to it."""
+    pairs = []
+    for matrix in shared:
+        if len(holders[matrix]) > 2:  # whoever is in the middle has nothing else to do
+            owners[matrix] = holders[matrix][1]
+            load[owners[matrix]] += costs[matrix]
         else:
-            owner = min(holders[matrix], key=lambda rank: (here[rank], load[rank], rank))
+            pairs.append(matrix)
+
+    def lean_left(limit: int) -> list[int] | None:
+        """The owners if every load can be at most ``limit``: whatever still fits on the left leaves more room on the right."""
+        given, chosen = load.copy(), []
+        for matrix in pairs:
+            left, right = holders[matrix]
+            owner = left if given[left] + costs[matrix] <= limit else right
+            given[owner] += costs[matrix]
+            if given[owner] > limit:
+                return None
+            chosen.append(owner)
+        return chosen
+
+    low, high = max(load), max(load) + 2 * max((costs[matrix] for matrix in pairs), default=0)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if lean_left(middle) is not None else (middle + 1, high)
+    for matrix, owner in zip(pairs, lean_left(low) or (), strict=True):
         owners[matrix] = owner
-        here[owner] += costs[matrix]
         load[owner] += costs[matrix]
+
+
+def _one_or_two_exchanges(
+    shared: Sequence[int], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
+) -> list[tuple[int, ...]]:
+    """All in one exchange, but for the second of a rank's two matrices where both together have more than ``limit`` elements.
+
+    More exchanges would save no rank any workspace, and make ranks wait that have a part in few of them.
+    """
+    owned: Counter[int] = Counter()
+    exchanges: tuple[list[int], list[int]] = ([], [])
+    for matrix in shared:
+        numel = matrices[matrix].numel
+        late = owned[owners[matrix]] > 0 and owned[owners[matrix]] + numel > limit
+        owned[owners[matrix]] += numel
+        exchanges[late].append(matrix)
+    return [tuple(exchange) for exchange in exchanges if exchange]
+
+
+def _own_longest_first(
+    shared: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
+) -> None:
+    """Longest processing time first, to the holder with the lowest load; writes ``owners`` and adds to ``load``."""
+    everyone = range(len(load))
+    heap = [(load[rank], rank) for rank in everyone]
+    heapq.heapify(heap)
+    for matrix in sorted(shared, key=lambda index: (-costs[index], index)):
+        if holders[matrix] == everyone:
+            while load[heap[0][1]] != heap[0][0]:  # outdated by a choice made below
+                heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
+            owner = heap[0][1]
+        else:
+            owner = min(holders[matrix], key=lambda rank: (load[rank], rank))
+        owners[matrix] = owner
+        load[owner] += costs[matrix]
+
+
+class Clocks:
+    """When each rank is through with its orthogonalizations, in units of their cost, if nothing else took time.
+
+    collect(k + 1) is issued before bucket k is computed and give_back(k) awaited after it, so that bucket k begins on no
+    rank before all have computed bucket k - 2. A rank's local matrices are spread evenly between the exchanges.
+    """
+
+    def __init__(self, local: Sequence[int], exchanges: int) -> None:
+        self.of_rank = [0] * len(local)
+        self.end = 0
+        self._local = [(rank, cost) for rank, cost in enumerate(local) if cost]
+        self._parts = exchanges + 1
+        self._part = 0
+        self._ends = [0, 0]
+
+    def begin_exchange(self) -> None:
+        """All work of the exchanges before has been added."""
+        self._add_local()
+        self._ends = [self._ends[1], self.end]
+
+    def add(self, rank: int, cost: int) -> None:
+        """``rank`` computes a matrix of the current exchange."""
+        self.of_rank[rank] = max(self.of_rank[rank], self._ends[0]) + cost
+        self.end = max(self.end, self.of_rank[rank])
+
+    def finish(self) -> int:
+        """When the last rank is through with everything."""
+        self._add_local()
+        return self.end
+
+    def _add_local(self) -> None:
+        self._part += 1
+        for rank, cost in self._local:
+            self.add(rank, cost * self._part // self._parts - cost * (self._part - 1) // self._parts)
+
+
+def _swap_equals(
+    exchanges: Sequence[Sequence[int]], holders: Sequence[range], costs: Sequence[int], owners: list[int], clocks: Clocks
+) -> None:
+    """Deal the matrices that everyone holds out again, each rank as many of each cost as before, by the clock.
+
+    So loads stay as balanced as over all buckets at once, and each bucket is as balanced as that allows.
+    """
+    everyone = range(len(clocks.of_rank))
+    room: dict[int, Counter[int]] = {}
+    left = [0] * len(everyone)
+    for matrix in chain.from_iterable(exchanges):
+        left[owners[matrix]] += costs[matrix]
+        if holders[matrix] == everyone:
+            room.setdefault(costs[matrix], Counter())[owners[matrix]] += 1
+    heaps = {cost: [(0, -left[rank], rank) for rank in ranks] for cost, ranks in room.items()}
+    for heap in heaps.values():
+        heapq.heapify(heap)
+    for exchange in exchanges:
+        clocks.begin_exchange()
+        for matrix in sorted(exchange, key=lambda index: (-costs[index], index)):
+            cost = costs[matrix]
+            if holders[matrix] == everyone:
+                owners[matrix] = _earliest(heaps[cost], room[cost], clocks.of_rank, left)
+            clocks.add(owners[matrix], cost)
+            left[owners[matrix]] -= cost
+
+
+def _earliest(heap: list[tuple[int, int, int]], room: Counter[int], clock: Sequence[int], left: Sequence[int]) -> int:
+    """The rank with room whose clock is lowest, then with the most work left; takes one from its room."""
+    while True:
+        rank = heap[0][2]
+        now = (clock[rank], -left[rank], rank)
+        if room[rank] == 0:
+            heapq.heappop(heap)
+        elif heap[0] != now:  # outdated: clocks only advance and work only shrinks
+            heapq.heapreplace(heap, now)
+        else:
+            room[rank] -= 1
+            return rank
+
+
+def critical_path(plan: ExchangePlan, cost: Callable[[Matrix], int]) -> int:
+    """When the last rank is through, in units of ``cost``, waiting for others included: see `Clocks`.
+
+    Never less than the largest load of a rank; traffic and everything elementwise take no time here.
+    """
+    layout = plan.layout
+    travelling = set(chain.from_iterable(plan.exchanges))
+    local = [0] * layout.world_size
+    for index, matrix in enumerate(layout.matrices):
+        if index not in travelling:
+            local[plan.owners[index]] += cost(matrix)
+    clocks = Clocks(local, len(plan.exchanges))
+    for exchange in plan.exchanges:
+        clocks.begin_exchange()
+        for index in exchange:
+            clocks.add(plan.owners[index], cost(layout.matrices[index]))
+    return clocks.finish()
 
 
 def _fingerprint(
@@ -285,13 +444,57 @@ def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, row
     ]
     sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], row_words)
     receives, received = _blocks(layout, arriving, row_words)
-    return RankBucket(tuple(held), sent, owned, received, sends, receives, row_words)
+    return RankBucket(tuple(held), sent, owned, _shapes(layout, owned), received, sends, receives, row_words)
 
 
 def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, row_words: int) -> RankBucket:
+    """Its buffer holds matrices of one shape side by side, so that they are a batch as they lie."""
     held = [fragment for matrix in run if (fragment := layout.fragment(matrix, rank)) is not None]
+    shapes = _shapes(layout, run)
+    order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
+    _, blocks = _blocks(layout, [(rank, held[index]) for index in order], row_words)
+    sections = tuple(section for _, section in sorted(zip(order, blocks, strict=True)))
+    return RankBucket(tuple(held), sections, tuple(run), shapes, sections, (), (), row_words)
+
+
+def shard_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
+    """This rank's fragments of matrices that lie on several ranks, each as a matrix of its own: the rows that it touches."""
+    layout = plan.layout
+    shared = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
+    held = [fragment for matrix in shared if (fragment := layout.fragment(matrix, rank)) is not None]
+    buckets: list[RankBucket] = []
+    run: list[Fragment] = []
+    for fragment in held:
+        if run and sum(other.numel for other in run) + fragment.numel > plan.bucket_numel:
+            buckets.append(_shard_bucket(layout, run, rank, row_words))
+            run = []
+        run.append(fragment)
+    return [*buckets, _shard_bucket(layout, run, rank, row_words)] if run else buckets
+
+
+def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, row_words: int) -> RankBucket:
     _, sections = _blocks(layout, [(rank, fragment) for fragment in held], row_words)
-    return RankBucket(tuple(held), sections, tuple(run), sections, (), (), row_words)
+    shards = tuple(_within_shard(layout.matrices[section.matrix], section) for section in sections)
+    shapes = tuple(_touched(layout.matrices[f.matrix], f) for f in held)
+    owned = tuple(fragment.matrix for fragment in held)
+    return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), row_words)
+
+
+def _touched(matrix: Matrix, fragment: Fragment) -> tuple[int, int]:
+    """(stored rows that the fragment touches, cols)."""
+    first, end = fragment.start // matrix.cols, -(-(fragment.start + fragment.numel) // matrix.cols)
+    return end - first, matrix.cols
+
+
+def _within_shard(matrix: Matrix, section: Section) -> Section:
+    """The section as a part of the rows that it touches."""
+    first = section.start // matrix.cols
+    row = section.first_row if matrix.transposed else section.first_row - first
+    return replace(section, start=section.start - first * matrix.cols, first_row=row)
+
+
+def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((layout.matrices[m].rows, layout.matrices[m].cols) for m in matrices)
 
 
 def _blocks(
