@@ -3,12 +3,17 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ds_optforge.integrations.deepspeed import check, load_config
+from ds_optforge import model_shapes, roles
+from ds_optforge.config import OptimizerConfig
+from ds_optforge.integrations.deepspeed import check, load_config, optimizer_section
 from ds_optforge.integrations.plain import explain
+from ds_optforge.plan_report import report
+from ds_optforge.planning import SUB_GROUP_SIZE, Hardware, Topology, forecast_routes
 from ds_optforge.validation import ConfigError
 from ds_optforge.workload.gpt import PRESETS, build_model
 
@@ -20,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except ConfigError as error:
-        print(f"{options.config}:\n{error}", file=sys.stderr)
+        print(f"{options.config}:\n{error}" if options.config else error, file=sys.stderr)
         status = 2
     return status
 
@@ -37,7 +42,27 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("check", help="validate a DeepSpeed configuration file")
     command.add_argument("config", help="a DeepSpeed configuration file")
     command.set_defaults(run=_check)
+    _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    shipped = ", ".join(model_shapes.MODEL_SHAPES)
+    command.add_argument("model", metavar="MODEL", help=f"{shipped}; or the path of a Hugging Face config.json")
+    command.add_argument("--world-size", type=int, required=True, help="ranks that ZeRO cuts the parameters over")
+    command.add_argument("--stage", type=int, required=True, help="of ZeRO: 1, 2 or 3")
+    command.add_argument("--config", help="a DeepSpeed configuration file; default: muon as it is configured by default")
+    command.add_argument("--link-gbps", type=float, default=100.0, help="Gbit/s of a rank's link each way; default: 100")
+    command.add_argument("--tflops", type=float, default=100.0, help="TFLOP/s that its matrix products reach; default: 100")
+    command.add_argument(
+        "--expert-parallel",
+        type=int,
+        default=1,
+        metavar="E",
+        help="E ranks share out each bank of experts (named 'experts', three dimensions), and ZeRO cuts a share over "
+        "world size / E ranks; default: 1, ZeRO cuts experts as everything else",
+    )
+    command.set_defaults(run=_plan)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -52,3 +77,25 @@ def _check(options: argparse.Namespace) -> int:
     check(config, filled=False)
     print(f"{options.config}: valid")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    loaded = load_config(options.config) if options.config else {"name": "muon"}
+    config = OptimizerConfig(optimizer_section(loaded))
+    topology = Topology(options.world_size, options.stage, options.expert_parallel, _sub_group_size(loaded))
+    hardware = Hardware(options.tflops, options.link_gbps)
+    model = model_shapes.load(options.model)
+    roles.tag(model)
+    routes = [roles.route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+    sharding = config.common.sharding
+    print(report(options.model, routes, sharding, forecast_routes(routes, sharding, topology), hardware), end="")
+    return 0
+
+
+def _sub_group_size(config: Mapping[str, Any]) -> int:
+    """Of ZeRO-3, as DeepSpeed takes it: 1e9 is as good as 1000000000."""
+    section = config.get("zero_optimization")
+    found = section.get("sub_group_size", SUB_GROUP_SIZE) if isinstance(section, Mapping) else SUB_GROUP_SIZE
+    if isinstance(found, bool) or not isinstance(found, int | float) or found < 1:
+        raise ConfigError(f"zero_optimization.sub_group_size: got {found!r}; allowed: a number of at least 1")
+    return int(found)

@@ -3,6 +3,7 @@
 Under ZeRO a call steps one flat slice; elsewhere a tensor per parameter. Offsets of the plan count through all of them.
 """
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.plan import (
     ExchangePlan,
+    Fragment,
     Matrix,
     PartitionLayout,
     RankBucket,
@@ -31,10 +33,14 @@ from ds_optforge.zero.plan import (
     shard_buckets,
 )
 
+logger = logging.getLogger("ds_optforge")
+
 # Elements that are read and updated at a time wherever that makes temporary tensors: bounds them. On a CPU they fit its
 # cache (half the time of whole buckets was measured); elsewhere fewer kernels count.
 _CHUNK_NUMEL = {"cpu": 2**18}
 _CHUNK_NUMEL_ELSEWHERE = 2**22
+
+_THIN_ROWS = 32
 
 # Batches of matrices are this part of a bucket, so that what orthogonalization needs beside them stays small.
 _BATCHES_PER_BUCKET = 16
@@ -186,7 +192,9 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
             travelling = builder.build(exchange_buckets(plan, binding.rank, builder.row_words))
         local = builder.build(local_buckets(plan, binding.rank, builder.row_words))
         if sharding.mode == "shard_local":
-            shards = builder.build(shard_buckets(plan, binding.rank, builder.row_words), alone=True)
+            found = shard_buckets(plan, binding.rank, builder.row_words)
+            shards = builder.build(found, alone=True)
+            _warn_of_thin_shards(layout, [fragment for bucket in found for fragment in bucket.fragments], binding.rank)
     else:
         plan = make_plan(layout, lambda matrix: 0, sharding.bucket_numel)
     require_agreement(plan, f"sharding {sharding}\n{routing}", binding)
@@ -243,6 +251,23 @@ def _row_places(
         places[fragment.matrix] = (piece, row_counts[piece], count)
         row_counts[piece] += count
     return places
+
+
+def _warn_of_thin_shards(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
+    """One line on the first rank: orthogonalizing few rows alone is little more than normalising them."""
+    rows = {f.matrix: f.numel // layout.matrices[f.matrix].cols for f in fragments}
+    thin = [matrix for matrix, count in rows.items() if count < min(_THIN_ROWS, layout.matrices[matrix].rows)]
+    if thin and rank == 0:
+        least = min(thin, key=lambda matrix: rows[matrix])
+        logger.warning(
+            "shard_local: %d of %d matrices have fewer than %d whole rows on this rank (%s: %d), which makes their update "
+            "row normalisation rather than Muon; mode 'gather', or gather_every, or fewer ranks, avoid it",
+            len(thin),
+            len(rows),
+            _THIN_ROWS,
+            layout.describe(least),
+            rows[least],
+        )
 
 
 class _BucketBuilder:

@@ -40,9 +40,11 @@ class Muon:
         gradient = gradient.double()
         self.buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
         direction = (1 - self.momentum) * gradient + self.momentum * self.buffer if self.nesterov else self.buffer
-        rows, cols = self.weight.shape
-        update = max(1, rows / cols) ** 0.5 * newton_schulz(direction)
-        self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * update
+        self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * self.update(direction)
+
+    def update(self, direction: Tensor) -> Tensor:
+        rows, cols = direction.shape
+        return max(1, rows / cols) ** 0.5 * newton_schulz(direction)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -50,6 +50,93 @@ def test_explain_counts_parameters_by_rule(capsys: pytest.CaptureFixture[str]) -
     assert f"muon: {4 * 12 * 128 * 128:,} params" in capsys.readouterr().out
 
 
+class TestPlan:
+    """What the figures mean is tested in test_planning.py."""
+
+    def printed(self, arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+        assert main(["plan", *arguments.split()]) == 0
+        return capsys.readouterr().out
+
+    def test_a_shipped_model_rank_by_rank(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """12 layers of qkv, out, up and down."""
+        printed = self.printed("gpt2 --world-size 8 --stage 3", capsys)
+        assert "48 matrices with 84,934,656 of 124,439,808 parameters" in printed
+        rows = table_rows(printed)
+        assert [rows[str(rank)][0] for rank in range(8)] == ["6"] * 8
+        sent = sum(float(rows[str(rank)][2]) for rank in range(8))
+        assert sent == pytest.approx(2 * 2 * 84_934_656 * 7 / 8 / 1e6, abs=8 * 0.05 + 0.01)
+        assert "FLOPs max/mean 1.036; critical path over ideal 1.036" in printed
+        assert {"gather", "gather every 2", "gather every 5", "gather every 10", "shard_local"} <= rows.keys()
+        assert [rows[mode][-1] for mode in rows].count("best") == 1
+        assert "rows per shard (shard_local): 96 to 384" in printed
+
+    def test_many_ranks_are_summed_up_and_too_many_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        printed = " ".join(self.printed("gpt2 --world-size 256 --stage 2", capsys).split())
+        rows = table_rows(self.printed("gpt2 --world-size 256 --stage 2", capsys))
+        assert {"min", "mean", "max"} <= rows.keys()
+        assert "256" not in rows
+        assert "256 ranks, 48 matrices: at least 208 ranks orthogonalize nothing." in printed
+        assert "Recommended: " in printed
+
+    def test_the_link_sets_the_seconds_of_traffic(self, capsys: pytest.CaptureFixture[str]) -> None:
+        slow, fast = (
+            table_rows(self.printed(f"gpt2 --world-size 8 --stage 3 --link-gbps {gbps}", capsys))["gather"] for gbps in (1, 10)
+        )
+        assert float(slow[1]) == pytest.approx(10 * float(fast[1]), rel=0.01)
+        assert slow[0] == fast[0]
+
+    def test_a_configuration_decides_what_is_a_matrix(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        only_mlp = {"match": "attention", "role": "scalar"}
+        path = write(tmp_path, {"optimizer": {"type": "OptForge", "params": {"name": "muon", "overrides": [only_mlp]}}})
+        assert "24 matrices" in self.printed(f"gpt2 --world-size 8 --stage 3 --config {path}", capsys)
+        path = write(tmp_path, {"optimizer": {"type": "OptForge", "params": {"name": "adamw"}}})
+        assert "none of them a matrix" in self.printed(f"gpt2 --world-size 8 --stage 3 --config {path}", capsys)
+
+    def test_sub_groups_of_the_configuration_are_planned_one_after_another(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A layer has 884,736 elements on each of 8 ranks; sub-groups end where they exceed a million."""
+        path = write(tmp_path, {"optimizer": MUON, "zero_optimization": {"stage": 3, "sub_group_size": 1e6}})
+        printed = " ".join(self.printed(f"gpt2 --world-size 8 --stage 3 --config {path}", capsys).split())
+        assert "zero_optimization.sub_group_size 1000000 makes 9 sub-groups" in printed
+
+    def test_a_hugging_face_configuration(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        path = write(tmp_path, {**config, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100})
+        printed = " ".join(self.printed(f"{path} --world-size 2 --stage 3", capsys).split())
+        numel = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+        assert f"14 matrices with {numel:,} of {numel + 2 * 100 * 64 + 5 * 64:,} parameters" in printed
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ("gpt5 --world-size 8 --stage 3", "model: got 'gpt5'; allowed: gpt2, gpt2-medium"),
+            ("gpt2 --world-size 0 --stage 3", "world size: got 0; allowed: at least 1"),
+            ("gpt2 --world-size 8 --stage 4", "stage: got 4; allowed: 1, 2, 3"),
+            ("gpt2 --world-size 8 --stage 3 --link-gbps 0", "link gbps: got 0; allowed: a positive number"),
+            ("gpt2 --world-size 8 --stage 2 --expert-parallel 3", "expert parallel: got 3; allowed: a divisor of 8 ranks"),
+            ("gpt2 --world-size 8 --stage 3 --config none.json", "none.json: No such file"),
+        ],
+    )
+    def test_bad_input_is_named(self, arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", *arguments.split()]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert said in output.err
+
+    @pytest.mark.parametrize("content", ["{", [1], {"hidden_size": 64}, {"model_type": "gpt5"}])
+    def test_a_file_that_is_no_model(self, content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, content)
+        assert main(["plan", path, "--world-size", "8", "--stage", "3"]) == 2
+        assert f"{path}: not the config.json of a model that transformers knows" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("size", [0, "auto", True])
+    def test_a_bad_size_of_sub_groups(self, size: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, {"optimizer": MUON, "zero_optimization": {"sub_group_size": size}})
+        assert main(["plan", "gpt2", "--world-size", "8", "--stage", "3", "--config", path]) == 2
+        assert f"zero_optimization.sub_group_size: got {size!r}; allowed: a number of at least 1" in capsys.readouterr().err
+
+
 BAD = {
     "not JSON": ("{", "not JSON"),
     "no object": ([1], "got a list; allowed: a JSON object"),

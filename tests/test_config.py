@@ -39,6 +39,7 @@ OUT_OF_RANGE = {
     "momentum": (muon(momentum=1.0), "1.0", "less than 1"),
     "max_aspect_ratio": (muon(max_aspect_ratio=0.5), "0.5", "greater than or equal to 1"),
     "sharding.bucket_numel": (muon(sharding={"bucket_numel": 0}), "0", "greater than or equal to 1"),
+    "sharding.gather_every": (muon(sharding={"mode": "shard_local", "gather_every": 1}), "1", "greater than or equal to 2"),
     "orthogonalization.steps": (orthogonalization(steps=0), "0", "greater than or equal to 1"),
     "betas[1]": (adamw(betas=[0.9, 1.0]), "1.0", "less than 1"),
     "eps": (adamw(eps=0), "0", "greater than 0"),
@@ -71,7 +72,7 @@ NOT_A_CHOICE = {
     "overrides[0].name": (override(name="sgd"), "'sgd'", ["muon", "adamw"]),
     "overrides[0].role": (override(role="head"), "'head'", ["matrix", "embedding", "unembedding", "scalar"]),
     "roles.head": (muon(roles={"head": {}}), "'head'", ["matrix", "embedding", "unembedding", "scalar"]),
-    "sharding.mode": (muon(sharding={"mode": "scatter"}), "'scatter'", ["gather"]),
+    "sharding.mode": (muon(sharding={"mode": "scatter"}), "'scatter'", ["gather", "shard_local"]),
     "sharding.wire_dtype": (muon(sharding={"wire_dtype": "fp16"}), "'fp16'", ["float32", "bfloat16"]),
     "orthogonalization.method": (orthogonalization(method="svd"), "'svd'", ["auto", "standard", "gram"]),
     "orthogonalization.dtype": (orthogonalization(dtype="float16"), "'float16'", ["float32", "bfloat16"]),
@@ -266,6 +267,26 @@ def test_defaults_of_muon() -> None:
     chosen = settings.orthogonalization
     assert (chosen.coefficients, chosen.steps, chosen.method) == ("quintic", None, "auto")
     assert (chosen.dtype, chosen.scale) == ("bfloat16", "shape")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "gathers"),
+    [
+        ({}, [True] * 5),
+        ({"mode": "shard_local"}, [False] * 5),
+        ({"mode": "shard_local", "gather_every": 2}, [True, False, True, False, True]),
+        ({"mode": "shard_local", "gather_every": 4}, [True, False, False, False, True]),
+    ],
+)
+def test_a_period_begins_with_gathering(sharding: dict[str, Any], gathers: list[bool]) -> None:
+    found = OptimizerConfig(muon(sharding=sharding)).common.sharding
+    assert [found.gathers(step) for step in range(1, 6)] == gathers
+    assert found.travels is any(gathers)
+
+
+def test_a_period_needs_the_mode_that_it_interrupts() -> None:
+    with pytest.raises(ConfigError, match="gather_every: got 5 with mode 'gather'; allowed: mode 'shard_local'"):
+        OptimizerConfig(muon(sharding={"gather_every": 5}))
 
 
 def test_defaults_of_sharding() -> None:

@@ -24,6 +24,15 @@ class CoefficientSet:
     safety: float = 1.0
     eps: float = 1e-7
 
+    @property
+    def steep(self) -> bool:
+        """Whether small singular values rise so fast that the Gram form is inaccurate in 16 bits.
+
+        Measured: sets up to 4.1 in their first coefficient keep their range on matrices of low rank; of those above 8,
+        ``cans`` takes a direction to 0.23 (exact: 0.84) and ``polar_express`` the largest singular value to 1.6 (1.14).
+        """
+        return max(a for a, _, _ in self.triples) > 5.0
+
     def sequence(self, steps: int | None) -> tuple[Triple, ...]:
         """The triples of ``steps`` steps (None: the set's own number). Raises ValueError for more steps than it has."""
         if steps is None or steps == len(self.triples):

@@ -37,15 +37,17 @@ def orthogonalize(
     steps: int | None = None,
     method: Method = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
 ) -> Tensor:
     """Approximate the polar factor ``U V^T`` of each matrix ``U S V^T``.
 
     Args:
-        matrices: (..., rows, cols), any floating dtype; left unchanged. Matrices of a batch do not influence each other.
+        matrices: (..., rows, cols), any floating dtype. Matrices of a batch do not influence each other.
         coefficients: the name of a set (in `COEFFICIENT_SETS`) or a list of triples.
         steps: the number of steps; None takes the set's own (5 for ``quintic``).
         method: ``auto`` takes the form that needs fewer FLOPs for this shape, if it is accurate in ``dtype``.
         dtype: of the matrix products. The norm that scales the start is computed in float32 or wider.
+        overwrite: ``matrices`` may serve as workspace; else they are left unchanged.
 
     Returns:
         (..., rows, cols) in ``dtype``. A zero matrix stays zero.
@@ -62,9 +64,11 @@ def orthogonalize(
     if matrices.numel() == 0:
         return torch.empty_like(matrices, dtype=dtype)
     batch = matrices.reshape(-1, rows, cols).to(dtype)
-    method = accurate_method(method, len(triples), dtype)
-    iterate = _gram if uses_gram(rows, cols, len(triples), method) else _standard
-    return iterate(batch, triples, chosen).reshape(matrices.shape)
+    method = accurate_method(method, len(triples), dtype, chosen.steep)
+    if uses_gram(rows, cols, len(triples), method):
+        return _gram(batch, triples, chosen).reshape(matrices.shape)
+    batch = batch if overwrite or batch.data_ptr() != matrices.data_ptr() else batch.clone()
+    return _standard(batch, triples, chosen).reshape(matrices.shape)
 
 
 def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
@@ -76,16 +80,22 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
     return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[method]
 
 
-def accurate_method(method: Method, steps: int, dtype: torch.dtype) -> Method:
-    """``auto`` leaves the Gram form out where it would diverge. Raises ValueError where it was asked for by name."""
-    if method == "standard" or steps <= _GRAM_STEPS_IN_16_BITS or torch.finfo(dtype).bits >= 32:
+def accurate_method(method: Method, steps: int, dtype: torch.dtype, steep: bool = False) -> Method:
+    """``auto`` leaves the Gram form out where it diverges (too many steps) or is inaccurate (``steep`` coefficients).
+
+    Raises ValueError where it was asked for by name and diverges.
+    """
+    diverges = steps > _GRAM_STEPS_IN_16_BITS
+    if method == "standard" or not (diverges or steep) or torch.finfo(dtype).bits >= 32:
         return method
-    if method == "gram":
+    if method == "auto":
+        return "standard"
+    if diverges:
         raise ValueError(
             f"method: got 'gram' with {steps} steps in {dtype}; allowed: up to {_GRAM_STEPS_IN_16_BITS} steps, 'auto', "
             "'standard', or float32"
         )
-    return "standard"
+    return method
 
 
 def uses_gram(rows: int, cols: int, steps: int, method: Method = "auto") -> bool:
@@ -108,9 +118,9 @@ def _gram_products(steps: int) -> tuple[int, int]:
 
 
 def _standard(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet) -> Tensor:
-    """given: (batch, rows, cols), left unchanged."""
+    """given: (batch, rows, cols), overwritten."""
     tall = given.shape[1] > given.shape[2]
-    x = _transposed(given) if tall else given.clone()
+    x = _transposed(given) if tall else given
     gram = torch.bmm(x, x.mT)
     torch._foreach_mul_(list(x.unbind()), _normalise(gram, chosen))
     polynomial, spare = torch.empty_like(gram), torch.empty_like(x)

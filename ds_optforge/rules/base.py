@@ -72,7 +72,7 @@ class MatrixRule(Rule, Protocol):
         """Advance ``state`` in place and return what is to be orthogonalized. ``gradients`` stay unchanged."""
 
     def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-        """(n, rows, cols) directions -> (n, rows, cols) updates; zero where ``active`` (n,) is 0.
+        """(n, rows, cols) directions, which may be overwritten -> (n, rows, cols) updates; zero where ``active`` (n,) is 0.
 
         ``rows`` (n, outputs) are the row statistics, advanced in place (empty without a row buffer); a negative one is kept
         by another rank. ``transposed`` tells that the weight is stored (in, out), so that its outputs are its columns.

@@ -33,15 +33,17 @@ class Orthogonalization:
     scale: Scale = "shape"
 
     def __call__(self, matrices: Tensor) -> Tensor:
-        return orthogonalize(matrices, self.coefficients, self.steps, self.method, self.dtype)
+        """The orthogonal factors; ``matrices`` serve as workspace."""
+        return orthogonalize(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
 
     def scale_of(self, rows: int, cols: int, transposed: bool = False) -> float:
         """The factor for a weight of this shape, which is stored (in, out) if ``transposed``."""
         return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
 
     def flops(self, rows: int, cols: int) -> int:
-        steps = len(coefficient_set(self.coefficients).sequence(self.steps))
-        return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype))
+        chosen = coefficient_set(self.coefficients)
+        steps = len(chosen.sequence(self.steps))
+        return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype, chosen.steep))
 
 
 @dataclass(frozen=True, slots=True)

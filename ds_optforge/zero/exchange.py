@@ -116,7 +116,7 @@ class BucketExchange:
 
     def matrices(self, index: int) -> MatrixBatch:
         """Wait for the fragments; return one batch of owned matrices, to be overwritten at will."""
-        self._wait()
+        self._arrive()
         batch = self._batches[index]
         if batch.start >= 0:
             matrices = self._receive.narrow(0, batch.start, batch.numel).view(batch.count, batch.rows, batch.cols)
@@ -145,6 +145,8 @@ class BucketExchange:
     def give_back(self) -> None:
         """Start returning the updates and statistics that were `put`."""
         if self.bucket.travels:
+            self._arrive()  # where this rank owns nothing
+            self.open()
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
     def updates(self) -> tuple[list[Tensor], Tensor]:
@@ -168,6 +170,12 @@ class BucketExchange:
         )
         assert work is not None  # asynchronous, and this rank belongs to the group
         return work
+
+    def _arrive(self) -> None:
+        """Wait for the fragments; the send buffer is not needed until `give_back`."""
+        if self._work is not None:
+            self._wait()
+            self._send = self._send.new_empty(0)
 
     def _wait(self) -> None:
         if self._work is not None:

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 
+# Three exchanges are under way at a time: one returns and one is collected, with a send and a receive buffer each, and one
+# is in work, in its receive buffer. They are to fit into two buckets of two buffers.
+_BUFFERS, _BUFFERS_UNDER_WAY = 4, 5
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -193,7 +197,7 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
     Args:
         layout: of one group.
         cost: of orthogonalizing one matrix (FLOPs; any unit).
-        bucket_numel: elements of one bucket per rank; an exchange holds at most world_size times as many, or one matrix.
+        bucket_numel: elements of one bucket per rank; an exchange holds at most world_size times 4/5 as many, or one matrix.
 
     An owner holds a piece of its matrix. Where no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
     load of a rank is the smallest possible, and the bound holds for what each rank owns of an exchange. Elsewhere matrices go
@@ -214,7 +218,8 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         _own_straddling(shared, holders, costs, owners, load)
         exchanges = _one_or_two_exchanges(shared, owners, layout.matrices, bucket_numel)
     else:
-        exchanges = list(_runs_of(shared, layout.matrices, layout.world_size * bucket_numel))
+        numel = layout.world_size * bucket_numel * _BUFFERS // _BUFFERS_UNDER_WAY
+        exchanges = list(_runs_of(shared, layout.matrices, max(numel, 1)))
         clocks = Clocks(load, len(exchanges))
         _own_longest_first(shared, holders, costs, owners, load)
         _swap_equals(exchanges, holders, costs, owners, clocks)
@@ -304,13 +309,16 @@ def _own_longest_first(
 ) -> None:
     """Longest processing time first, to the holder with the lowest load; writes ``owners`` and adds to ``load``."""
     everyone = range(len(load))
-    heap = [(load[rank], rank) for rank in everyone]
+    bits = len(everyone).bit_length()
+    # Of equal ranks those come first that are far apart: who got a large matrix has neighbours to leave smaller ones to.
+    order = [int(f"{rank:0{bits}b}"[::-1], 2) for rank in everyone]
+    heap = [(load[rank], order[rank], rank) for rank in everyone]
     heapq.heapify(heap)
     for matrix in sorted(shared, key=lambda index: (-costs[index], index)):
         if holders[matrix] == everyone:
-            while load[heap[0][1]] != heap[0][0]:  # outdated by a choice made below
-                heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
-            owner = heap[0][1]
+            while load[heap[0][2]] != heap[0][0]:  # outdated by a choice made below
+                heapq.heapreplace(heap, (load[heap[0][2]], *heap[0][1:]))
+            owner = heap[0][2]
         else:
             owner = min(holders[matrix], key=lambda rank: (load[rank], rank))
         owners[matrix] = owner
@@ -320,8 +328,8 @@ def _own_longest_first(
 class Clocks:
     """When each rank is through with its orthogonalizations, in units of their cost, if nothing else took time.
 
-    collect(k + 1) is issued before bucket k is computed and give_back(k) awaited after it, so that bucket k begins on no
-    rank before all have computed bucket k - 2. A rank's local matrices are spread evenly between the exchanges.
+    collect(k + 1) is issued before bucket k is computed and give_back(k) awaited after bucket k + 1, so that bucket k
+    begins on no rank before all have computed bucket k - 2. A rank's local matrices are spread evenly between the exchanges.
     """
 
     def __init__(self, local: Sequence[int], exchanges: int) -> None:
@@ -356,28 +364,27 @@ class Clocks:
 def _swap_equals(
     exchanges: Sequence[Sequence[int]], holders: Sequence[range], costs: Sequence[int], owners: list[int], clocks: Clocks
 ) -> None:
-    """Deal the matrices that everyone holds out again, each rank as many of each cost as before, by the clock.
+    """Deal the matrices out again by the clock, each rank as many of each cost and each set of holders as before.
 
     So loads stay as balanced as over all buckets at once, and each bucket is as balanced as that allows.
     """
-    everyone = range(len(clocks.of_rank))
-    room: dict[int, Counter[int]] = {}
-    left = [0] * len(everyone)
+    kinds: dict[int, tuple[int, range]] = {}
+    room: dict[tuple[int, range], Counter[int]] = {}
+    left = [0] * len(clocks.of_rank)
     for matrix in chain.from_iterable(exchanges):
         left[owners[matrix]] += costs[matrix]
-        if holders[matrix] == everyone:
-            room.setdefault(costs[matrix], Counter())[owners[matrix]] += 1
-    heaps = {cost: [(0, -left[rank], rank) for rank in ranks] for cost, ranks in room.items()}
+        kinds[matrix] = costs[matrix], holders[matrix]
+        room.setdefault(kinds[matrix], Counter())[owners[matrix]] += 1
+    heaps = {kind: [(0, -left[rank], rank) for rank in ranks] for kind, ranks in room.items()}
     for heap in heaps.values():
         heapq.heapify(heap)
     for exchange in exchanges:
         clocks.begin_exchange()
         for matrix in sorted(exchange, key=lambda index: (-costs[index], index)):
-            cost = costs[matrix]
-            if holders[matrix] == everyone:
-                owners[matrix] = _earliest(heaps[cost], room[cost], clocks.of_rank, left)
-            clocks.add(owners[matrix], cost)
-            left[owners[matrix]] -= cost
+            kind = kinds[matrix]
+            owners[matrix] = _earliest(heaps[kind], room[kind], clocks.of_rank, left)
+            clocks.add(owners[matrix], costs[matrix])
+            left[owners[matrix]] -= costs[matrix]
 
 
 def _earliest(heap: list[tuple[int, int, int]], room: Counter[int], clock: Sequence[int], left: Sequence[int]) -> int:

@@ -135,11 +135,23 @@ def test_a_zero_matrix_stays_zero(name: str, method: Any) -> None:
     assert found[1].any()
 
 
-@pytest.mark.parametrize("name", ["polar_express", "cans"])
-def test_the_gram_form_of_a_steep_set_is_refused_in_bfloat16(name: str) -> None:
-    """It multiplies a matrix of low rank by up to 1e6 there."""
-    with pytest.raises(ValueError, match="method: got 'gram' with steep coefficients"):
-        orthogonalize(matrix(6, 20, dtype=torch.float32), name, method="gram")
+@pytest.mark.parametrize(("name", "steps"), [("quintic", 6), ("deepseek_v4", None), ("bfm", None)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gram_form_of_more_than_five_steps_is_refused_in_16_bits(name: str, steps: int | None, dtype: torch.dtype) -> None:
+    """Its rounding errors grow with each step: the largest singular value of seven quintic steps is 400."""
+    message = (
+        rf"^method: got 'gram' with {steps or 10} steps in {dtype}; allowed: up to 5 steps, 'auto', 'standard', or float32"
+    )
+    with pytest.raises(ValueError, match=message):
+        orthogonalize(matrix(6, 20, dtype=torch.float32), name, steps, method="gram", dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["polar_express", "cans", "deepseek_v4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_takes_every_form_of_every_set(name: str, method: Any) -> None:
+    """1e-3: float32's rounding, multiplied by the steep start."""
+    found = orthogonalize(matrix(24, 96, dtype=torch.float32), name, method=method, dtype=torch.float32)
+    assert relative_error(found, orthogonalize(matrix(24, 96, dtype=torch.float32), name, dtype=torch.float64)) < 1e-3
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3, 1e15])
@@ -190,19 +202,24 @@ def test_auto_takes_the_gram_form_where_it_is_cheaper(shape: tuple[int, int], gr
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "gram"),
+    ("name", "steps", "dtype", "gram"),
     [
-        ("quintic", torch.bfloat16, True),
-        ("polar_express", torch.bfloat16, False),
-        ("cans", torch.bfloat16, False),
-        ("polar_express", torch.float32, True),
+        ("quintic", 5, torch.bfloat16, True),
+        ("you", 5, torch.bfloat16, True),
+        ("quintic", 6, torch.bfloat16, False),
+        ("quintic", 6, torch.float32, True),
+        ("deepseek_v4", 10, torch.bfloat16, False),
+        ("deepseek_v4", 5, torch.bfloat16, True),
+        ("polar_express", 5, torch.bfloat16, False),
+        ("cans", 5, torch.bfloat16, False),
+        ("cans", 5, torch.float32, True),
     ],
 )
-def test_auto_leaves_the_gram_form_out_where_it_is_inaccurate(name: str, dtype: torch.dtype, gram: bool) -> None:
-    """The steepest sets, in 16 bits: see the ranges in test_coefficients."""
+def test_auto_leaves_the_gram_form_out_where_it_is_inaccurate(name: str, steps: int, dtype: torch.dtype, gram: bool) -> None:
+    """In 16 bits: after more than five steps it diverges; the steepest sets leave their range (see test_coefficients)."""
     with FlopCounterMode(display=False) as counter:
-        orthogonalize(matrix(24, 96, dtype=torch.float32), name, dtype=dtype)
-    assert counter.get_total_flops() == flops(24, 96, 5, "gram" if gram else "standard")
+        orthogonalize(matrix(24, 96, dtype=torch.float32), name, steps, dtype=dtype)
+    assert counter.get_total_flops() == flops(24, 96, steps, "gram" if gram else "standard")
 
 
 def test_it_is_usable_on_its_own() -> None:

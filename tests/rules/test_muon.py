@@ -71,12 +71,6 @@ def test_only_active_matrices_have_an_update() -> None:
     assert [one.any().item() for one in found] == [True, False, True]
 
 
-def test_the_given_matrices_stay_unchanged() -> None:
-    given = matrices(2, 4, 6)
-    rule().update(given, torch.ones(2), NO_ROWS, transposed=False)
-    assert torch.equal(given, matrices(2, 4, 6))
-
-
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_the_direction_is_a_moving_average_with_nesterov_or_without(nesterov: bool) -> None:
     """checklist 26, 46"""

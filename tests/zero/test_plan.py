@@ -5,6 +5,8 @@ A `World` builds every rank's slice element by element, as ZeRO does, so it know
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ds_optforge.zero.plan import (
     PartitionLayout,
     RankBucket,
     Section,
+    critical_path,
     exchange_buckets,
     local_buckets,
     make_plan,
@@ -180,6 +183,38 @@ class TestLayout:
         assert layout.describe(1) == "experts[20:40] 4x5"
 
 
+def spread(world_size: int, sides: Sequence[int]) -> PartitionLayout:
+    """Square matrices, each spread evenly over all ranks, as ZeRO-3 does."""
+    cuts, offset = [], 0
+    for side in sides:
+        cuts.append(Cut(0, side * side // world_size, offset))
+        offset += side * side // world_size
+    matrices = tuple(Matrix(index, 0, side, side) for index, side in enumerate(sides))
+    return PartitionLayout(world_size, tuple(map(str, sides)), tuple(cuts), matrices)
+
+
+def in_a_row(shapes: Sequence[tuple[int, int]], size: int) -> PartitionLayout:
+    """Matrices side by side in one buffer that is cut into slices of ``size`` elements, as ZeRO-1/2 do."""
+    starts = [sum(rows * cols for rows, cols in shapes[:index]) for index in range(len(shapes) + 1)]
+    matrices = tuple(Matrix(index, 0, *shape) for index, shape in enumerate(shapes))
+    cuts = tuple(Cut(start, size, 0) for start in starts[:-1])
+    return PartitionLayout(-(-starts[-1] // size), tuple(map(str, shapes)), cuts, matrices)
+
+
+def loads(plan: ExchangePlan, cost: Callable[[Matrix], int] = cubic) -> list[int]:
+    """What each rank orthogonalizes."""
+    owned = [0] * plan.layout.world_size
+    for matrix, owner in zip(plan.layout.matrices, plan.owners, strict=True):
+        owned[owner] += cost(matrix)
+    return owned
+
+
+def smallest_largest_load(layout: PartitionLayout) -> int:
+    """Of all assignments of matrices to ranks that hold a piece, the one whose busiest rank has the least, by trying all."""
+    holders = [layout.holders(matrix) for matrix in range(len(layout.matrices))]
+    return min(max(loads(ExchangePlan(layout, owners, (), 1, ""))) for owners in product(*holders))
+
+
 class TestOwners:
     @holds_for(worlds, bucket_sizes)
     def test_an_owner_holds_a_piece(self, world: World, bucket_numel: int) -> None:
@@ -202,28 +237,19 @@ class TestOwners:
     def test_only_matrices_on_several_ranks_travel(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         shared = [m for m in range(len(world.layout.matrices)) if len(world.layout.holders(m)) > 1]
-        assert [matrix for exchange in plan.exchanges for matrix in exchange] == shared
+        assert sorted(matrix for exchange in plan.exchanges for matrix in exchange) == shared
         for rank in range(world.layout.world_size):
             for bucket in local_buckets(plan, rank):
                 assert not bucket.travels
                 assert all(world.layout.holders(m) == range(rank, rank + 1) for m in bucket.owned)
 
-    def zero3(self, world_size: int, sides: list[int]) -> PartitionLayout:
-        """Square matrices, each spread evenly over all ranks."""
-        cuts, offset = [], 0
-        for side in sides:
-            cuts.append(Cut(0, side * side // world_size, offset))
-            offset += side * side // world_size
-        matrices = tuple(Matrix(index, 0, side, side) for index, side in enumerate(sides))
-        return PartitionLayout(world_size, tuple(map(str, sides)), tuple(cuts), matrices)
-
     def test_equal_matrices_are_dealt_out_evenly(self) -> None:
-        plan = make_plan(self.zero3(4, [8] * 12), cubic, 10_000)
+        plan = make_plan(spread(4, [8] * 12), cubic, 10_000)
         assert sorted(plan.owners) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
     def test_each_exchange_is_balanced_by_itself(self) -> None:
-        """Ranks wait for each other at its end. 256 elements a rank: four matrices of 64 an exchange on one rank's worth."""
-        plan = make_plan(self.zero3(4, [8] * 16), cubic, 64)
+        """Ranks wait for each other at its end. An exchange is 4/5 of four buckets: four matrices of 64 elements."""
+        plan = make_plan(spread(4, [8] * 16), cubic, 80)
         assert len(plan.exchanges) == 4
         assert [sorted(plan.owners[m] for m in exchange) for exchange in plan.exchanges] == [[0, 1, 2, 3]] * 4
 
@@ -231,25 +257,109 @@ class TestOwners:
     def test_a_large_matrix_counts_for_eight_small_ones_wherever_it_stands(self, large: int) -> None:
         sides = [8] * 8
         sides.insert(large, 16)
-        plan = make_plan(self.zero3(2, sides), cubic, 10_000)
+        plan = make_plan(spread(2, sides), cubic, 10_000)
         assert plan.owners.count(plan.owners[large]) == 1
 
     @holds_for(st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=40), st.sampled_from([2, 4]))
     def test_no_rank_has_more_than_its_share_and_one_matrix(self, sides: list[int], world_size: int) -> None:
         """What longest-processing-time-first guarantees."""
-        layout = self.zero3(world_size, sides)
-        plan = make_plan(layout, cubic, 10_000)
+        layout = spread(world_size, sides)
         costs = [cubic(matrix) for matrix in layout.matrices]
-        loads = [sum(c for c, owner in zip(costs, plan.owners, strict=True) if owner == r) for r in range(world_size)]
-        assert max(loads) <= sum(costs) / world_size + max(costs)
+        assert max(loads(make_plan(layout, cubic, 10_000))) <= sum(costs) / world_size + max(costs)
+
+    @holds_for(
+        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12),
+        st.integers(5, 90),
+        st.sampled_from([1, 20, 10_000]),
+    )
+    def test_no_choice_among_straddling_matrices_is_better(
+        self, shapes: list[tuple[int, int]], size: int, bucket_numel: int
+    ) -> None:
+        """ZeRO-1/2, also where the buckets are small. At most one matrix crosses a boundary."""
+        layout = in_a_row(shapes, size)
+        assume(prod(len(layout.holders(m)) for m in range(len(shapes))) <= 5000)
+        assert max(loads(make_plan(layout, cubic, bucket_numel))) == smallest_largest_load(layout)
+
+    def test_a_bank_beside_others_is_no_row_of_straddling_matrices(self) -> None:
+        """ZeRO-3: the first parameter is three matrices on three ranks, the second one matrix on all of them."""
+        matrices = (Matrix(0, 0, 4, 4), Matrix(0, 16, 4, 4), Matrix(0, 32, 4, 4), Matrix(1, 0, 6, 6))
+        layout = PartitionLayout(3, ("bank", "other"), (Cut(0, 16, 0), Cut(0, 12, 16)), matrices)
+        plan = make_plan(layout, lambda matrix: 5 if matrix == matrices[1] else 1, 100)
+        assert plan.owners == (0, 1, 2, 0)
+
+
+def path_by_hand(plan: ExchangePlan) -> int:
+    """Step by step as ranks run: bucket k begins nowhere before every rank has finished bucket k - 2."""
+    matrices = plan.layout.matrices
+    ends = [[0] * plan.layout.world_size] * 2
+    for exchange in plan.exchanges:
+        work = [
+            sum(cubic(matrices[matrix]) for matrix in exchange if plan.owners[matrix] == rank)
+            for rank in range(plan.layout.world_size)
+        ]
+        ends.append([max(mine, max(ends[-2])) + new if new else mine for mine, new in zip(ends[-1], work, strict=True)])
+    return max(ends[-1])
+
+
+class TestCriticalPath:
+    def test_a_rank_may_be_one_bucket_behind_and_no_more(self) -> None:
+        """Two ranks; rank 0 has all the work of bucket 0, rank 1 that of buckets 1 and 2."""
+        layout = spread(2, [8, 8, 8])
+        plan = ExchangePlan(layout, (0, 1, 1), ((0,), (1,), (2,)), 32, "")
+        assert critical_path(plan, cubic) == 2 * 512
+        plan = ExchangePlan(layout, (0, 1, 0), ((0,), (1,), (2,)), 32, "")
+        assert critical_path(plan, cubic) == 2 * 512
+        plan = ExchangePlan(spread(2, [8, 8, 8, 8]), (0, 0, 1, 1), ((0,), (1,), (2,), (3,)), 32, "")
+        assert critical_path(plan, cubic) == 3 * 512  # bucket 2 waits for bucket 0
+
+    def test_local_matrices_fill_the_gaps(self) -> None:
+        """Ten slices of 64 elements with one matrix each: nobody waits for anybody."""
+        layout = in_a_row([(8, 8)] * 10, 64)
+        assert critical_path(make_plan(layout, cubic, 1), cubic) == 512
+
+    @holds_for(
+        st.lists(st.sampled_from([4, 8, 12, 16]), min_size=1, max_size=40),
+        st.sampled_from([2, 4]),
+        st.sampled_from([20, 100, 400]),
+    )
+    def test_it_is_what_a_walk_through_the_buckets_gives(self, sides: list[int], world_size: int, bucket_numel: int) -> None:
+        plan = make_plan(spread(world_size, sides), cubic, bucket_numel)
+        found = critical_path(plan, cubic)
+        assert found == path_by_hand(plan)
+        assert max(loads(plan)) <= found <= sum(loads(plan))
+
+    @pytest.mark.parametrize("layers", [16, 32])
+    def test_equal_matrices_change_owners_so_that_buckets_are_balanced_too(self, layers: int) -> None:
+        """A large and four small ones a layer: loads are even over the run, and nobody waits for long on the way."""
+        plan = make_plan(spread(8, [32, 16, 16, 16, 16] * layers), cubic, 960)
+        mean = sum(loads(plan)) / 8
+        assert max(loads(plan)) == mean
+        assert len(plan.exchanges) >= 3
+        assert critical_path(plan, cubic) <= 1.15 * mean
 
 
 class TestBuckets:
     @holds_for(worlds, bucket_sizes)
-    def test_an_exchange_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
+    def test_an_exchange_is_bounded_in_all_or_for_each_owner_unless_it_is_one_matrix(
+        self, world: World, bucket_numel: int
+    ) -> None:
+        plan = plan_of(world, bucket_numel)
+        for exchange in plan.exchanges:
+            owned: dict[int, list[int]] = {}
+            for matrix in exchange:
+                owned.setdefault(plan.owners[matrix], []).append(world.layout.matrices[matrix].numel)
+            in_all = sum(map(sum, owned.values())) <= world.layout.world_size * bucket_numel
+            assert in_all or all(sum(sizes) <= bucket_numel or len(sizes) == 1 for sizes in owned.values())
+
+    @holds_for(worlds, bucket_sizes)
+    def test_matrices_of_an_exchange_ascend_so_that_fragments_do(self, world: World, bucket_numel: int) -> None:
         for exchange in plan_of(world, bucket_numel).exchanges:
-            numel = sum(world.layout.matrices[matrix].numel for matrix in exchange)
-            assert numel <= world.layout.world_size * bucket_numel or len(exchange) == 1
+            assert list(exchange) == sorted(exchange)
+
+    def test_exchanges_are_as_equal_as_can_be(self) -> None:
+        """Ten matrices of 64 elements in exchanges of at most 4: not 4, 4 and 2."""
+        plan = make_plan(spread(4, [8] * 10), cubic, 80)
+        assert [len(exchange) for exchange in plan.exchanges] == [3, 4, 3]
 
     @holds_for(worlds, bucket_sizes)
     def test_a_local_bucket_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:

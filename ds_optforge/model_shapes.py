@@ -1,0 +1,164 @@
+"""The parameters of well-known models, as published: names and shapes, to plan for without building the model.
+
+GPT-2: Radford et al. 2019 (q, k and v fused; here stored (out, in)). Llama 3: Dubey et al. 2024 (arXiv 2407.21783).
+Mixtral: Jiang et al. 2024 (arXiv 2401.04088). Kimi K2: arXiv 2507.20534. Experts are banks (experts, out, in), one parameter
+per layer and projection.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from ds_optforge.validation import ConfigError
+
+Shape = tuple[int, ...]
+Named = Iterator[tuple[str, Shape]]
+
+EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")
+HEAD = "lm_head.weight"
+
+
+def _gpt2(layers: int, width: int) -> Named:
+    yield "token_embedding.weight", (50257, width)  # the head is tied to it
+    yield "position_embedding.weight", (1024, width)
+    for layer in range(layers):
+        at = f"layers.{layer}"
+        for name, out, into in (
+            ("attention.qkv", 3 * width, width),
+            ("attention.out", width, width),
+            ("mlp.up", 4 * width, width),
+            ("mlp.down", width, 4 * width),
+        ):
+            yield f"{at}.{name}.weight", (out, into)
+            yield f"{at}.{name}.bias", (out,)
+        yield from _norms(at, width, "weight", "bias")
+    yield "norm.weight", (width,)
+    yield "norm.bias", (width,)
+
+
+def _llama(layers: int, width: int, key_value: int, inner: int, vocabulary: int, experts: int = 0) -> Named:
+    yield "token_embedding.weight", (vocabulary, width)
+    for layer in range(layers):
+        at = f"layers.{layer}"
+        for name, rows in (("q", width), ("k", key_value), ("v", key_value), ("out", width)):
+            yield f"{at}.attention.{name}.weight", (rows, width)
+        yield from _experts(at, experts, width, inner) if experts else _swiglu(f"{at}.mlp", width, inner)
+        yield from _norms(at, width, "weight")
+    yield "norm.weight", (width,)
+    yield HEAD, (vocabulary, width)
+
+
+def _kimi_k2() -> Named:
+    """61 layers, the first with a dense MLP; latent attention of 64 heads (128 + 64 for q and k, 128 for v)."""
+    width, heads, query_rank, key_value_rank, inner = 7168, 64, 1536, 512, 2048
+    yield "token_embedding.weight", (163840, width)
+    for layer in range(61):
+        at = f"layers.{layer}"
+        yield f"{at}.attention.q_down.weight", (query_rank, width)
+        yield f"{at}.attention.q_up.weight", (heads * (128 + 64), query_rank)
+        yield f"{at}.attention.kv_down.weight", (key_value_rank + 64, width)
+        yield f"{at}.attention.kv_up.weight", (heads * (128 + 128), key_value_rank)
+        yield f"{at}.attention.out.weight", (width, heads * 128)
+        yield f"{at}.attention.q_norm.weight", (query_rank,)
+        yield f"{at}.attention.kv_norm.weight", (key_value_rank,)
+        if layer == 0:
+            yield from _swiglu(f"{at}.mlp", width, 18432)
+        else:
+            yield from _experts(at, 384, width, inner)
+            yield from _swiglu(f"{at}.shared", width, inner)
+        yield from _norms(at, width, "weight")
+    yield "norm.weight", (width,)
+    yield HEAD, (163840, width)
+
+
+def _swiglu(at: str, width: int, inner: int) -> Named:
+    yield f"{at}.gate.weight", (inner, width)
+    yield f"{at}.up.weight", (inner, width)
+    yield f"{at}.down.weight", (width, inner)
+
+
+def _experts(at: str, experts: int, width: int, inner: int) -> Named:
+    yield f"{at}.router.weight", (experts, width)
+    yield f"{at}.experts.gate", (experts, inner, width)
+    yield f"{at}.experts.up", (experts, inner, width)
+    yield f"{at}.experts.down", (experts, width, inner)
+
+
+def _norms(at: str, width: int, *kinds: str) -> Named:
+    for norm in ("attention_norm", "mlp_norm"):
+        for kind in kinds:
+            yield f"{at}.{norm}.{kind}", (width,)
+
+
+MODEL_SHAPES: Mapping[str, tuple[tuple[str, Shape], ...]] = MappingProxyType(
+    {
+        "gpt2": tuple(_gpt2(12, 768)),
+        "gpt2-medium": tuple(_gpt2(24, 1024)),
+        "gpt2-large": tuple(_gpt2(36, 1280)),
+        "gpt2-xl": tuple(_gpt2(48, 1600)),
+        "llama3-8b": tuple(_llama(32, 4096, 1024, 14336, 128256)),
+        "llama3-70b": tuple(_llama(80, 8192, 1024, 28672, 128256)),
+        "mixtral-8x7b": tuple(_llama(32, 4096, 1024, 14336, 32000, experts=8)),
+        "kimi-k2": tuple(_kimi_k2()),
+    }
+)
+
+
+def skeleton(model: str) -> nn.Module:
+    """A module of `MODEL_SHAPES`' parameters, on the meta device. It cannot run; embeddings and the head are what they are."""
+    root = nn.Module()
+    with torch.device("meta"):
+        for name, shape in MODEL_SHAPES[model]:
+            *path, last = name.split(".")
+            if name in EMBEDDINGS:
+                root.add_module(path[0], nn.Embedding(shape[0], shape[1]))
+            elif name == HEAD:
+                root.add_module(path[0], nn.Linear(shape[1], shape[0], bias=False))
+            else:
+                _descend(root, path).register_parameter(last, nn.Parameter(torch.empty(shape)))
+    return root
+
+
+def _descend(module: nn.Module, path: list[str]) -> nn.Module:
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module
+
+
+def load(model: str) -> nn.Module:
+    """A module on the meta device: the `skeleton` of a shipped model, or what transformers builds from a config.json.
+
+    Args:
+        model: a name in `MODEL_SHAPES`, or the path of a Hugging Face config.json.
+
+    Raises:
+        ConfigError: neither, or a configuration that transformers does not know.
+    """
+    if model in MODEL_SHAPES:
+        return skeleton(model)
+    if not Path(model).exists():
+        raise ConfigError(f"model: got {model!r}; allowed: {_ALLOWED}")
+    try:
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    except ImportError:
+        raise ConfigError(f"{model}: needs transformers; allowed: {_ALLOWED}; pip install 'ds-optforge[hf]'") from None
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            try:
+                module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            except ValueError:  # no language model: no head
+                module = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{model}: not the config.json of a model that transformers knows ({reason})") from None
+    assert isinstance(module, nn.Module)
+    return module
+
+
+_ALLOWED = f"{', '.join(MODEL_SHAPES)}, or the path of a Hugging Face config.json"

@@ -1,0 +1,431 @@
+"""What a step would cost every rank of a run that does not exist: FLOPs, bytes, memory, from shapes alone.
+
+The parameters are routed as in training, laid out as DeepSpeed's ZeRO would lay them out, and planned with the plan that
+runs. No process group, no tensors.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from ds_optforge import roles
+from ds_optforge.config import OptimizerConfig, ShardingSettings
+from ds_optforge.roles import Route
+from ds_optforge.rules.base import MatrixRule, Rule
+from ds_optforge.validation import ConfigError
+from ds_optforge.zero.plan import Cut, ExchangePlan, Matrix, PartitionLayout, critical_path, make_plan
+
+SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default of zero_optimization.sub_group_size
+_BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / 256}  # 8bit: a float32 absmax per block of 256
+
+Cost = Callable[[Matrix], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The ranks of a run.
+
+    Attributes:
+        world_size: ranks that ZeRO cuts the parameters over.
+        stage: 1, 2 or 3.
+        expert_parallel: ranks that share out each bank of experts, before ZeRO cuts their shares over the others.
+        sub_group_size: elements per rank that ZeRO-3 steps at a time.
+    """
+
+    world_size: int
+    stage: int
+    expert_parallel: int = 1
+    sub_group_size: int = SUB_GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for numbers that no run can have."""
+        if self.world_size < 1:
+            raise ConfigError(f"world size: got {self.world_size}; allowed: at least 1")
+        if self.stage not in (1, 2, 3):
+            raise ConfigError(f"stage: got {self.stage}; allowed: 1, 2, 3 (on stage 0 every rank computes every matrix)")
+        if self.expert_parallel < 1 or self.world_size % self.expert_parallel:
+            raise ConfigError(f"expert parallel: got {self.expert_parallel}; allowed: a divisor of {self.world_size} ranks")
+        if self.expert_parallel > 1 and self.stage == 3:
+            raise ConfigError(f"expert parallel: got {self.expert_parallel} on stage 3; allowed: 1 (DeepSpeed has no more)")
+
+
+@dataclass(slots=True)
+class RankFigures:
+    """One rank's part of a step.
+
+    Attributes:
+        matrices: that it orthogonalizes.
+        flops: of doing so.
+        shard_flops: of orthogonalizing what it holds instead (shard_local).
+        sent_bytes: to other ranks, fragments and updates.
+        workspace_bytes: of the exchanges under way at a time, its largest local bucket and largest matrix together.
+        state_bytes: optimizer state, without the weights.
+    """
+
+    matrices: int = 0
+    flops: int = 0
+    shard_flops: int = 0
+    sent_bytes: int = 0
+    workspace_bytes: int = 0
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The figures of a run.
+
+    Attributes:
+        ranks: in order.
+        matrices: that are orthogonalized, in all.
+        largest: FLOPs of the largest matrix: no step is shorter.
+        critical_path: FLOPs until the last rank is through, waiting for others included.
+        shard_rows: how many fragments of cut matrices touch how many rows.
+        exchanges: pairs of collectives.
+        sub_groups: calls of ``step()`` that orthogonalize: one per parameter group with matrices, more on ZeRO-3.
+        groups: parameter groups with matrices.
+        zero_bytes: that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3), 2 bytes each.
+    """
+
+    topology: Topology
+    ranks: tuple[RankFigures, ...]
+    matrices: int
+    largest: int
+    critical_path: int
+    shard_rows: Counter[int]
+    exchanges: int
+    sub_groups: int
+    groups: int
+    zero_bytes: int
+
+    @cached_property
+    def mean_flops(self) -> float:
+        """What every rank would have to compute if the work could be shared out evenly."""
+        return sum(rank.flops for rank in self.ranks) / len(self.ranks)
+
+    @property
+    def balance(self) -> float:
+        """FLOPs of the busiest rank over the mean."""
+        return max(rank.flops for rank in self.ranks) / self.mean_flops if self.matrices else 1.0
+
+    @property
+    def path_over_ideal(self) -> float:
+        """The critical path over the mean."""
+        return self.critical_path / self.mean_flops if self.matrices else 1.0
+
+
+def forecast(model: nn.Module, config: OptimizerConfig, topology: Topology) -> Forecast:
+    """Route, lay out and plan ``model`` (on the meta device) for ``topology``.
+
+    Raises:
+        ConfigError: a configuration that does not fit the model, or experts that expert_parallel does not divide.
+    """
+    roles.tag(model)
+    routes = [roles.route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+    return forecast_routes(routes, config.common.sharding, topology)
+
+
+def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topology: Topology) -> Forecast:
+    """As `forecast`, of parameters that were routed already."""
+    groups = [_Group(part, sharding, topology, experts) for part, experts in _groups(routes, topology)]
+    ranks = tuple(RankFigures() for _ in range(topology.world_size))
+    rows: Counter[int] = Counter()
+    for group in groups:
+        rows.update(group.enter(ranks))
+    planned = [group for group in groups if group.plan]
+    return Forecast(
+        topology,
+        ranks,
+        matrices=sum(group.siblings * len(group.layout.matrices) for group in planned),
+        largest=max((cost for group in planned for cost in group.costs), default=0),
+        critical_path=sum(critical_path(group.plan, group.cost) for group in planned if group.plan),
+        shard_rows=rows,
+        exchanges=sum(len(group.plan.exchanges) for group in planned if group.plan),
+        sub_groups=len(planned),
+        groups=len({route.group for route in routes if route.matrices}),
+        zero_bytes=(6 if topology.stage == 3 else 4) * sum(group.own_numel for group in groups),
+    )
+
+
+def _groups(routes: Sequence[Route], topology: Topology) -> Iterator[tuple[list[Route], bool]]:
+    """What one call of ``step()`` updates: (a parameter group, or a sub-group of one on ZeRO-3; whether it is of experts)."""
+    members: dict[tuple[str, bool], list[Route]] = {}
+    for route in routes:
+        experts = topology.expert_parallel > 1 and _is_bank(route)
+        members.setdefault((route.group, experts), []).append(_share(route, topology.expert_parallel) if experts else route)
+    for (_, experts), group in members.items():
+        if topology.stage < 3:
+            yield group, experts
+            continue
+        ends = accumulate(-(-route.numel // topology.world_size) for route in group)
+        part: list[Route] = []
+        done = 0
+        for route, end in zip(group, ends, strict=True):
+            part.append(route)
+            if end - done >= topology.sub_group_size:
+                yield part, experts
+                part, done = [], end
+        if part:
+            yield part, experts
+
+
+def _is_bank(route: Route) -> bool:
+    return "experts" in route.name.split(".") and len(route.shape) == 3
+
+
+def _share(route: Route, ranks: int) -> Route:
+    """One rank's share of a bank of experts."""
+    if route.shape[0] % ranks:
+        raise ConfigError(f"expert parallel: got {ranks}; allowed: a divisor of the {route.shape[0]} experts of {route.name}")
+    shape = (route.shape[0] // ranks, *route.shape[1:])
+    matrices = route.matrices[: len(route.matrices) // ranks]
+    return replace(route, shape=shape, numel=route.numel // ranks, matrices=matrices)
+
+
+def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[PartitionLayout, int]:
+    """Where ZeRO would put the parameters of a group, and the elements of a rank's slice, padding included."""
+    matrices = tuple(
+        Matrix(index, start, rows, cols, route.transposed)
+        for index, route in enumerate(routes)
+        for start, rows, cols in route.matrices
+    )
+    if stage == 3:
+        sizes = [-(-route.numel // world_size) for route in routes]
+        cuts = [Cut(0, size, offset) for size, offset in zip(sizes, accumulate(sizes, initial=0), strict=False)]
+        slice_numel = sum(sizes)
+    else:
+        *bases, numel = accumulate((route.numel for route in routes), initial=0)
+        slice_numel = 2 * -(-numel // (2 * world_size))  # DeepSpeed aligns the group to two elements per rank
+        cuts = [Cut(base, slice_numel, 0) for base in bases]
+    return PartitionLayout(world_size, tuple(route.name for route in routes), tuple(cuts), matrices), slice_numel
+
+
+class _Group:
+    """One call of ``step()`` on all ranks. ``plan`` is None for an elementwise rule.
+
+    With expert parallelism there are ``siblings`` groups alike: rank r of each stands for ranks r * siblings and following.
+    """
+
+    def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
+        self.siblings = topology.expert_parallel if experts else 1
+        self.rule: Rule = routes[0].settings.build()
+        self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
+        self.own_numel = self.slice_numel * (self.layout.world_size - 1)
+        self.state_dtype = routes[0].settings.state_dtype
+        self.wire_bytes = int(_BYTES[sharding.wire_dtype])
+        self.plan: ExchangePlan | None = None
+        self.cost: Cost = lambda matrix: 0
+        self.row_words = 0
+        if isinstance(self.rule, MatrixRule):
+            self.cost = _remembered(self.rule.cost)
+            self.row_words = 4 // self.wire_bytes if self.rule.row_buffer else 0
+            self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel)
+        self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
+
+    def enter(self, ranks: Sequence[RankFigures]) -> Counter[int]:
+        """Add this group's part to the figures; return the rows that fragments of cut matrices touch."""
+        figures, rows = self._figures()
+        for index, rank in enumerate(ranks):
+            own = figures[index // self.siblings]
+            rank.matrices += own.matrices
+            rank.flops += own.flops
+            rank.shard_flops += own.shard_flops
+            rank.sent_bytes += own.sent_bytes
+            rank.workspace_bytes = max(rank.workspace_bytes, own.workspace_bytes)  # groups are stepped one after another
+            rank.state_bytes += own.state_bytes
+        return rows
+
+    def _figures(self) -> tuple[list[RankFigures], Counter[int]]:
+        elementwise = sum(4.0 if buffer.copies_weight else _BYTES[self.state_dtype] for buffer in self.rule.buffers)
+        figures = [RankFigures(state_bytes=int(self.slice_numel * elementwise)) for _ in range(self.layout.world_size)]
+        rows: Counter[int] = Counter()
+        if self.plan:
+            self._add_orthogonalization(self.plan, figures, rows)
+            sizes = exchange_sizes(self.plan, self.row_words)
+            for rank, own in enumerate(figures):
+                own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes)
+            self._add_workspace(self.plan, figures, sizes)
+        return figures, rows
+
+    def _add_orthogonalization(self, plan: ExchangePlan, figures: list[RankFigures], rows: Counter[int]) -> None:
+        for cost, owner in zip(self.costs, plan.owners, strict=True):
+            figures[owner].matrices += 1
+            figures[owner].flops += cost
+        for alike in _cut_alike(self.layout, range(len(self.costs))):
+            matrix = self.layout.matrices[alike[0]]
+            for rank, start, numel in _fragments(self.layout, alike[0]):
+                touched = -(-(start + numel) // matrix.cols) - start // matrix.cols
+                figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched))
+                if numel < matrix.numel:
+                    rows[touched] += self.siblings * len(alike)
+                if self.row_words:
+                    figures[rank].state_bytes += 4 * len(alike) * matrix.outputs_in(start, numel)[1]
+
+    def _add_workspace(self, plan: ExchangePlan, figures: list[RankFigures], sizes: "Sequence[ExchangeSizes]") -> None:
+        travelling = {matrix for exchange in plan.exchanges for matrix in exchange}
+        local, largest_local, largest = ([0] * len(figures) for _ in range(3))
+        for index, (matrix, owner) in enumerate(zip(self.layout.matrices, plan.owners, strict=True)):
+            largest[owner] = max(largest[owner], matrix.numel)
+            if index not in travelling:
+                local[owner] += matrix.numel
+                largest_local[owner] = max(largest_local[owner], matrix.numel)
+        for rank, own in enumerate(figures):
+            received = [size.receives[rank] for size in sizes]
+            both = [0, *(size.sends[rank] + size.receives[rank] for size in sizes), 0]
+            # One returns, one is in work in its receive buffer, one is collected.
+            in_flight = max((both[k] + now + both[k + 2] for k, now in enumerate(received)), default=0)
+            bucket = max(min(local[rank], plan.bucket_numel), largest_local[rank])
+            own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
+
+
+def _remembered(cost: Callable[[int, int], int]) -> Cost:
+    """The cost of a matrix, computed once per shape."""
+    known: dict[tuple[int, int], int] = {}
+
+    def of(matrix: Matrix) -> int:
+        shape = matrix.rows, matrix.cols
+        if shape not in known:
+            known[shape] = cost(*shape)
+        return known[shape]
+
+    return of
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSizes:
+    """Elements of one exchange's buffers, by rank: of its send and receive buffer, and of what it would send to itself."""
+
+    sends: list[int]
+    receives: list[int]
+    keeps: list[int]
+
+    def travels(self, rank: int) -> int:
+        """Elements that the rank sends to others, there (fragments) and back (updates)."""
+        return self.sends[rank] + self.receives[rank] - 2 * self.keeps[rank]
+
+
+def exchange_sizes(plan: ExchangePlan, row_words: int = 0) -> list[ExchangeSizes]:
+    """What `exchange_buckets` of every rank holds, in time that grows with the fragments alone."""
+    sizes = []
+    for exchange in plan.exchanges:
+        size = ExchangeSizes(*([0] * plan.layout.world_size for _ in range(3)))
+        for alike in _cut_alike(plan.layout, exchange):
+            matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
+            elements = [
+                numel + 1 + (row_words * matrix.outputs_in(start, numel)[1] if row_words else 0)
+                for _, start, numel in _fragments(plan.layout, alike[0])
+            ]
+            for rank, count in enumerate(elements, start=first):
+                size.sends[rank] += len(alike) * count
+            for owner in (plan.owners[index] for index in alike):
+                size.receives[owner] += sum(elements)
+                size.keeps[owner] += elements[owner - first]
+        sizes.append(size)
+    return sizes
+
+
+def _cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list[int]]:
+    """Groups of matrices of one shape with the same cuts: on ZeRO-3, the layers of a model."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index in indices:
+        matrix = layout.matrices[index]
+        cut = layout.cuts[matrix.parameter]
+        key = (cut.base + matrix.start, cut.size, matrix.rows, matrix.cols, matrix.transposed)
+        groups.setdefault(key, []).append(index)
+    return groups.values()
+
+
+def _fragments(layout: PartitionLayout, index: int) -> Iterator[tuple[int, int, int]]:
+    """(rank, start, numel) of the matrix's fragments."""
+    matrix = layout.matrices[index]
+    cut = layout.cuts[matrix.parameter]
+    begin = cut.base + matrix.start
+    at = 0
+    for rank in layout.holders(index):
+        end = min((rank + 1) * cut.size - begin, matrix.numel)
+        yield rank, at, end - at
+        at = end
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a rank has: bfloat16 TFLOP/s that matrix products reach, and Gbit/s of its link, in each direction."""
+
+    tflops: float
+    link_gbps: float
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a speed that is not positive."""
+        for name, value in (("tflops", self.tflops), ("link gbps", self.link_gbps)):
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"{name}: got {value:g}; allowed: a positive number")
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A sharding mode and its predicted seconds a step, on average over steps; traffic and computation can overlap."""
+
+    name: str
+    settings: Mapping[str, Any]
+    orthogonalization: float
+    traffic: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.orthogonalization, self.traffic)
+
+
+PERIODS = (2, 5, 10)
+AFFORDABLE = 0.1  # of the time of ZeRO's own traffic
+
+
+def modes(predicted: Forecast, hardware: Hardware) -> list[Mode]:
+    """gather, block-periodic with `PERIODS`, and shard_local; the slowest rank's time."""
+    whole = predicted.critical_path / (hardware.tflops * 1e12)
+    traffic = max(rank.sent_bytes for rank in predicted.ranks) * 8 / (hardware.link_gbps * 1e9)
+    alone = max(rank.shard_flops for rank in predicted.ranks) / (hardware.tflops * 1e12)
+    result = [Mode("gather", {"mode": "gather"}, whole, traffic)]
+    for period in PERIODS:
+        average = (whole + (period - 1) * alone) / period
+        settings = {"mode": "shard_local", "gather_every": period}
+        result.append(Mode(f"gather every {period}", settings, average, traffic / period))
+    return [*result, Mode("shard_local", {"mode": "shard_local"}, alone, 0.0)]
+
+
+def zero_seconds(predicted: Forecast, hardware: Hardware) -> float:
+    """What ZeRO's own traffic takes: no iteration is much shorter, whatever the batch and the optimizer."""
+    return predicted.zero_bytes * 8 / (hardware.link_gbps * 1e9)
+
+
+def best_mode(predicted: Forecast, hardware: Hardware) -> Mode:
+    """The most exact mode that takes at most a tenth of `zero_seconds`, else shard_local.
+
+    Exactness first: what less of it costs in loss, only a training run can tell.
+    """
+    candidates = modes(predicted, hardware)
+    bound = AFFORDABLE * zero_seconds(predicted, hardware)
+    return next((mode for mode in candidates if mode.seconds <= bound), candidates[-1])
+
+
+def better_bucket(
+    routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, now: Forecast, largest: int = 2**31
+) -> tuple[int, Forecast] | None:
+    """The smallest larger power of two for bucket_numel whose critical path is within 5% of what buckets can reach.
+
+    None where that would gain less than 5%.
+    """
+    numel = 1 << sharding.bucket_numel.bit_length()
+    tried: list[tuple[int, Forecast]] = []
+    while now.exchanges > 1 and numel <= largest and (not tried or tried[-1][1].exchanges > 1):
+        tried.append((numel, forecast_routes(routes, sharding.model_copy(update={"bucket_numel": numel}), topology)))
+        numel *= 2
+    if not tried:
+        return None
+    reachable = min(found.critical_path for _, found in tried)
+    if 20 * now.critical_path <= 21 * reachable:
+        return None
+    return next((numel, found) for numel, found in tried if 20 * found.critical_path <= 21 * reachable)

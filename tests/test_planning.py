@@ -1,0 +1,282 @@
+"""Forecasts: the figures are those of the plan that runs, the shipped models stay as balanced as promised."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ds_optforge import model_shapes, roles
+from ds_optforge.config import OptimizerConfig, ShardingSettings
+from ds_optforge.model_shapes import MODEL_SHAPES
+from ds_optforge.planning import (
+    Forecast,
+    Hardware,
+    Mode,
+    Topology,
+    best_mode,
+    better_bucket,
+    exchange_sizes,
+    forecast,
+    forecast_routes,
+    lay_out,
+    modes,
+)
+from ds_optforge.roles import Route
+from ds_optforge.validation import ConfigError
+from ds_optforge.zero.plan import Matrix, exchange_buckets, make_plan
+from tests.models import AwkwardNet
+
+MUON = OptimizerConfig({"name": "muon"})
+ONE_SUB_GROUP = 10**15
+
+
+def routed(model: nn.Module, config: OptimizerConfig = MUON) -> list[Route]:
+    roles.tag(model)
+    return [roles.route(parameter, config) for parameter in model.parameters()]
+
+
+@cache
+def routes_of(model: str) -> tuple[Route, ...]:
+    return tuple(routed(model_shapes.load(model)))
+
+
+@cache
+def predicted(model: str, world_size: int, stage: int, sub_group_size: int = ONE_SUB_GROUP) -> Forecast:
+    return forecast_routes(routes_of(model), ShardingSettings(), Topology(world_size, stage, 1, sub_group_size))
+
+
+def cubic(matrix: Matrix) -> int:
+    return min(matrix.rows, matrix.cols) ** 2 * max(matrix.rows, matrix.cols)
+
+
+class TestModelShapes:
+    PUBLISHED: Mapping[str, float] = {
+        "gpt2": 124.44e6,
+        "gpt2-medium": 354.82e6,
+        "gpt2-large": 774.03e6,
+        "gpt2-xl": 1557.61e6,
+        "llama3-8b": 8.03e9,
+        "llama3-70b": 70.55e9,
+        "mixtral-8x7b": 46.70e9,
+        "kimi-k2": 1.03e12,
+    }
+
+    @pytest.mark.parametrize("model", MODEL_SHAPES)
+    def test_every_table_has_the_published_number_of_parameters(self, model: str) -> None:
+        assert sum(prod(shape) for _, shape in MODEL_SHAPES[model]) == pytest.approx(self.PUBLISHED[model], rel=0.005)
+
+    @pytest.mark.parametrize("model", ["gpt2", "llama3-8b"])
+    def test_embeddings_head_and_vectors_are_no_matrices(self, model: str) -> None:
+        found = {route.name: route.role for route in routes_of(model) if not route.matrices}
+        assert found["token_embedding.weight"] == "embedding"
+        assert found.get("lm_head.weight", "unembedding") == "unembedding"
+        assert {route.role for route in routes_of(model) if len(route.shape) == 1} == {"scalar"}
+
+    def test_a_bank_of_experts_is_as_many_matrices(self) -> None:
+        bank = next(route for route in routes_of("mixtral-8x7b") if route.name == "layers.0.experts.down")
+        assert [(rows, cols) for _, rows, cols in bank.matrices] == [(4096, 14336)] * 8
+
+    def test_an_unknown_model_is_named_with_what_is_allowed(self) -> None:
+        with pytest.raises(ConfigError, match=r"model: got 'gpt5'; allowed: gpt2, .*kimi-k2, or the path of .* config\.json"):
+            model_shapes.load("gpt5")
+
+
+class TestBytes:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        st.lists(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans()), min_size=1, max_size=6),
+        st.integers(1, 20),
+        st.sampled_from([2, 3]),
+        st.sampled_from([1, 20, 10_000]),
+        st.sampled_from([0, 1, 2]),
+    )
+    def test_the_sizes_are_those_of_the_buckets_that_run(
+        self, banks: list[tuple[int, int, int, bool]], world_size: int, stage: int, bucket_numel: int, row_words: int
+    ) -> None:
+        layout, _ = lay_out([bank(index, *shape) for index, shape in enumerate(banks)], world_size, stage)
+        plan = make_plan(layout, cubic, bucket_numel)
+        sizes = exchange_sizes(plan, row_words)
+        for rank in range(world_size):
+            buckets = exchange_buckets(plan, rank, row_words)
+            assert [(size.sends[rank], size.receives[rank]) for size in sizes] == [
+                (bucket.send_numel, bucket.receive_numel) for bucket in buckets
+            ]
+            assert [size.travels(rank) for size in sizes] == [
+                sum(b.sends) - b.sends[rank] + sum(b.receives) - b.receives[rank] for b in buckets
+            ]
+
+    @pytest.mark.parametrize("world_size", [2, 4, 8, 32])
+    def test_on_zero_3_every_matrix_travels_there_and_back_but_for_the_owners_part(self, world_size: int) -> None:
+        """All ranks together: 2 (w - 1) / w P elements of 2 bytes, and a flag per fragment each way."""
+        found = predicted("llama3-8b", world_size, 3)
+        numel = sum(route.numel for route in routes_of("llama3-8b") if route.matrices)
+        assert all(route.numel % world_size == 0 for route in routes_of("llama3-8b"))
+        flags = 2 * 2 * (world_size - 1) * found.matrices
+        sent = sum(rank.sent_bytes for rank in found.ranks)
+        assert sent == 2 * 2 * numel * (world_size - 1) // world_size + flags
+
+    def test_normuon_adds_one_float_a_row(self) -> None:
+        """4 bytes per output row, where the row's first element does not lie with the owner, each way."""
+        muon, normuon = (
+            forecast_routes(
+                routed(model_shapes.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3)
+            )
+            for name in ("muon", "normuon")
+        )
+        rows = sum(rows for route in routes_of("gpt2") for _, rows, _ in route.matrices)
+        more = sum(n.sent_bytes - m.sent_bytes for m, n in zip(muon.ranks, normuon.ranks, strict=True))
+        assert more == 2 * 4 * rows * 7 // 8
+        state = sum(n.state_bytes - m.state_bytes for m, n in zip(muon.ranks, normuon.ranks, strict=True))
+        assert state == 4 * rows
+
+    def test_on_zero_2_only_straddling_fragments_travel(self) -> None:
+        net = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(3))
+        # Three slices of 144 elements: no cut goes through a matrix.
+        assert sum(rank.sent_bytes for rank in forecast(net, MUON, Topology(3, 2)).ranks) == 0
+        # Two of 216: the second matrix is cut in halves of 72 elements; each rank sends one, and a flag, there or back.
+        found = forecast(net, MUON, Topology(2, 2))
+        assert [rank.sent_bytes for rank in found.ranks] == [2 * (72 + 1)] * 2
+        assert sum(rank.matrices for rank in found.ranks) == 3
+
+    def test_one_rank_sends_nothing(self) -> None:
+        for stage in (1, 2, 3):
+            found = forecast(AwkwardNet(shapes=True), MUON, Topology(1, stage))
+            assert (found.ranks[0].sent_bytes, found.exchanges, found.shard_rows) == (0, 0, Counter())
+            assert found.ranks[0].shard_flops == found.ranks[0].flops == found.critical_path
+
+
+def bank(index: int, count: int, rows: int, cols: int, transposed: bool) -> Route:
+    places = tuple((expert * rows * cols, rows, cols) for expert in range(count))
+    return Route(f"p{index}", (count, rows, cols), count * rows * cols, "matrix", MUON.main, places, transposed, "matrix")
+
+
+class TestBalance:
+    """The shipped models with default settings. FLOPs of the busiest rank over the mean."""
+
+    @pytest.mark.parametrize("world_size", [8, 32])
+    def test_llama_3_8b_waits_for_no_rank_for_long(self, world_size: int) -> None:
+        found = predicted("llama3-8b", world_size, 3, Topology(1, 3).sub_group_size)
+        assert found.path_over_ideal <= 1.15
+        assert found.balance <= 1.05
+
+    @pytest.mark.parametrize("world_size", [8, 32, 64])
+    @pytest.mark.parametrize("model", [name for name in MODEL_SHAPES if name != "kimi-k2"])
+    def test_zero_3_with_at_least_8_matrices_a_rank(self, model: str, world_size: int) -> None:
+        found = predicted(model, world_size, 3)
+        if found.matrices >= 8 * world_size:
+            assert found.balance <= 1.05
+
+    @pytest.mark.parametrize("world_size", [8, 32, 64])
+    @pytest.mark.parametrize("model", [name for name in MODEL_SHAPES if name != "kimi-k2"])
+    def test_zero_2_with_at_least_6_matrices_a_rank(self, model: str, world_size: int) -> None:
+        found = predicted(model, world_size, 2)
+        if found.matrices >= 6 * world_size:
+            assert found.balance <= 1.15
+
+    @pytest.mark.parametrize(("world_size", "stage"), [(64, 2), (64, 3), (256, 3)])
+    def test_a_trillion_parameters(self, world_size: int, stage: int) -> None:
+        """On ZeRO-2 and more ranks no choice among straddling matrices is balanced: attention is dearer than experts."""
+        assert predicted("kimi-k2", world_size, stage).balance <= (1.05 if stage == 3 else 1.15)
+
+    def test_a_larger_bucket_is_found_where_matrices_are_larger_than_buckets(self) -> None:
+        now = predicted("llama3-70b", 32, 3)
+        bucket = better_bucket(routes_of("llama3-70b"), ShardingSettings(), now.topology, now)
+        assert bucket is not None
+        assert bucket[0] > 2**26
+        assert now.path_over_ideal > 1.5
+        assert bucket[1].path_over_ideal <= 1.15
+
+    def test_a_bucket_that_is_large_enough_is_left(self) -> None:
+        now = predicted("llama3-8b", 8, 3)
+        assert better_bucket(routes_of("llama3-8b"), ShardingSettings(), now.topology, now) is None
+
+
+class TestTopology:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ((0, 3), "world size: got 0; allowed: at least 1"),
+            ((8, 0), "stage: got 0; allowed: 1, 2, 3"),
+            ((8, 4), "stage: got 4; allowed: 1, 2, 3"),
+            ((8, 2, 3), "expert parallel: got 3; allowed: a divisor of 8 ranks"),
+            ((8, 3, 2), "expert parallel: got 2 on stage 3; allowed: 1"),
+        ],
+    )
+    def test_impossible_numbers_are_named(self, arguments: Sequence[int], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            Topology(*arguments)
+
+    def test_expert_parallel_ranks_share_out_the_experts(self) -> None:
+        """8 experts over 4 ranks; each pair is cut over 2 ranks, everything else over 8."""
+        together = forecast_routes(routes_of("mixtral-8x7b"), ShardingSettings(), Topology(8, 2))
+        found = forecast_routes(routes_of("mixtral-8x7b"), ShardingSettings(), Topology(8, 2, expert_parallel=4))
+        assert found.matrices == together.matrices == sum(rank.matrices for rank in found.ranks)
+        assert sum(rank.flops for rank in found.ranks) == sum(rank.flops for rank in together.ranks)
+
+    def test_a_number_of_ranks_that_does_not_divide_the_experts(self) -> None:
+        with pytest.raises(ConfigError, match=r"got 16; allowed: a divisor of the 8 experts of layers\.0\.experts\.gate"):
+            forecast_routes(routes_of("mixtral-8x7b"), ShardingSettings(), Topology(16, 2, expert_parallel=16))
+
+    def test_zero_3_steps_sub_groups_one_after_another(self) -> None:
+        """Each linear has 144 elements, 72 on each rank: a sub-group of 100 has two of them."""
+        net = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(5))
+        found = forecast(net, MUON, Topology(2, 3, sub_group_size=100))
+        assert (found.sub_groups, found.exchanges) == (3, 3)
+        assert found.critical_path == 3 * found.largest
+
+    def test_zero_2_aligns_a_group_to_two_elements_a_rank(self) -> None:
+        layout, numel = lay_out([bank(0, 1, 5, 5, False), bank(1, 1, 3, 3, False)], 4, 2)
+        assert numel == 10  # 34 elements, padded to 40
+        assert [cut.base for cut in layout.cuts] == [0, 25]
+
+
+class TestModes:
+    def figures(self, tflops: float, link_gbps: float) -> tuple[Mode, list[Mode]]:
+        hardware = Hardware(tflops, link_gbps)
+        found = predicted("llama3-8b", 64, 3)
+        return best_mode(found, hardware), modes(found, hardware)
+
+    def test_seconds_come_from_the_slowest_rank(self) -> None:
+        found, (_, candidates) = predicted("llama3-8b", 64, 3), self.figures(100, 400)
+        gather = candidates[0]
+        assert gather.orthogonalization == pytest.approx(found.critical_path / 1e14)
+        assert gather.traffic == pytest.approx(max(rank.sent_bytes for rank in found.ranks) * 8 / 4e11)
+        assert candidates[-1].traffic == 0
+
+    def test_a_period_averages_its_steps(self) -> None:
+        _, (gather, every_2, *_, alone) = self.figures(100, 400)
+        assert every_2.settings == {"mode": "shard_local", "gather_every": 2}
+        assert every_2.orthogonalization == pytest.approx((gather.orthogonalization + alone.orthogonalization) / 2)
+        assert every_2.traffic == pytest.approx(gather.traffic / 2)
+
+    @pytest.mark.parametrize(
+        ("tflops", "best"), [(1000, "gather"), (60, "gather every 2"), (13, "gather every 10"), (0.001, "shard_local")]
+    )
+    def test_the_most_exact_mode_that_is_small_beside_zeros_own_traffic_is_best(self, tflops: float, best: str) -> None:
+        chosen, _ = self.figures(tflops, 400)
+        assert chosen.name == best
+
+    @pytest.mark.parametrize("speeds", [(0, 100), (100, -1), (float("nan"), 100), (100, float("inf"))])
+    def test_speeds_are_positive(self, speeds: tuple[float, float]) -> None:
+        with pytest.raises(ConfigError, match="allowed: a positive number"):
+            Hardware(*speeds)
+
+
+class TestState:
+    @pytest.mark.parametrize(("state_dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+    def test_bytes_of_the_slices(self, state_dtype: str, size: int) -> None:
+        """One momentum buffer of 144 elements over two ranks."""
+        config: dict[str, Any] = {"name": "muon", "state_dtype": state_dtype}
+        found = forecast(nn.Linear(12, 12, bias=False), OptimizerConfig(config), Topology(2, 3))
+        assert [rank.state_bytes for rank in found.ranks] == [72 * size] * 2
+
+    def test_elementwise_rules_have_state_and_nothing_else(self) -> None:
+        found = forecast(nn.Linear(12, 12), OptimizerConfig({"name": "adamw"}), Topology(2, 3))
+        assert found.matrices == found.exchanges == found.critical_path == 0
+        assert [rank.state_bytes for rank in found.ranks] == [2 * 4 * (72 + 6)] * 2
