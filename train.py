@@ -2,6 +2,7 @@
 
     deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
     torchrun --nproc-per-node 2 train.py --ds_config ds_configs/muon_zero3.json
+    mpirun -np 2 python train.py                              # docs/launching.md has all the ways
     python train.py                                           # one rank
 
 Leaves DIR/metrics.jsonl, DIR/summary.json, DIR/loss.png and DIR/model.safetensors (`--out DIR`). The extra `experiments`
@@ -11,6 +12,7 @@ brings what it needs (matplotlib, safetensors).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -27,6 +29,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -37,6 +40,7 @@ from ds_optforge.workload import PRESETS, Corpus, DataError, build_model, load_c
 VALIDATION_WINDOWS = 512
 VALIDATION_BATCH = 16  # windows in one forward pass
 USAGE_ERROR = 2  # the exit status, as argparse's
+MPI_RANK = "OMPI_COMM_WORLD_RANK"  # set by mpirun, which sets neither RANK nor an address to meet at
 
 
 class UsageError(ValueError):
@@ -113,7 +117,7 @@ def positive_int(text: str) -> int:
 def set_up_logging() -> None:
     """Show ds_optforge's log on rank 0, and of everything else warnings only."""
     logging.basicConfig(format="%(name)s: %(message)s")
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get(MPI_RANK, "0")) == "0":
         logging.getLogger("ds_optforge").setLevel(logging.INFO)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -134,14 +138,24 @@ def read_config(path: Path, steps: int) -> dict[str, Any]:
 
 def start_distributed() -> None:
     """Join the process group; without a launcher, make one of this process alone."""
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ:  # DeepSpeed reads mpirun's variables
+    if "RANK" not in os.environ and MPI_RANK in os.environ:
+        check_mpi4py()
+    elif "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             free_port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_port))
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
-    deepspeed.init_distributed("gloo" if on_cpu else accelerator.communication_backend_name())
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    mpi_port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))  # two jobs on a host need two
+    deepspeed.init_distributed(backend, distributed_port=mpi_port)
+
+
+def check_mpi4py() -> None:
+    """Raise UsageError where mpi4py is missing: through it DeepSpeed learns from mpirun who the ranks are."""
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UsageError("started by mpirun, but mpi4py is not installed; run: pip install 'ds-optforge[mpi]'")
 
 
 def check_batch_size(config: dict[str, Any], world_size: int) -> None:

@@ -167,7 +167,7 @@ class OptForge(torch.optim.Optimizer):
         if self._steps_parameters():
             if self._training_weights is None:
                 self.enter_averages()
-        elif self.averages_weights and not self._told:
+        elif self.averages_weights and self._training_weights is None and not self._told:
             logger.warning("optimizer.eval() does not reach an engine's weights: evaluate inside evaluation_weights(engine)")
             self._told = True
 
@@ -316,25 +316,22 @@ class _GroupStep:
             self._step_alone(rule, now, (*slices.local, *slices.shards))
 
     def _run_exchanges(self, rule: MatrixRule, now: Hyperparameters) -> None:
-        """Keep two buckets in work: one is orthogonalized while the other returns, and then the next one is collected.
+        """Keep one exchange returning and one travelling out while another is orthogonalized; local matrices fill the gaps.
 
         The order of the collectives is the same on every rank: collect(k + 1) is issued before give_back(k).
         """
         travelling, local = self._slices.travelling, self._slices.local
-        shares = [local[k :: 2 * len(travelling) + 1] for k in range(2 * len(travelling) + 1)]
+        last = len(travelling) - 1
+        shares = [local[k :: last + 2] for k in range(last + 2)]
         if travelling:
             self._collect(rule, now, travelling[0])
         for k, bucket in enumerate(travelling):
-            batches = bucket.exchange.batches
-            half = (len(batches) + 1) // 2
-            self._step_alone(rule, now, shares[2 * k])
-            self._update(rule, bucket, batches[:half])
+            if k < last:
+                self._collect(rule, now, travelling[k + 1])
+            self._step_alone(rule, now, shares[k])
+            self._update(rule, bucket)
             if k > 0:
                 self._apply(rule, now, travelling[k - 1])
-            if k + 1 < len(travelling):
-                self._collect(rule, now, travelling[k + 1])
-            self._step_alone(rule, now, shares[2 * k + 1])
-            self._update(rule, bucket, batches[half:])
             bucket.exchange.give_back()
         self._step_alone(rule, now, shares[-1])
         if travelling:
@@ -344,7 +341,7 @@ class _GroupStep:
         """Step buckets that do not travel."""
         for bucket in buckets:
             self._collect(rule, now, bucket)
-            self._update(rule, bucket, bucket.exchange.batches)
+            self._update(rule, bucket)
             self._apply(rule, now, bucket)
 
     def _collect(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
@@ -357,8 +354,8 @@ class _GroupStep:
         active = _nonzero([self._gradients[piece].narrow(0, start, numel) for piece, start, numel in bucket.fragments])
         bucket.exchange.collect(active, self._rows(rule, bucket))
 
-    def _update(self, rule: MatrixRule, bucket: Bucket, batches: Sequence[int]) -> None:
-        for index in batches:
+    def _update(self, rule: MatrixRule, bucket: Bucket) -> None:
+        for index in bucket.exchange.batches:
             batch = bucket.exchange.matrices(index)
             bucket.exchange.put(index, rule.update(batch.matrices, batch.active, batch.rows, batch.transposed), batch)
 

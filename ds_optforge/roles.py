@@ -83,7 +83,8 @@ def parameter_name(parameter: Tensor) -> str:
     if name is None:
         raise ConfigError(
             f"a parameter of shape {tuple(full_shape(parameter))} is not registered; call ds_optforge.register(model) "
-            "before deepspeed.initialize, Accelerator.prepare or Trainer, with the model that is trained"
+            "before deepspeed.initialize, Accelerator.prepare or Trainer, with the model that is trained (in plain PyTorch, "
+            "ds_optforge.build_optimizer(model, config) does so)"
         )
     return name
 

@@ -45,6 +45,7 @@ class OrthogonalizationSettings(Section):
     method: Method = Field("auto", description="standard, gram, or auto: the one with fewer FLOPs for the shape")
     dtype: DTypeName = Field("bfloat16", description="of the matrix products")
     scale: Scale = Field("shape", description="factor of the update, from the matrix's shape")
+    compile: bool = Field(False, description="through torch.compile, once per shape")
 
     @field_validator("coefficients", mode="wrap")
     @classmethod
@@ -63,7 +64,8 @@ class OrthogonalizationSettings(Section):
         return self
 
     def build(self) -> Orthogonalization:
-        return Orthogonalization(self.coefficients, self.steps, self.method, getattr(torch, self.dtype), self.scale)
+        dtype = getattr(torch, self.dtype)
+        return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile)
 
 
 class RuleSettings(Section):

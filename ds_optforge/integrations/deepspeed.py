@@ -30,12 +30,8 @@ def publish_names() -> None:
     torch.optim.lr_scheduler.OptForgeSchedule = OptForgeSchedule  # type: ignore[attr-defined]
 
 
-def register(model: nn.Module) -> None:
-    """Make ``model`` trainable with "type": "OptForge" under DeepSpeed, Accelerate and the HF Trainer.
-
-    Tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
-    enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built.
-    """
+def make_known() -> None:
+    """Enter OptForge and OptForgeSchedule into DeepSpeed's lists of optimizers and schedulers that it trusts."""
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.zero import utils as zero_utils
 
@@ -44,15 +40,28 @@ def register(model: nn.Module) -> None:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(OptForge)
     if OptForgeSchedule.__name__ not in lr_schedules.VALID_LR_SCHEDULES:
         lr_schedules.VALID_LR_SCHEDULES.append(OptForgeSchedule.__name__)
+
+
+def register(model: nn.Module) -> None:
+    """Make ``model`` trainable with "type": "OptForge" under DeepSpeed, Accelerate and the HF Trainer.
+
+    Tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
+    enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built.
+    """
+    make_known()
     roles.tag(model)
 
 
-def initialize(*, model: nn.Module, config: str | Path | Mapping[str, Any], **arguments: Any) -> tuple[Any, ...]:
+def initialize(
+    *, model: nn.Module, config: str | Path | Mapping[str, Any], optimizer: Any = None, **arguments: Any
+) -> tuple[Any, ...]:
     """``deepspeed.initialize`` with ``model`` registered and ``config`` checked first.
 
     Args:
         model: to be trained.
         config: a DeepSpeed configuration, as a dict or a path to its JSON file.
+        optimizer: an OptForge (`build_optimizer`, `MuonWithAuxAdam`) or a function of the parameters that makes one, where
+            ``config`` has no "optimizer" section.
         arguments: everything else that deepspeed.initialize takes.
 
     Returns:
@@ -64,10 +73,35 @@ def initialize(*, model: nn.Module, config: str | Path | Mapping[str, Any], **ar
     import deepspeed
 
     loaded = load_config(config)
-    check(loaded)
+    if optimizer is None:
+        check(loaded)
+    else:
+        loaded = _beside_object(loaded, optimizer)
+    if "scheduler" in loaded and arguments.get("lr_scheduler") is not None:
+        raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
     register(model)
-    result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, **arguments)
+    result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
     return result
+
+
+_BOTH = (
+    'got a "{what}" section in the configuration and the argument {argument}; allowed: one of them (remove the section to '
+    "train with the object, or the argument to train with the section)"
+)
+
+
+def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The checked configuration for a real optimizer, beside which DeepSpeed would ignore an optimizer section."""
+    if "optimizer" in config:
+        raise ConfigError(f"optimizer: {_BOTH.format(what='optimizer', argument='optimizer')}")
+    if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, OptForge):
+        raise ConfigError(
+            f"optimizer: got an object of {type(optimizer).__name__}; allowed: an OptForge (build_optimizer, MuonWithAuxAdam)"
+        )
+    groups = optimizer.param_groups if isinstance(optimizer, OptForge) else []
+    check_beside_optimizer(config, {group["optforge_group"]: group["lr"] for group in groups})
+    # DeepSpeed refuses every optimizer object but its own Adam and Lion on the CPU, unless told so.
+    return {"zero_force_ds_cpu_optimizer": False, **config}
 
 
 @contextmanager
@@ -79,12 +113,12 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
     checkpoint inside raise RuntimeError.
 
     Args:
-        engine: what deepspeed.initialize (or Accelerator.prepare) returned.
+        engine: what deepspeed.initialize or Accelerator.prepare returned; or an optimizer: the HF Trainer's
+            ``trainer.optimizer``, or an OptForge in plain PyTorch.
     """
-    wrapper = engine.optimizer
-    optimizer = wrapper
+    wrapper = optimizer = engine
     while not isinstance(optimizer, OptForge):
-        optimizer = optimizer.optimizer
+        wrapper, optimizer = optimizer, optimizer.optimizer
     if not optimizer.averages_weights:
         yield
         return
@@ -147,6 +181,11 @@ def check(config: Mapping[str, Any], filled: bool = True) -> None:
         raise ConfigError('optimizer: missing; allowed: {"type": "OptForge", "params": {"name": ...}}')
     params = _params(config, "optimizer", OptForge.__name__)
     optimizer = OptimizerConfig(params if filled else _without_auto(params, ("lr", "betas", "eps", "weight_decay")))
+    check_beside_optimizer(config, _rates(optimizer), filled)
+
+
+def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float], filled: bool = True) -> None:
+    """As `check`, but for the optimizer section. ``rates``: the learning rates that will be asked for, by group or role."""
     if "scheduler" in config:
         kind = _section(config, "scheduler").get("type")
         if kind == OptForgeSchedule.__name__:
@@ -158,7 +197,7 @@ def check(config: Mapping[str, Any], filled: bool = True) -> None:
         elif kind is None:
             raise ConfigError("scheduler.type: got None; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
         elif kind in _FLATTENING_SCHEDULERS:
-            _refuse_flattening(kind, optimizer)
+            _refuse_flattening(kind, rates)
     _refuse_zero_features(config)
 
 
@@ -183,17 +222,22 @@ def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]
     return params
 
 
-def _refuse_flattening(kind: str, optimizer: OptimizerConfig) -> None:
+def _rates(optimizer: OptimizerConfig) -> dict[str, float]:
+    """Every learning rate that the section asks for, by what asks for it."""
     rates: dict[str, float] = {role: optimizer.settings(role).lr for role in ROLES}
     rates["matrix beyond max_aspect_ratio"] = optimizer.settings("matrix", too_thin=True).lr
     for index, override in enumerate(optimizer.common.overrides):
         if "lr" in override.settings:
             rates[f"overrides[{index}]"] = override.settings["lr"]
+    return rates
+
+
+def _refuse_flattening(kind: str, rates: Mapping[str, float]) -> None:
     if len(set(rates.values())) > 1:
         found = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
         raise ConfigError(
-            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while optimizer.params asks "
-            f"for different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
+            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while the optimizer asks for "
+            f"different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
         )
 
 

@@ -1,5 +1,7 @@
 """The door without DeepSpeed: a torch optimizer and scheduler from the same configuration, and the routing table."""
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import nn
 
 from ds_optforge import roles
 from ds_optforge.config import OptimizerConfig
-from ds_optforge.integrations.deepspeed import load_config, optimizer_section, scheduler_section
+from ds_optforge.integrations.deepspeed import load_config, make_known, optimizer_section, scheduler_section
 from ds_optforge.optimizer import OptForge
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.validation import ConfigError
@@ -19,17 +21,23 @@ Config = str | Path | Mapping[str, Any]
 
 
 def build_optimizer(model: nn.Module, config: Config) -> OptForge:
-    """A `torch.optim.Optimizer` for ``model``.
+    """A `torch.optim.Optimizer` for ``model``, for plain PyTorch or as ``optimizer=`` of deepspeed.initialize.
 
     Args:
         model: its trainable parameters are optimized.
         config: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone.
 
     Raises:
-        ConfigError: see `OptForge`.
+        ConfigError: see `OptForge`; or parameters in place of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: got a {type(model).__name__}; allowed: a torch.nn.Module, because names and places in it decide each "
+            "parameter's rule"
+        )
     section = optimizer_section(load_config(config))
     roles.tag(model)
+    _make_known_to_deepspeed()
     return OptForge(model.parameters(), **section)
 
 
@@ -51,14 +59,27 @@ def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:
     (A function: DeepSpeed takes any *class* with "muon" in its name for its own optimizer.)
 
     Raises:
-        ConfigError: a group without the flag, or with a setting that its rule does not read.
+        ConfigError: a group without the flag, or with a setting that its rule does not read; parameters in place of groups.
     """
-    groups = [dict(group) for group in param_groups]
-    for index, group in enumerate(groups):
+    groups = []
+    for index, group in enumerate(param_groups):
+        if not isinstance(group, Mapping):
+            raise ConfigError(
+                f"param_groups[{index}]: got a {type(group).__name__}; allowed: a dict with 'params' and 'use_muon' "
+                "(build_optimizer(model, config) decides by itself which parameters are matrices)"
+            )
         if not isinstance(group.get("use_muon"), bool):
             found = group.get("use_muon", "nothing")
             raise ConfigError(f"param_groups[{index}].use_muon: got {found!r}; allowed: True (Muon) or False (AdamW)")
+        groups.append(dict(group))
+    _make_known_to_deepspeed()
     return OptForge(groups, name="muon", adamw={"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10})
+
+
+def _make_known_to_deepspeed() -> None:
+    """As `register` does. Not where DeepSpeed takes no part: importing it takes seconds."""
+    if "deepspeed" in sys.modules or "LOCAL_RANK" in os.environ:
+        make_known()
 
 
 def explain(model: nn.Module, config: Config) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -31,10 +32,12 @@ class Orthogonalization:
     method: Method = "auto"
     dtype: torch.dtype = torch.bfloat16
     scale: Scale = "shape"
+    compile: bool = False
 
     def __call__(self, matrices: Tensor) -> Tensor:
         """The orthogonal factors; ``matrices`` serve as workspace."""
-        return orthogonalize(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
+        function = _compiled() if self.compile else orthogonalize
+        return function(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
 
     def scale_of(self, rows: int, cols: int, transposed: bool = False) -> float:
         """The factor for a weight of this shape, which is stored (in, out) if ``transposed``."""
@@ -44,6 +47,11 @@ class Orthogonalization:
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
         return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype, chosen.steep))
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(orthogonalize, dynamic=False)
 
 
 @dataclass(frozen=True, slots=True)

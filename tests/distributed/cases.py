@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ds_optforge
 from ds_optforge.workload import build_model, load_corpus, micro_batch_rows
 from tests import models
+from tests.step_trace import traced
 
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}}
 
@@ -97,6 +98,47 @@ def train(
             "wrapper": type(engine.optimizer).__name__,
             "rates": {group["optforge_group"]: group["lr"] for group in engine.optimizer.param_groups},
         }
+    finally:
+        engine.destroy()
+
+
+def train_in_own_mode(config: dict[str, Any]) -> None:
+    """Rank 1 gathers, whatever the configuration says."""
+    if dist.get_rank() == 1:
+        config["optimizer"]["params"]["sharding"] = {"mode": "gather"}
+    run_steps(build_engine(config, {}), 0, 1)
+
+
+def all_to_alls(config: dict[str, Any]) -> int:
+    """How many all-to-alls the first step makes."""
+    engine = build_engine(config, {})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run_steps(engine, 0, 1)
+    engine.destroy()
+    return sum(event.name == "c10d::alltoall_base_" for event in profile.events())
+
+
+def train_with_object(config: dict[str, Any], door: str, groups: bool = False, steps: int = 10) -> dict[str, Any]:
+    """Train with an optimizer object in place of the section of ``config``, by either door and without `register`.
+
+    ``groups``: KellerJordan's, made as his users make them.
+    """
+    model = models.build()
+    parameters = list(model.parameters())
+    if groups:
+        matrices = [p for p in parameters if p.ndim >= 2]
+        rest = [p for p in parameters if p.ndim < 2]
+        optimizer = ds_optforge.MuonWithAuxAdam(
+            [{"params": matrices, "use_muon": True}, {"params": rest, "use_muon": False, "eps": 1e-5}]
+        )
+    else:
+        optimizer = ds_optforge.build_optimizer(model, config)
+    given = {key: value for key, value in config.items() if key != "optimizer"}
+    doors = {"deepspeed": deepspeed.initialize, "ds_optforge": ds_optforge.initialize}
+    engine = doors[door](model=model, config=given, optimizer=optimizer)[0]
+    try:
+        losses = run_steps(engine, 0, steps)
+        return {"losses": losses, "parameters": full_parameters(engine.module), "kept": base_optimizer(engine) is optimizer}
     finally:
         engine.destroy()
 
@@ -187,9 +229,9 @@ def disagree(stage: int) -> None:
     engine.step()
 
 
-def without_register() -> None:
+def without_register(config: dict[str, Any]) -> None:
     """The JSON alone."""
-    deepspeed.initialize(model=models.build(), config=engine_config(2, MUON))
+    deepspeed.initialize(model=models.build(), config=config)
 
 
 def flattening_scheduler(stage: int) -> None:
@@ -264,12 +306,14 @@ def train_mixture(config: dict[str, Any], expert_parallel_size: int, steps: int 
 
 
 def train_workload(config: dict[str, Any], steps: int) -> list[float]:
-    """The tiny GPT on the default corpus, as train.py does it: losses, the mean over ranks."""
+    """The tiny GPT on the default corpus, by one line and JSON: losses, the mean over ranks."""
     schedule = config["scheduler"]["params"]
     if "total_num_steps" in schedule:
         schedule["total_num_steps"] = steps
     torch.manual_seed(0)
-    engine = ds_optforge.initialize(model=build_model("tiny", sequence_length=64), config=config)[0]
+    model = build_model("tiny", sequence_length=64)
+    ds_optforge.register(model)
+    engine = deepspeed.initialize(model=model, config=config)[0]
     micro = engine.train_micro_batch_size_per_gpu()
     losses = []
     for step in range(steps):
@@ -320,67 +364,6 @@ def fit_one_batch(forward: Any, backward: Any, step: Any, steps: int = 10) -> li
     return losses
 
 
-def rates_under_accelerate(config: dict[str, Any], steps: int) -> list[dict[str, float]]:
-    """Each group's learning rate in every step of a loop through Accelerate, optimizer and scheduler from the JSON."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-    from accelerate.utils import DummyOptim, DummyScheduler
-
-    model = models.build()
-    ds_optforge.register(model)
-    accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
-    )
-    optimizer = DummyOptim(model.parameters())
-    engine, optimizer, scheduler = accelerator.prepare(model, optimizer, DummyScheduler(optimizer))
-    rates = []
-    for step in range(steps):
-        rates.append({group["optforge_group"]: group["lr"] for group in base_optimizer(engine).param_groups})
-        accelerator.backward(engine(*models.batch(step)))
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    engine.destroy()
-    return rates
-
-
-def rates_under_trainer(config: dict[str, Any], steps: int, folder: str) -> list[dict[str, float]]:
-    """Each group's learning rate in every step of the HF Trainer on a small Llama."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    from accelerate import PartialState
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    PartialState(backend="gloo")
-    rates: list[dict[str, float]] = []
-
-    class Recorder(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-            base = base_optimizer(trainer.model_wrapped)
-            rates.append({group["optforge_group"]: group["lr"] for group in base.param_groups})
-
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        warmup_steps=3,
-        max_grad_norm=0.0,
-        deepspeed=config,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=False,
-        accelerator_config={"use_configured_state": True},
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape))
-    ds_optforge.register(model)
-    data = [{"input_ids": torch.arange(i, i + 8) % 50, "labels": torch.arange(i, i + 8) % 50} for i in range(64)]
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Recorder()])
-    trainer.train()
-    return rates
-
-
 def nan_on_one_rank(config: dict[str, Any]) -> bool:
     """Two steps, then one whose gradient is NaN on rank 0 alone: is every weight and state what it was?"""
     engine = build_engine(config, {})
@@ -396,3 +379,42 @@ def nan_on_one_rank(config: dict[str, Any]) -> bool:
     same = same and all(torch.equal(a, b) for a, b in zip(state, now, strict=True))
     engine.destroy()
     return same
+
+
+def train_with_and_without_offload(
+    config: dict[str, Any], model_options: Mapping[str, Any] | None = None, steps: int = 8, **offload: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`train` twice on one seed: the optimizer's slices on the accelerator, and on the CPU."""
+    sections = ({"device": "none"}, {"device": "cpu", **offload})
+    zero = config["zero_optimization"]
+    kept, offloaded = (
+        train({**config, "zero_optimization": {**zero, "offload_optimizer": section}}, steps, model_options)
+        for section in sections
+    )
+    return kept, offloaded
+
+
+def trace_step(config: dict[str, Any], model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What OptForge's own ``step()`` runs, and the most bytes that one call holds, once its state is there."""
+    engine = build_engine(config, model_options)
+    run_steps(engine, 0, 1)
+    optimizer = base_optimizer(engine)
+    with traced(optimizer) as calls:
+        run_steps(engine, 1, 1)
+    slices = [piece.numel() for piece in optimizer.state]
+    engine.destroy()
+    operators = [operator for call in calls for operator in call.operators]
+    return {"operators": operators, "peak": max(call.peak for call in calls), "slices": slices}
+
+
+def first_step_under_deepspeed(config: dict[str, Any]) -> tuple[str, bool]:
+    """The one line and JSON: the error that stops it before or in its first step, and whether any state was made."""
+    model = models.build()
+    ds_optforge.register(model)
+    engine = None
+    try:
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        run_steps(engine, 0, 1)
+    except Exception as error:  # of whatever type: DeepSpeed's own checks raise most of them
+        return f"{type(error).__name__}: {error}", engine is not None and bool(base_optimizer(engine).state)
+    return "", True

@@ -16,13 +16,6 @@ def test_ranks_that_disagree_name_the_first_differing_matrix(pools: Pools) -> No
         assert "rank 1 has '1.weight 32x24" in message
 
 
-def test_unregistered_model_names_the_missing_line(pools: Pools) -> None:
-    with pytest.raises(RankFailure) as failure:
-        pools[1].run(cases.without_register)
-    assert failure.value.types == {0: "ConfigError"}
-    assert "ds_optforge.register(model)" in failure.value.messages[0]
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_scheduler_that_flattens_rates_is_refused_in_the_first_step(stage: int, pools: Pools) -> None:
     with pytest.raises(RankFailure) as failure:

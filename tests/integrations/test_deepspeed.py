@@ -198,3 +198,49 @@ class TestRegister:
             ds_optforge.initialize(model=model, config=config({"name": "sgd"}))
         assert not torch.distributed.is_initialized()
         assert not hasattr(model.weight, "optforge_name")
+
+
+class TestOptimizerObject:
+    """What `initialize` says about an optimizer object, before any engine exists."""
+
+    def refused(self, config: dict[str, Any], **arguments: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            ds_optforge.initialize(model=arguments.pop("model", nn.Linear(4, 4)), config=config, **arguments)
+        return str(error.value)
+
+    def test_a_section_beside_it(self) -> None:
+        model = nn.Linear(4, 4)
+        message = self.refused(config(), model=model, optimizer=ds_optforge.build_optimizer(model, MUON))
+        assert message == (
+            'optimizer: got a "optimizer" section in the configuration and the argument optimizer; allowed: one of them '
+            "(remove the section to train with the object, or the argument to train with the section)"
+        )
+
+    def test_a_scheduler_section_beside_a_scheduler(self) -> None:
+        model = nn.Linear(4, 4)
+        optimizer = ds_optforge.build_optimizer(model, MUON)
+        schedule = {"type": "OptForgeSchedule", "params": {"name": "constant"}}
+        scheduler = ds_optforge.build_scheduler(optimizer, {"name": "constant"})
+        message = self.refused({"scheduler": schedule}, model=model, optimizer=optimizer, lr_scheduler=scheduler)
+        assert message.startswith('scheduler: got a "scheduler" section in the configuration and the argument lr_scheduler;')
+
+    def test_one_of_another_class(self) -> None:
+        model = nn.Linear(4, 4)
+        message = self.refused({}, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+        assert message == "optimizer: got an object of AdamW; allowed: an OptForge (build_optimizer, MuonWithAuxAdam)"
+
+    def test_neither_object_nor_section(self) -> None:
+        assert self.refused({"train_batch_size": 8}).startswith("optimizer: missing; allowed: ")
+
+    def test_a_scheduler_that_flattens_its_rates(self) -> None:
+        """checklist 10"""
+        model = nn.Linear(4, 4)
+        scheduler = {"scheduler": {"type": "WarmupLR", "params": {}}}
+        message = self.refused(scheduler, model=model, optimizer=ds_optforge.build_optimizer(model, MUON))
+        assert message.startswith("scheduler.type: got 'WarmupLR', which writes one learning rate into every group")
+
+    def test_a_zero_feature_that_hides_its_slices(self) -> None:
+        model = nn.Linear(4, 4)
+        zero = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+        message = self.refused(zero, model=model, optimizer=ds_optforge.build_optimizer(model, MUON))
+        assert message.startswith("zero_optimization.offload_optimizer.device: got 'nvme'")

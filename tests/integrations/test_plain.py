@@ -1,6 +1,8 @@
 """The door without DeepSpeed: optimizer, schedule and routing table from one configuration."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_optforge import ConfigError, build_optimizer, build_scheduler, explain
+from ds_optforge import ConfigError, MuonWithAuxAdam, OptForge, build_optimizer, build_scheduler, evaluation_weights, explain
 from tests import models
 from tests.oracles import table_rows
 
@@ -99,3 +101,62 @@ def test_explain_needs_no_weights() -> None:
 def test_explain_refuses_a_bad_configuration() -> None:
     with pytest.raises(ConfigError):
         explain(nn.Linear(4, 4), {"name": "sgd"})
+
+
+def test_parameters_in_place_of_the_model_say_why_it_is_needed() -> None:
+    message = r"^model: got a generator; allowed: a torch\.nn\.Module, because names and places in it decide"
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(nn.Linear(4, 4).parameters(), PARAMS)  # type: ignore[arg-type]
+
+
+def test_parameters_in_place_of_groups_say_what_is_allowed() -> None:
+    message = r"^param_groups\[0\]: got a Parameter; allowed: a dict with 'params' and 'use_muon' \(build_optimizer"
+    with pytest.raises(ConfigError, match=message):
+        MuonWithAuxAdam(nn.Linear(4, 4).parameters())  # type: ignore[arg-type]
+
+
+def test_parameters_that_no_one_registered_name_both_ways_out() -> None:
+    with pytest.raises(
+        ConfigError, match=r"call ds_optforge\.register\(model\).*ds_optforge\.build_optimizer\(model, config\)"
+    ):
+        OptForge(nn.Linear(4, 4).parameters(), **PARAMS)
+
+
+FRESH_PROCESS = """
+import sys, torch, ds_optforge
+doors = {
+    "build_optimizer": lambda model: ds_optforge.build_optimizer(model, {"name": "muon"}),
+    "MuonWithAuxAdam": lambda model: ds_optforge.MuonWithAuxAdam([{"params": [model.weight], "use_muon": True}]),
+}
+make = doors[sys.argv[1]]
+make(torch.nn.Linear(4, 4))
+assert "deepspeed" not in sys.modules
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.zero import utils
+assert ds_optforge.OptForge not in utils.ZERO_SUPPORTED_OPTIMIZERS
+make(torch.nn.Linear(4, 4))
+assert ds_optforge.OptForge in utils.ZERO_SUPPORTED_OPTIMIZERS
+assert "OptForgeSchedule" in lr_schedules.VALID_LR_SCHEDULES
+"""
+
+
+@pytest.mark.parametrize("door", ["build_optimizer", "MuonWithAuxAdam"])
+def test_objects_are_known_to_deepspeed_where_it_takes_part(door: str) -> None:
+    """checklist 66; elsewhere plain PyTorch does not wait for its import, which takes seconds."""
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, door], check=True, timeout=120)
+
+
+def test_averaged_weights_in_plain_pytorch() -> None:
+    """checklist 17: as with an engine, given the optimizer; a framework's own optimizer.eval() inside changes nothing."""
+    model = models.build()
+    optimizer = build_optimizer(model, {"name": "schedule_free_adamw", "lr": 0.01})
+    for step in range(3):
+        model(*models.batch(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with evaluation_weights(optimizer):
+        optimizer.eval()
+        assert not torch.equal(model.up.weight, before[1])
+    assert all(torch.equal(parameter, weight) for parameter, weight in zip(model.parameters(), before, strict=True))
+    optimizer.state_dict()  # refused on averaged weights

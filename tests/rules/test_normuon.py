@@ -161,7 +161,7 @@ def test_an_idle_matrix_does_not_dilute_its_neighbours_in_the_batch() -> None:
     given = matrix(3, 8, 12)
     given[1] = 0
     rows = torch.zeros(3, 8)
-    together = rule.update(given, torch.tensor([1.0, 0.0, 1.0]), rows, transposed=False)
+    together = rule.update(given.clone(), torch.tensor([1.0, 0.0, 1.0]), rows, transposed=False)
     assert together.isfinite().all()
     for index in (0, 2):
         own_rows = torch.zeros(1, 8)

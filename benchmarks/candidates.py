@@ -1,0 +1,103 @@
+"""What the benchmarks of a step compare, and the model that they train: the same for every candidate."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+
+import ds_optforge
+from ds_optforge import roles
+from ds_optforge.config import OptimizerConfig
+from ds_optforge.planning import lay_out
+from ds_optforge.roles import Route
+from ds_optforge.rules.base import MatrixRule
+from ds_optforge.workload import Corpus, micro_batch_rows
+from ds_optforge.workload.gpt import GPT, GPTConfig
+from ds_optforge.zero.plan import ExchangePlan, make_plan
+
+LENGTH = 16  # bytes of a sequence: short, so that the optimizer dominates
+ADAMW = "AdamW"
+GATHER = "gather"
+SHARD_LOCAL = "shard_local"
+EVERY_5 = "gather every 5"
+BUILT_IN = "built-in, {}"
+NS_METHODS = ("standard", "gram")
+_BESIDE = {"lr": 0.003, "betas": [0.9, 0.95]}
+
+Section = dict[str, Any]
+
+# The built-in Muon is compiled by torch, anew for other shapes and offsets; with torch's limit of 8 it would go on
+# uncompiled in a process that holds several engines.
+torch._dynamo.config.recompile_limit = 64
+
+
+def adamw() -> Section:
+    """The optimizer section of what every overhead is measured against."""
+    return {"type": "OptForge", "params": {"name": "adamw", **_BESIDE}}
+
+
+def torch_adamw() -> Section:
+    """DeepSpeed's own AdamW, torch's kernel: shows that the other AdamW is a fair measure."""
+    return {"type": "AdamW", "params": {**_BESIDE, "torch_adam": True}}
+
+
+def muon(sharding: dict[str, Any] | None = None, **more: Any) -> Section:
+    """Muon of ds_optforge; ``sharding`` is its section of the configuration."""
+    params = {"name": "muon", "lr": 0.02, "momentum": 0.95, "adamw": _BESIDE, "sharding": sharding or {}, **more}
+    return {"type": "OptForge", "params": params}
+
+
+def built_in(method: str) -> Section:
+    """DeepSpeed's Muon with one of its `NS_METHODS`."""
+    params = {"lr": 0.02, "momentum": 0.95, "muon_lr": 0.02, "adam_lr": 0.003, "betas": [0.9, 0.95], "ns_method": method}
+    return {"type": "Muon", "params": params}
+
+
+def sharded(**more: Any) -> dict[str, Section]:
+    """Muon of ds_optforge in each sharding mode; ``more`` goes into the sharding section."""
+    return {
+        GATHER: muon(more),
+        SHARD_LOCAL: muon({"mode": "shard_local", **more}),
+        EVERY_5: muon({"mode": "shard_local", "gather_every": 5, **more}),
+    }
+
+
+def network(width: int, layers: int) -> GPT:
+    """A byte GPT with 12 * layers * width^2 elements in matrices; always the same weights."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(layers=layers, width=width, heads=width // 64, sequence_length=LENGTH))
+
+
+def engine_of(model: GPT, stage: int, optimizer: Section) -> Any:
+    """A DeepSpeed engine that trains ``model`` with one sequence per rank and step."""
+    ds_optforge.register(model)
+    # On ZeRO-3 the built-in Muon asks for all-reduced gradients.
+    zero = {"reduce_scatter": False} if stage == 3 and optimizer["type"] == "Muon" else {}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        # The default is a buffer of 2 GB, more than all else together in a model of this size.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**7, **zero},
+        "optimizer": optimizer,
+    }
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def batch(corpus: Corpus, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's tokens and targets of a step, (1, LENGTH)."""
+    world = comm.get_world_size()
+    return corpus.batch(step, 0, world, LENGTH, micro_batch_rows(0, comm.get_rank(), world, 1))
+
+
+def plan_of(model: GPT, stage: int, world_size: int) -> ExchangePlan:
+    """The plan that `muon()` makes for the model's matrices."""
+    config = OptimizerConfig(muon()["params"])
+    roles.tag(model)
+    routes: list[Route] = [roles.route(parameter, config) for parameter in model.parameters()]
+    matrices = [route for route in routes if route.matrices]
+    rule = matrices[0].settings.build()
+    assert isinstance(rule, MatrixRule)
+    cost = rule.cost
+    layout, _ = lay_out(matrices, world_size, stage)
+    return make_plan(layout, lambda matrix: cost(matrix.rows, matrix.cols), config.common.sharding.bucket_numel)

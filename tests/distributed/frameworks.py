@@ -1,0 +1,223 @@
+"""What the ranks of a pool run through Accelerate and the HF Trainer: the real ones, on small models."""
+
+import copy
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DummyOptim, DummyScheduler
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import ds_optforge
+from ds_optforge.integrations.accelerate import make_accelerator, optimizer_and_scheduler
+from tests import models
+from tests.distributed import cases
+
+
+def rates(engine: Any) -> dict[str, float]:
+    """Each group's learning rate now."""
+    return {group["optforge_group"]: group["lr"] for group in cases.base_optimizer(engine).param_groups}
+
+
+# ------------------------------------------------------------------------------------------ Accelerate
+
+
+def paired(config: dict[str, Any], model: nn.Module, real: tuple[bool, bool]) -> tuple[Accelerator, Any, Any]:
+    """The accelerator, an optimizer and a scheduler, real or dummies: what a real one replaces is not in its configuration."""
+    if real[0] == real[1]:
+        accelerator = make_accelerator(config)
+        return accelerator, *optimizer_and_scheduler(accelerator, model, real=real[0])
+    left = {key: value for key, value in config.items() if key != ("optimizer" if real[0] else "scheduler")}
+    accelerator = make_accelerator(left)
+    if real[0]:
+        optimizer = ds_optforge.build_optimizer(model, config)
+        return accelerator, optimizer, DummyScheduler(optimizer)
+    ds_optforge.register(model)
+    optimizer = DummyOptim(list(model.parameters()))
+    build = partial(ds_optforge.build_scheduler, config=config)
+    return accelerator, optimizer, DummyScheduler(optimizer, lr_scheduler_callable=build)
+
+
+def rates_under_accelerate(config: dict[str, Any], steps: int, real: tuple[bool, bool]) -> list[dict[str, float]]:
+    """The learning rates of every step; ``real``: the optimizer, the scheduler."""
+    model = models.build()
+    accelerator, *pair = paired(config, model, real)
+    engine, optimizer, scheduler = accelerator.prepare(model, *pair)
+    found = []
+    for step in range(steps):
+        found.append(rates(engine))
+        accelerator.backward(engine(*models.batch(step)))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    engine.destroy()
+    return found
+
+
+class Run:
+    """A model under Accelerate, fed by a DataLoader that Accelerate shares out."""
+
+    def __init__(self, config: dict[str, Any], steps: int, accumulation: int = 1, real: bool = False) -> None:
+        model = models.build()
+        self.accelerator = make_accelerator(config, gradient_accumulation_steps=accumulation)
+        pair = optimizer_and_scheduler(self.accelerator, model, total_steps=steps, real=real)
+        tokens, targets = zip(*(models.batch(step) for step in range(steps)), strict=True)
+        micro = len(tokens[0]) // (accumulation * dist.get_world_size())
+        loader = DataLoader(TensorDataset(torch.cat(tokens), torch.cat(targets)), batch_size=micro)
+        prepared = self.accelerator.prepare(model, *pair, loader)
+        self.engine, self.optimizer, self.scheduler, self.loader = prepared
+        self.accumulation = accumulation
+        self.norms: list[float] = []
+
+    def train(self, first: int, steps: int) -> list[float]:
+        """The mean loss over ranks and micro-batches of each step."""
+        losses, total = [], torch.zeros(())
+        micro_batches = list(self.loader)[first * self.accumulation : (first + steps) * self.accumulation]
+        for tokens, targets in micro_batches:
+            with self.accelerator.accumulate(self.engine):
+                loss = self.engine(tokens, targets)
+                self.accelerator.backward(loss)
+                total += loss.detach() / self.accumulation
+                if self.accelerator.sync_gradients:
+                    self.norms.append(self.accelerator.clip_grad_norm_(self.engine.parameters(), 1e9))
+                    losses.append(self.accelerator.reduce(total, "mean").item())
+                    total = torch.zeros(())
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+        return losses
+
+
+def train_under_accelerate(config: dict[str, Any], steps: int, accumulation: int, real: bool = False) -> dict[str, Any]:
+    """Losses, whole parameters, the gradient norms that Accelerate told, and its count of processes."""
+    run = Run(config, steps, accumulation, real)
+    losses = run.train(0, steps)
+    parameters = cases.full_parameters(run.engine.module)
+    run.engine.destroy()
+    return {"losses": losses, "parameters": parameters, "norms": run.norms, "processes": run.accelerator.num_processes}
+
+
+def save_state(config: dict[str, Any], folder: str, real: bool) -> list[float]:
+    """4 steps, save_state, then the losses of 4 more."""
+    run = Run(config, 8, real=real)
+    run.train(0, 4)
+    run.accelerator.save_state(folder)
+    losses = run.train(4, 4)
+    run.engine.destroy()
+    return losses
+
+
+def load_state(config: dict[str, Any], folder: str, real: bool) -> list[float]:
+    """A fresh run that loads, and the losses of the last 4 steps."""
+    run = Run(config, 8, real=real)
+    run.accelerator.load_state(folder)
+    losses = run.train(4, 4)
+    run.engine.destroy()
+    return losses
+
+
+def averages_under_accelerate(config: dict[str, Any]) -> dict[str, Any]:
+    """Weights before, inside and after `evaluation_weights`, and what Accelerate exports inside."""
+    run = Run(config, 8)
+    run.train(0, 8)
+    before = cases.full_parameters(run.engine.module)
+    with ds_optforge.evaluation_weights(run.engine):
+        inside = cases.full_parameters(run.engine.module)
+        exported = run.accelerator.get_state_dict(run.engine)
+    after = cases.full_parameters(run.engine.module)
+    run.engine.destroy()
+    return {"before": before, "inside": inside, "after": after, "exported": dict(exported or {})}
+
+
+def after_another_state(config: dict[str, Any]) -> None:
+    """Something asked Accelerate for its state first: on a CPU it counts one process then."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState()
+    make_accelerator(config)
+
+
+# ------------------------------------------------------------------------------------------ HF Trainer
+
+
+class Recorder(TrainerCallback):
+    """What every step began with: its learning rates."""
+
+    def __init__(self) -> None:
+        self.rates: list[dict[str, float]] = []
+        self.trainer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Called by the Trainer."""
+        self.rates.append(rates(self.trainer.model_wrapped))
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    """One layer, 4 query heads and 2 key-value heads of 8 rows."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=1, tie_word_embeddings=tied, **shape))
+
+
+def sentences(count: int) -> list[dict[str, torch.Tensor]]:
+    """Sequences of 8 tokens, the same in every process."""
+    rows = torch.randint(50, (count, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def train_llama(
+    config: dict[str, Any],
+    folder: str,
+    settings: dict[str, Any],
+    tied: bool = False,
+    resume: int | None = None,
+    snippet: str = "",
+) -> dict[str, Any]:
+    """Train with the HF Trainer, 2 sequences a rank and step, in order.
+
+    Args:
+        config: of DeepSpeed, left as it is.
+        settings: of TrainingArguments.
+        resume: from the checkpoint of that step.
+        snippet: code that makes an AveragingTrainer, to be used in the Trainer's place.
+
+    Returns:
+        Losses, in training and in evaluation, learning rates, weights and parameter groups.
+    """
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")  # on a CPU Accelerate would count one process
+    names: dict[str, Any] = {"ds_optforge": ds_optforge, "AveragingTrainer": Trainer}
+    exec(snippet, names)  # the text of the docs
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=2,
+        train_sampling_strategy="sequential",
+        deepspeed=copy.deepcopy(config),
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        accelerator_config={"use_configured_state": True},
+        **{"save_strategy": "no", **settings},
+    )
+    model = llama(tied)
+    ds_optforge.register(model)
+    recorder = Recorder()
+    data = {"train_dataset": sentences(64), "eval_dataset": sentences(16)}
+    trainer = names["AveragingTrainer"](model=model, args=arguments, callbacks=[recorder], **data)
+    recorder.trainer = trainer
+    trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{resume}")) if resume else None)
+    engine = trainer.model_wrapped
+    result = {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "evaluated": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
+        "rates": recorder.rates,
+        "parameters": cases.full_parameters(engine.module),
+        "groups": [{**group, "params": None} for group in cases.base_optimizer(engine).param_groups],
+    }
+    engine.destroy()
+    return result

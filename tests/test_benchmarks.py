@@ -1,0 +1,61 @@
+"""The benchmarks of a step run from end to end in their quick form, and count what they say they count. No times."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.commands import on_this_machine
+
+TORCHRUN = "torchrun --nproc-per-node 2"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(launcher: str, name: str, out: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    """Run ``benchmarks/NAME.py --quick``. Returns its rows by (stage, optimizer)."""
+    finished = on_this_machine(f"{launcher} benchmarks/{name}.py --quick --out {shlex.quote(str(out))}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    written = json.loads((out / f"{name}.json").read_text())
+    assert written["machine"] in finished.stdout
+    assert set(written["versions"]) == {"torch", "deepspeed", "ds_optforge"}
+    assert (out / f"{name}.png").read_bytes().startswith(PNG)
+    return {(row["stage"], row["optimizer"]): row for row in written["rows"]}
+
+
+def test_step(tmp_path: Path) -> None:
+    rows = run(TORCHRUN, "step", tmp_path)
+    assert [optimizer for _, optimizer in rows] == [
+        "AdamW",
+        "AdamW of torch",
+        "gather",
+        "shard_local",
+        "built-in, standard",
+        "built-in, gram",
+    ]
+    assert all(row["rounds"] > 0 and row["iteration_ms"] > 0 for row in rows.values())
+    assert rows[2, "gather"]["products_ms"] > 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    """Elementwise rules allocate nothing; state and workspace are those of the formats and modes."""
+    rows = run(TORCHRUN, "memory", tmp_path)
+    adamw, gather, compact, local = (rows[3, name] for name in ("AdamW", "gather", "gather, 8-bit state", "shard_local"))
+    assert adamw["workspace_mb"] == pytest.approx(0, abs=0.001)
+    assert 0 < local["workspace_mb"] < gather["workspace_mb"]
+    assert compact["held_mb"] < gather["held_mb"] < adamw["held_mb"]
+    assert gather["at_peak"][0]["mb"] > 0
+
+
+@pytest.mark.two_hosts
+def test_wire(tmp_path: Path) -> None:
+    """On ZeRO-3 Muon sends what the plan says, and DeepSpeed's four gathers of everything are eight times that."""
+    rows = run("python", "wire", tmp_path)
+    gather, local = rows[3, "gather"], rows[3, "shard_local"]
+    assert gather["megabytes"] == pytest.approx(gather["plan_megabytes"], rel=0.03)
+    assert gather["megabytes"] == pytest.approx(gather["floor_megabytes"], rel=0.03)
+    assert local["megabytes"] == pytest.approx(0, abs=0.01 * gather["megabytes"])
+    assert rows[3, "built-in, standard"]["megabytes"] > 7 * gather["megabytes"]
