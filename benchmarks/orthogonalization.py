@@ -25,7 +25,7 @@ from report import DEFAULT_OUT, Column, figure, save, show, write
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from ds_optforge.orthogonalize import flops, orthogonalize, uses_gram
+from ds_optforge.orthogonalize import at_once, flops, orthogonalize, uses_gram
 
 SHAPES = [(512, 512), (1024, 1024), (512, 2048), (2048, 512), (1024, 4096), (4096, 1024)]
 BATCHES = [1, 4, 8, 24]
@@ -129,15 +129,18 @@ def candidates(given: Tensor) -> dict[str, Callable[[], Any]]:
 
 def standard_products(given: Tensor) -> Callable[[], None]:
     """The products of the standard form on the short side. Their results are not used: no value can overflow."""
-    x = torch.zeros_like(given if given.shape[1] <= given.shape[2] else given.mT.contiguous())
-    gram, polynomial = (x.new_zeros(x.shape[0], x.shape[1], x.shape[1]) for _ in range(2))
-    out = torch.empty_like(x)
+    matrices = torch.zeros_like(given if given.shape[1] <= given.shape[2] else given.mT.contiguous())
+    parts = torch.split(matrices, at_once(given))
+    grams, polynomials = (matrices.new_zeros(len(parts[0]), matrices.shape[1], matrices.shape[1]) for _ in range(2))
+    outs = torch.empty_like(parts[0])
 
     def run() -> None:
-        for a, b, c in (TRIPLE,) * STEPS:
-            torch.bmm(x, x.mT, out=gram)
-            torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-            torch.baddbmm(x, polynomial, x, beta=a, out=out)
+        for x in parts:
+            gram, polynomial, out = (buffer[: len(x)] for buffer in (grams, polynomials, outs))
+            for a, b, c in (TRIPLE,) * STEPS:
+                torch.bmm(x, x.mT, out=gram)
+                torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+                torch.baddbmm(x, polynomial, x, beta=a, out=out)
 
     return run
 
@@ -145,21 +148,24 @@ def standard_products(given: Tensor) -> Callable[[], None]:
 def gram_products(given: Tensor) -> Callable[[], None]:
     """The products of the Gram form, a tall matrix as it lies: R, Z, R Z Z and Q, and X twice multiplied by Q."""
     tall = given.shape[1] > given.shape[2]
-    x, out = torch.zeros_like(given), torch.empty_like(given)
+    parts = torch.split(torch.zeros_like(given), at_once(given))
     n = min(given.shape[1:])
-    r, z, q, spare = (x.new_zeros(x.shape[0], n, n) for _ in range(4))
+    buffers = [given.new_zeros(len(parts[0]), n, n) for _ in range(4)]
+    outs = torch.empty_like(parts[0])
 
     def run() -> None:
-        for steps in (2, 3):
-            torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=r)
-            for step in range(steps):
-                torch.baddbmm(r, r, r, beta=TRIPLE[1], alpha=TRIPLE[2], out=z)
-                if step + 1 < steps:
-                    torch.bmm(r, z, out=spare)
-                    torch.bmm(spare, z, out=r)
-                if step > 0:
-                    torch.bmm(q, z, out=spare)
-            torch.bmm(*((x, q) if tall else (q, x)), out=out)
+        for x in parts:
+            r, z, q, spare = (buffer[: len(x)] for buffer in buffers)
+            for steps in (2, 3):
+                torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=r)
+                for step in range(steps):
+                    torch.baddbmm(r, r, r, beta=TRIPLE[1], alpha=TRIPLE[2], out=z)
+                    if step + 1 < steps:
+                        torch.bmm(r, z, out=spare)
+                        torch.bmm(spare, z, out=r)
+                    if step > 0:
+                        torch.bmm(q, z, out=spare)
+                torch.bmm(*((x, q) if tall else (q, x)), out=outs[: len(x)])
 
     return run
 

@@ -22,6 +22,7 @@ from ds_optforge.state import EightBit, Extent, Plain, StateFormat, chunks
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.plan import (
+    LOCAL_PART,
     ExchangePlan,
     Fragment,
     Matrix,
@@ -41,9 +42,6 @@ _CHUNK_NUMEL = {"cpu": 2**18}
 _CHUNK_NUMEL_ELSEWHERE = 2**22
 
 _THIN_ROWS = 32
-
-# Batches of matrices are this part of a bucket, so that what orthogonalization needs beside them stays small.
-_BATCHES_PER_BUCKET = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +289,7 @@ class _BucketBuilder:
 
     def build(self, buckets: Sequence[RankBucket], alone: bool = False) -> tuple[Bucket, ...]:
         """``alone``: the buckets' fragments are orthogonalized each for itself."""
-        batch_numel = self._plan.bucket_numel // _BATCHES_PER_BUCKET
+        batch_numel = self._plan.bucket_numel // LOCAL_PART  # as in buckets that do not travel
         return tuple(
             Bucket(
                 BucketExchange(self._plan.layout, bucket, self._binding, self._wire, batch_numel),

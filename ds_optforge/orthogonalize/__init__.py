@@ -1,13 +1,14 @@
 """Newton-Schulz orthogonalization: coefficients (data) and the iteration (tensor math)."""
 
 from ds_optforge.orthogonalize.coefficients import COEFFICIENT_SETS, CoefficientSet, coefficient_set
-from ds_optforge.orthogonalize.newton_schulz import Method, accurate_method, flops, orthogonalize, uses_gram
+from ds_optforge.orthogonalize.newton_schulz import Method, accurate_method, at_once, flops, orthogonalize, uses_gram
 
 __all__ = [
     "COEFFICIENT_SETS",
     "CoefficientSet",
     "Method",
     "accurate_method",
+    "at_once",
     "coefficient_set",
     "flops",
     "orthogonalize",

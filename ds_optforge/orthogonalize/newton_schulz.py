@@ -72,13 +72,13 @@ def orthogonalize(
     if iterate is _standard and (not batch.is_contiguous() or (batch.data_ptr() == matrices.data_ptr() and not overwrite)):
         batch = batch.clone(memory_format=torch.contiguous_format)
     out = torch.empty_like(batch, memory_format=torch.contiguous_format)
-    size = _at_once(batch)
+    size = at_once(batch)
     for given, result in zip(torch.split(batch, size), torch.split(out, size), strict=True):
         iterate(given, triples, chosen, result)
     return out.reshape(matrices.shape)
 
 
-def _at_once(batch: Tensor) -> int:
+def at_once(batch: Tensor) -> int:
     """How many matrices to iterate on together: all; on a CPU one for each thread, or as many as stay in its cache.
 
     (24 of 512x512 together took 1.4 times as long as two at a time, in one thread.)

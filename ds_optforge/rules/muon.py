@@ -85,10 +85,14 @@ class Muon:
         return torch._foreach_lerp(list(gradients), averages, momentum) if self.nesterov else averages
 
     def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-        # Scaled in the wire's precision: the compute dtype may be narrower.
-        orthogonal = self.orthogonalization(matrices).to(matrices.dtype)
-        factors = active.float() * self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
-        torch._foreach_mul_(list(orthogonal.unbind()), list(factors.unbind()))  # faster on a CPU than with broadcasting
+        orthogonal = self.orthogonalization(matrices).to(
+            matrices.dtype
+        )  # the wire's precision: the compute dtype may be narrower
+        scale = self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
+        if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # a power of two, mostly
+            return orthogonal.mul_((active * scale).to(orthogonal.dtype).view(-1, 1, 1))
+        # A float32 factor; one by one, because mixed dtypes are slow with broadcasting on a CPU.
+        torch._foreach_mul_(list(orthogonal.unbind()), list((active.float() * scale).unbind()))
         return orthogonal
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:

@@ -16,6 +16,9 @@ from itertools import accumulate, chain, pairwise
 # is in work, in its receive buffer. They are to fit into two buckets of two buffers.
 _BUFFERS, _BUFFERS_UNDER_WAY = 4, 5
 
+# What does not travel needs no large buckets: smaller ones stay in memory that the processor has at hand.
+LOCAL_PART = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -223,6 +226,7 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         clocks = Clocks(load, len(exchanges))
         _own_longest_first(shared, holders, costs, owners, load)
         _swap_equals(exchanges, holders, costs, owners, clocks)
+        exchanges = list(_bounded(exchanges, owners, layout.matrices, bucket_numel))
     return ExchangePlan(
         layout, tuple(owners), tuple(exchanges), bucket_numel, _fingerprint(layout, owners, exchanges, bucket_numel)
     )
@@ -387,6 +391,23 @@ def _swap_equals(
             left[owners[matrix]] -= costs[matrix]
 
 
+def _bounded(
+    exchanges: Sequence[tuple[int, ...]], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
+) -> Iterator[tuple[int, ...]]:
+    """Cut exchanges where a rank would own more than ``limit`` elements in one, but for one larger matrix."""
+    for exchange in exchanges:
+        owned: Counter[int] = Counter()
+        first = 0
+        for index, matrix in enumerate(exchange):
+            numel = matrices[matrix].numel
+            if owned[owners[matrix]] and owned[owners[matrix]] + numel > limit:
+                yield exchange[first:index]
+                first = index
+                owned.clear()
+            owned[owners[matrix]] += numel
+        yield exchange[first:]
+
+
 def _earliest(heap: list[tuple[int, int, int]], room: Counter[int], clock: Sequence[int], left: Sequence[int]) -> int:
     """The rank with room whose clock is lowest, then with the most work left; takes one from its room."""
     while True:
@@ -433,10 +454,11 @@ def exchange_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[
 
 
 def local_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
-    """The matrices that lie whole on this rank, in runs of at most ``bucket_numel`` elements."""
+    """The matrices that lie whole on this rank, in runs of at most 1/16 of ``bucket_numel`` elements."""
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    return [_local_bucket(layout, run, rank, row_words) for run in _runs_of(local, layout.matrices, plan.bucket_numel)]
+    limit = max(plan.bucket_numel // LOCAL_PART, 1)
+    return [_local_bucket(layout, run, rank, row_words) for run in _runs_of(local, layout.matrices, limit)]
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, row_words: int) -> RankBucket:
@@ -472,7 +494,7 @@ def shard_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[Ran
     buckets: list[RankBucket] = []
     run: list[Fragment] = []
     for fragment in held:
-        if run and sum(other.numel for other in run) + fragment.numel > plan.bucket_numel:
+        if run and sum(other.numel for other in run) + fragment.numel > plan.bucket_numel // LOCAL_PART:
             buckets.append(_shard_bucket(layout, run, rank, row_words))
             run = []
         run.append(fragment)

@@ -331,7 +331,7 @@ class TestCriticalPath:
     @pytest.mark.parametrize("layers", [16, 32])
     def test_equal_matrices_change_owners_so_that_buckets_are_balanced_too(self, layers: int) -> None:
         """A large and four small ones a layer: loads are even over the run, and nobody waits for long on the way."""
-        plan = make_plan(spread(8, [32, 16, 16, 16, 16] * layers), cubic, 960)
+        plan = make_plan(spread(8, [32, 16, 16, 16, 16] * layers), cubic, 2400)
         mean = sum(loads(plan)) / 8
         assert max(loads(plan)) == mean
         assert len(plan.exchanges) >= 3
