@@ -326,6 +326,7 @@ class _GroupStep:
         if travelling:
             self._collect(rule, now, travelling[0])
         for k, bucket in enumerate(travelling):
+            bucket.exchange.arrive()
             if k < last:
                 self._collect(rule, now, travelling[k + 1])
             self._step_alone(rule, now, shares[k])

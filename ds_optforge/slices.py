@@ -192,7 +192,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
         if sharding.mode == "shard_local":
             found = shard_buckets(plan, binding.rank, builder.row_words)
             shards = builder.build(found, alone=True)
-            _warn_of_thin_shards(layout, [fragment for bucket in found for fragment in bucket.fragments], binding.rank)
+            warn_of_thin_shards(layout, [fragment for bucket in found for fragment in bucket.fragments], binding.rank)
     else:
         plan = make_plan(layout, lambda matrix: 0, sharding.bucket_numel)
     require_agreement(plan, f"sharding {sharding}\n{routing}", binding)
@@ -251,7 +251,7 @@ def _row_places(
     return places
 
 
-def _warn_of_thin_shards(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
+def warn_of_thin_shards(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
     """One line on the first rank: orthogonalizing few rows alone is little more than normalising them."""
     rows = {f.matrix: f.numel // layout.matrices[f.matrix].cols for f in fragments}
     thin = [matrix for matrix, count in rows.items() if count < min(_THIN_ROWS, layout.matrices[matrix].rows)]

@@ -60,8 +60,8 @@ class _Batch:
 
 
 class BucketExchange:
-    """One bucket's way out and back: ``open`` -> ``collect`` -> ``matrices``, ``put`` -> ``give_back`` -> ``updates`` ->
-    ``release``.
+    """One bucket's way out and back: ``open`` -> ``collect`` -> ``arrive`` -> ``matrices``, ``put`` -> ``give_back`` ->
+    ``updates`` -> ``release``.
 
     Built once, used every step; ``outgoing`` is filled between ``open`` and ``collect``. The collectives are asynchronous;
     their buffers are referenced from ``open`` until ``release``, so they outlive both.
@@ -114,9 +114,14 @@ class BucketExchange:
         else:
             self._receive = self._send
 
+    def arrive(self) -> None:
+        """Wait for the fragments; the send buffer is not needed until `give_back`."""
+        if self._work is not None:
+            self._wait()
+            self._send = self._send.new_empty(0)
+
     def matrices(self, index: int) -> MatrixBatch:
-        """Wait for the fragments; return one batch of owned matrices, to be overwritten at will."""
-        self._arrive()
+        """After ``arrive``: one batch of owned matrices, to be overwritten at will."""
         batch = self._batches[index]
         if batch.start >= 0:
             matrices = self._receive.narrow(0, batch.start, batch.numel).view(batch.count, batch.rows, batch.cols)
@@ -145,7 +150,6 @@ class BucketExchange:
     def give_back(self) -> None:
         """Start returning the updates and statistics that were `put`."""
         if self.bucket.travels:
-            self._arrive()  # where this rank owns nothing
             self.open()
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
@@ -170,12 +174,6 @@ class BucketExchange:
         )
         assert work is not None  # asynchronous, and this rank belongs to the group
         return work
-
-    def _arrive(self) -> None:
-        """Wait for the fragments; the send buffer is not needed until `give_back`."""
-        if self._work is not None:
-            self._wait()
-            self._send = self._send.new_empty(0)
 
     def _wait(self) -> None:
         if self._work is not None:
