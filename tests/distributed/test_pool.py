@@ -198,10 +198,11 @@ def test_each_job_may_use_accelerate(pool2: Pool) -> None:
 
 
 def test_idle_ranks_leave_the_processor_alone(pool2: Pool) -> None:
+    """Half of the time is far from what a rank that polls would take, and from what one that waits does."""
     before = pool2.run(cpu_seconds)
-    time.sleep(1.5)
+    time.sleep(3)
     after = pool2.run(cpu_seconds)
-    assert all(late - early < 0.5 for early, late in zip(before, after, strict=True))
+    assert all(late - early < 1.5 for early, late in zip(before, after, strict=True))
 
 
 @pytest.mark.usefixtures("short_grace")
