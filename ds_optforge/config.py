@@ -26,7 +26,9 @@ class ShardingSettings(Section):
         None, ge=2, description="shard_local: every how many steps to gather, from the first on (block-periodic); null: never"
     )
     wire_dtype: DTypeName = Field("bfloat16", description="fragments and updates are rounded to it, travelling or not")
-    bucket_numel: int = Field(2**26, ge=1, description="elements per rank of one bucket; bounds the workspace")
+    bucket_numel: int = Field(
+        2**26, ge=1, description="elements of a bucket's send and of its receive buffer; a step works in two buckets"
+    )
 
     @model_validator(mode="after")
     def _periodic(self) -> "ShardingSettings":

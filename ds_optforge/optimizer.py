@@ -362,12 +362,14 @@ class _GroupStep:
 
     def _apply(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
         updates, active = bucket.exchange.updates()
-        if bucket.rms is not None:
-            _scale_to(updates, bucket.rms)
+        if bucket.norms is not None:
+            scale_to(updates, bucket.norms)
         bucket.exchange.returned_rows(self._rows(rule, bucket))
         for part in bucket.parts:
             parameters = part.split(part.views(self._parameters))
-            rule.apply(parameters, part.places(bucket.exchange.outgoing), active[part.fragments], now)
+            device = parameters[0].device  # with offload not where the buckets are
+            updates = [update.to(device) for update in part.places(bucket.exchange.outgoing)]
+            rule.apply(parameters, updates, active[part.fragments].to(device), now)
         bucket.exchange.release()
 
     def _rows(self, rule: MatrixRule, bucket: Bucket) -> list[Tensor]:
@@ -396,15 +398,14 @@ def _flat_gradient(piece: Tensor) -> Tensor:
 
 
 def _nonzero(fragments: Sequence[Tensor]) -> Tensor:
-    """(fragments,) 1 where the norm is not zero (NaN is not), else 0."""
+    """(fragments,) 1 where the norm in float32 is not zero (NaN is not), else 0."""
     if not fragments:
         return torch.empty(0)
     return (torch.stack(torch._foreach_norm(list(fragments))) != 0).float()
 
 
-def _scale_to(updates: Sequence[Tensor], rms: Tensor) -> None:
-    """Give each update the root mean square of its element of ``rms``; zeros stay zeros."""
-    norms = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
-    numels = torch.tensor([update.numel() for update in updates], dtype=torch.float32, device=rms.device)
-    factors = rms * numels.sqrt() / norms.clamp(min=torch.finfo(torch.float32).tiny)
-    torch._foreach_mul_(list(updates), list(factors.unbind()))
+def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:
+    """Give each update its element of ``norms``; zeros stay zeros."""
+    found = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
+    factors = torch.where(found > 0, norms / found, torch.zeros_like(found))
+    torch._foreach_mul_(list(updates), list(factors.view(-1, 1).unbind()))

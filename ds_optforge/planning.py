@@ -18,7 +18,7 @@ from ds_optforge.config import OptimizerConfig, ShardingSettings
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import MatrixRule, Rule
 from ds_optforge.validation import ConfigError
-from ds_optforge.zero.plan import LOCAL_PART, Cut, ExchangePlan, Matrix, PartitionLayout, critical_path, make_plan
+from ds_optforge.zero.plan import Cut, ExchangePlan, Matrix, PartitionLayout, critical_path, make_plan
 
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default of zero_optimization.sub_group_size
 _BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / 256}  # 8bit: a float32 absmax per block of 256
@@ -276,9 +276,10 @@ class _Group:
         for rank, own in enumerate(figures):
             received = [size.receives[rank] for size in sizes]
             both = [0, *(size.sends[rank] + size.receives[rank] for size in sizes), 0]
-            # One returns, one is in work in its receive buffer, one is collected.
-            in_flight = max((both[k] + now + both[k + 2] for k, now in enumerate(received)), default=0)
-            bucket = max(min(local[rank], plan.bucket_numel // LOCAL_PART), largest_local[rank])
+            # One returns, one is in work in its receive buffer, one is collected; at the end of its work it returns too.
+            under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
+            in_flight = max(under_way, default=0)
+            bucket = max(min(local[rank], plan.local_numel), largest_local[rank])
             own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
 
 

@@ -4,6 +4,7 @@ Under ZeRO a call steps one flat slice; elsewhere a tensor per parameter. Offset
 """
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from ds_optforge.state import EightBit, Extent, Plain, StateFormat, chunks
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.plan import (
-    LOCAL_PART,
     ExchangePlan,
     Fragment,
     Matrix,
@@ -105,14 +105,14 @@ class Bucket:
         fragments: (piece, start, numel) of each fragment in the slices.
         parts: the same elements, a bounded number at a time.
         rows: (piece, start, count) of each fragment's output rows in the row buffers.
-        rms: (fragments,) that updates are scaled to; None where matrices are orthogonalized whole.
+        norms: (fragments,) that updates are scaled to; None where matrices are orthogonalized whole.
     """
 
     exchange: BucketExchange
     fragments: tuple[tuple[int, int, int], ...]
     parts: tuple[Part, ...]
     rows: tuple[tuple[int, int, int], ...]
-    rms: Tensor | None
+    norms: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,22 +289,25 @@ class _BucketBuilder:
 
     def build(self, buckets: Sequence[RankBucket], alone: bool = False) -> tuple[Bucket, ...]:
         """``alone``: the buckets' fragments are orthogonalized each for itself."""
-        batch_numel = self._plan.bucket_numel // LOCAL_PART  # as in buckets that do not travel
+        batch_numel = self._plan.local_numel  # as in buckets that do not travel
         return tuple(
             Bucket(
                 BucketExchange(self._plan.layout, bucket, self._binding, self._wire, batch_numel),
                 tuple((*_place(self._starts, f.offset), f.numel) for f in bucket.fragments),
                 self._parts(bucket),
                 tuple(self._row_places[f.matrix] for f in bucket.fragments) if bucket.row_words else (),
-                self._rms(bucket) if alone else None,
+                self._norms(bucket) if alone else None,
             )
             for bucket in buckets
         )
 
-    def _rms(self, bucket: RankBucket) -> Tensor:
-        matrices = [self._plan.layout.matrices[fragment.matrix] for fragment in bucket.fragments]
-        values = [self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) for matrix in matrices]
-        return torch.tensor(values, dtype=torch.float32, device=self._binding.device)
+    def _norms(self, bucket: RankBucket) -> Tensor:
+        """So that a fragment's update has the root mean square that its whole matrix's would have."""
+        norms = []
+        for fragment in bucket.fragments:
+            matrix = self._plan.layout.matrices[fragment.matrix]
+            norms.append(self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) * math.sqrt(fragment.numel))
+        return torch.tensor(norms, dtype=torch.float32, device=self._binding.device)
 
     def _parts(self, bucket: RankBucket) -> tuple[Part, ...]:
         """Cut the bucket's fragments into parts."""

@@ -1,9 +1,11 @@
-"""What binding tensors to their places tells the user."""
+"""What happens to shards beside their orthogonalization."""
 
 import logging
 
 import pytest
+import torch
 
+from ds_optforge.optimizer import scale_to
 from ds_optforge.slices import warn_of_thin_shards
 from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
 
@@ -24,3 +26,11 @@ def test_shards_of_few_rows_are_told_once(rows: int, ranks: int, warns: bool, ca
     messages = [record.getMessage() for record in caplog.records]
     expected = f"shard_local: 2 of 2 matrices have fewer than 32 whole rows on this rank (first[0:{10 * rows}]"
     assert [message.startswith(expected) for message in messages] == [True] * warns
+
+
+def test_a_shard_without_gradient_gets_no_update() -> None:
+    """However large its norm would be."""
+    updates = [torch.zeros(500, dtype=torch.bfloat16), torch.full((400,), 0.5, dtype=torch.bfloat16)]
+    scale_to(updates, torch.tensor([100.0, 40.0]))
+    assert not updates[0].any()
+    torch.testing.assert_close(updates[1], torch.full((400,), 2.0, dtype=torch.bfloat16))

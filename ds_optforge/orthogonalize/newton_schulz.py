@@ -21,6 +21,7 @@ Method = Literal["auto", "standard", "gram"]
 _GRAM_STEPS_IN_16_BITS = 5
 
 
+# Elements of the matrices that a processor's cache holds beside their Gram matrices.
 _CACHED_NUMEL = 2**19
 
 
@@ -49,18 +50,20 @@ def orthogonalize(
         coefficients: the name of a set (in `COEFFICIENT_SETS`) or a list of triples.
         steps: the number of steps; None takes the set's own (5 for ``quintic``).
         method: ``auto`` takes the form that needs fewer FLOPs for this shape, if it is accurate in ``dtype``.
-        dtype: of the matrix products. The norm that scales the start is computed in float32 or wider.
+        dtype: of the matrix products; not float16. The norm that scales the start is the root of the trace of X X^T.
         overwrite: ``matrices`` may serve as workspace; else they are left unchanged.
 
     Returns:
         (..., rows, cols) in ``dtype``. A zero matrix stays zero.
 
     Raises:
-        ValueError: fewer than two dimensions, an unknown set, more steps than the set holds, or the Gram form of more than
-            five steps in 16 bits.
+        ValueError: fewer than two dimensions, float16, an unknown set, more steps than the set holds, or the Gram form of
+            more than five steps in 16 bits.
     """
     if matrices.ndim < 2:
         raise ValueError(f"matrices: got shape {tuple(matrices.shape)}; allowed: (..., rows, cols)")
+    if dtype == torch.float16:
+        raise ValueError("dtype: got torch.float16, whose range the products leave; allowed: bfloat16, float32, float64")
     chosen = coefficient_set(coefficients)
     triples = chosen.sequence(steps)
     rows, cols = matrices.shape[-2:]
@@ -69,7 +72,7 @@ def orthogonalize(
     batch = matrices.reshape(-1, rows, cols).to(dtype)
     method = accurate_method(method, len(triples), dtype, chosen.steep)
     iterate = _gram if uses_gram(rows, cols, len(triples), method) else _standard
-    if iterate is _standard and (not batch.is_contiguous() or (batch.data_ptr() == matrices.data_ptr() and not overwrite)):
+    if iterate is _standard and (not batch.is_contiguous() or (not overwrite and batch.data_ptr() == matrices.data_ptr())):
         batch = batch.clone(memory_format=torch.contiguous_format)
     out = torch.empty_like(batch, memory_format=torch.contiguous_format)
     size = at_once(batch)
@@ -194,7 +197,9 @@ def _polynomial(gram: Tensor, triple: Triple) -> Tensor:
 
 
 def _transposed(x: Tensor, out: Tensor) -> Tensor:
-    """(batch, n, m) -> out, (batch, m, n); copied one by one, which has a fast path on the CPU."""
+    """(batch, n, m) -> out, (batch, m, n); on a CPU one by one, which has a fast path."""
+    if x.device.type != "cpu":
+        return out.copy_(x.mT)
     for target, source in zip(out, x, strict=True):
         target.copy_(source.mT)
     return out

@@ -94,12 +94,16 @@ def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, ac
     if rate == 0:
         return
     if not cautious:
-        # Tensors, because foreach rounds a number to the parameters' dtype first.
-        kept = torch.tensor(1.0 - rate, dtype=torch.float64)
-        torch._foreach_mul_(list(parameters), kept if active is None else list((1.0 - rate * active.double()).unbind()))
+        # Not numbers, which foreach rounds to the parameters' dtype first; and where they come from the device, of one
+        # dimension, so that they are not either.
+        if active is None:
+            torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
+        else:
+            wide = torch.promote_types(parameters[0].dtype, torch.float32)
+            torch._foreach_mul_(list(parameters), list((1.0 - rate * active.to(wide)).view(-1, 1).unbind()))
         return
     agrees = torch._foreach_mul(list(parameters), list(updates))
     masked = [parameter * (product >= 0) for parameter, product in zip(parameters, agrees, strict=True)]
     if active is not None:
-        torch._foreach_mul_(masked, list(active.unbind()))
+        torch._foreach_mul_(masked, list(active.to(masked[0].dtype).unbind()))
     torch._foreach_add_(list(parameters), masked, alpha=-rate)

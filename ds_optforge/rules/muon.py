@@ -51,6 +51,7 @@ class Orthogonalization:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each shape and batch
     return torch.compile(orthogonalize, dynamic=False)
 
 
@@ -85,15 +86,13 @@ class Muon:
         return torch._foreach_lerp(list(gradients), averages, momentum) if self.nesterov else averages
 
     def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
-        orthogonal = self.orthogonalization(matrices).to(
-            matrices.dtype
-        )  # the wire's precision: the compute dtype may be narrower
+        # Scaled in the wire's precision: the compute dtype may be narrower.
+        orthogonal = self.orthogonalization(matrices).to(matrices.dtype)
         scale = self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
-        if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # a power of two, mostly
-            return orthogonal.mul_((active * scale).to(orthogonal.dtype).view(-1, 1, 1))
-        # A float32 factor; one by one, because mixed dtypes are slow with broadcasting on a CPU.
-        torch._foreach_mul_(list(orthogonal.unbind()), list((active.float() * scale).unbind()))
-        return orthogonal
+        factors = (active.float() * scale).view(-1, 1, 1)
+        if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # a power of two, mostly: no mixed dtypes
+            factors = factors.to(orthogonal.dtype)
+        return orthogonal.mul_(factors)
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         return self.orthogonalization.scale_of(rows, cols, transposed) / math.sqrt(max(rows, cols))

@@ -64,7 +64,7 @@ class BucketExchange:
     ``updates`` -> ``release``.
 
     Built once, used every step; ``outgoing`` is filled between ``open`` and ``collect``. The collectives are asynchronous;
-    their buffers are referenced from ``open`` until ``release``, so they outlive both.
+    their buffers stay referenced until they are waited for.
 
     Args:
         layout, bucket, binding, wire: what travels, between whom, in which dtype.
@@ -100,7 +100,7 @@ class BucketExchange:
         """Start sending the elements in ``outgoing`` to the owners of the matrices.
 
         Args:
-            active: (fragments,) 1 where any element of the fragment's gradient is not zero, else 0.
+            active: (fragments,) 1 where the norm of the fragment's gradient is not zero, else 0.
             rows: float32 statistics of the output rows that begin in each fragment; empty when the rule has none.
         """
         bucket = self.bucket

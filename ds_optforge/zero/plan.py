@@ -17,7 +17,7 @@ from itertools import accumulate, chain, pairwise
 _BUFFERS, _BUFFERS_UNDER_WAY = 4, 5
 
 # What does not travel needs no large buckets: smaller ones stay in memory that the processor has at hand.
-LOCAL_PART = 16
+_LOCAL_PART = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,11 @@ class ExchangePlan:
     bucket_numel: int
     fingerprint: str
 
+    @property
+    def local_numel(self) -> int:
+        """Elements of a bucket that does not travel; a larger matrix is a bucket of its own."""
+        return max(self.bucket_numel // _LOCAL_PART, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -155,8 +160,8 @@ class Section:
 class RankBucket:
     """What one rank does in one bucket.
 
-    The send buffer is a block per destination rank: the fragments that it owns, in matrix order, then their row
-    statistics, then their flags. The receive buffer is a block per source rank, built alike.
+    The send buffer is a block per destination rank: the fragments that it owns, in matrix order (of what does not travel, by
+    shape), then their row statistics, then their flags. The receive buffer is a block per source rank, built alike.
 
     Attributes:
         fragments: this rank's fragments, with increasing slice offsets.
@@ -454,11 +459,10 @@ def exchange_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[
 
 
 def local_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
-    """The matrices that lie whole on this rank, in runs of at most 1/16 of ``bucket_numel`` elements."""
+    """The matrices that lie whole on this rank, in runs of at most ``local_numel`` elements."""
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    limit = max(plan.bucket_numel // LOCAL_PART, 1)
-    return [_local_bucket(layout, run, rank, row_words) for run in _runs_of(local, layout.matrices, limit)]
+    return [_local_bucket(layout, run, rank, row_words) for run in _runs_of(local, layout.matrices, plan.local_numel)]
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, row_words: int) -> RankBucket:
@@ -491,14 +495,15 @@ def shard_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[Ran
     layout = plan.layout
     shared = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
     held = [fragment for matrix in shared if (fragment := layout.fragment(matrix, rank)) is not None]
-    buckets: list[RankBucket] = []
-    run: list[Fragment] = []
+    runs: list[list[Fragment]] = []
+    room = 0
     for fragment in held:
-        if run and sum(other.numel for other in run) + fragment.numel > plan.bucket_numel // LOCAL_PART:
-            buckets.append(_shard_bucket(layout, run, rank, row_words))
-            run = []
-        run.append(fragment)
-    return [*buckets, _shard_bucket(layout, run, rank, row_words)] if run else buckets
+        if not runs or fragment.numel > room:
+            runs.append([])
+            room = plan.local_numel
+        runs[-1].append(fragment)
+        room -= fragment.numel
+    return [_shard_bucket(layout, run, rank, row_words) for run in runs]
 
 
 def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, row_words: int) -> RankBucket:

@@ -136,14 +136,11 @@ def test_a_zero_matrix_stays_zero(name: str, method: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "steps"), [("quintic", 6), ("deepseek_v4", None), ("bfm", None)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gram_form_of_more_than_five_steps_is_refused_in_16_bits(name: str, steps: int | None, dtype: torch.dtype) -> None:
+def test_the_gram_form_of_more_than_five_steps_is_refused_in_16_bits(name: str, steps: int | None) -> None:
     """Its rounding errors grow with each step: the largest singular value of seven quintic steps is 400."""
-    message = (
-        rf"^method: got 'gram' with {steps or 10} steps in {dtype}; allowed: up to 5 steps, 'auto', 'standard', or float32"
-    )
+    message = rf"^method: got 'gram' with {steps or 10} steps in torch.bfloat16; allowed: up to 5 steps, 'auto', 'standard'"
     with pytest.raises(ValueError, match=message):
-        orthogonalize(matrix(6, 20, dtype=torch.float32), name, steps, method="gram", dtype=dtype)
+        orthogonalize(matrix(6, 20, dtype=torch.float32), name, steps, method="gram")
 
 
 @pytest.mark.parametrize("name", ["polar_express", "cans", "deepseek_v4"])
@@ -249,3 +246,9 @@ def test_an_unknown_set_is_an_error() -> None:
 def test_more_steps_than_the_set_has_are_an_error() -> None:
     with pytest.raises(ValueError, match="steps: got 6; allowed: 1 to 5"):
         orthogonalize(matrix(4, 6), "you", 6)
+
+
+def test_products_in_float16_are_refused() -> None:
+    """The squares of a gradient's elements leave its range."""
+    with pytest.raises(ValueError, match=r"dtype: got torch.float16, .*; allowed: bfloat16, float32, float64"):
+        orthogonalize(matrix(4, 6), dtype=torch.float16)
