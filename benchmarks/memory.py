@@ -91,7 +91,7 @@ def count_all_threads() -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the bound is made of: MB. The largest matrix, (4 * width, width), fills a bucket's buffer."""
+    """What the bound is made of: MB. A bucket's buffer holds two of the largest matrices, (4 * width, width)."""
 
     width: int
     bucket_numel: int
@@ -104,10 +104,10 @@ class Sizes:
     def of(cls, width: int) -> "Sizes":
         """Measures what the largest matrix takes."""
         largest = torch.ones(4 * width, width, dtype=torch.bfloat16)
-        matrix, bucket = largest.nbytes / MB, 2 * largest.nbytes / MB
+        matrix, bucket = largest.nbytes / MB, 2 * 2 * largest.nbytes / MB
         orthogonalize(largest)
         working_set = matrix + peak(recorded(partial(orthogonalize, largest)).events) / MB
-        return cls(width, largest.numel(), bucket, matrix, working_set, 2 * bucket + working_set)
+        return cls(width, 2 * largest.numel(), bucket, matrix, working_set, 2 * bucket + working_set)
 
 
 @dataclass(frozen=True)

@@ -399,7 +399,11 @@ def _swap_equals(
 def _bounded(
     exchanges: Sequence[tuple[int, ...]], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
 ) -> Iterator[tuple[int, ...]]:
-    """Cut exchanges where a rank would own more than ``limit`` elements in one, but for one larger matrix."""
+    """Cut exchanges where a rank would own more than ``limit`` elements, or twice the largest matrix if that is more.
+
+    (A cut between two large matrices of one rank would make all others wait for the first one.)
+    """
+    limit = max(limit, 2 * max((matrices[index].numel for exchange in exchanges for index in exchange), default=0))
     for exchange in exchanges:
         owned: Counter[int] = Counter()
         first = 0
