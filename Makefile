@@ -1,6 +1,6 @@
 # make train   train the tiny GPT with Muon on two ranks, ZeRO-2
 # make test    lint, type check and run all tests
-# make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (half an hour; wants a quiet machine, and root)
+# make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
 # make venv    only the set-up that both begin with
 # make clean   remove what the targets above made, the results of training aside
 

@@ -208,9 +208,10 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         axes.bar(places, [row.get(f"{name}_ms", 0) / row["products_ms"] for row in rows], 0.2, label=label)
     axes.axhline(1, color="black", linewidth=1)
     axes.axhline(1.15, color="black", linewidth=1, linestyle=":")
-    axes.set_xticks(range(len(rows)), [f"{row['shape']}\nx {row['batch']}" for row in rows], fontsize=7)
+    labels = ["\nx ".join(row["shape"].split("x")) + f"\n{row['batch']} of it" for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylabel("time / matrix products alone")
-    axes.set_title("Orthogonalization: rows x columns, x batch (line: products alone; dotted: 1.15)")
+    axes.set_title("Orthogonalization: rows x columns, and how many (line: products alone; dotted: 1.15)")
     axes.legend()
     save("orthogonalization", fig, out)
 
