@@ -16,6 +16,10 @@ ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
 _SHARED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")
 
 
+# With fewer whole rows on a rank, what shard_local does is row normalisation rather than Muon.
+THIN_ROWS = 32
+
+
 class ShardingSettings(Section):
     """How the matrices that ZeRO has cut are orthogonalized."""
 

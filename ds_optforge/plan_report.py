@@ -8,7 +8,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from ds_optforge.config import ShardingSettings
+from ds_optforge.config import THIN_ROWS, ShardingSettings
 from ds_optforge.planning import (
     AFFORDABLE,
     Forecast,
@@ -24,8 +24,6 @@ from ds_optforge.roles import Route
 
 _ALL_RANKS = 16  # more are summed up
 _BUSIEST = 5
-# With fewer whole rows, a shard's orthogonalization is little more than a normalisation of its rows.
-_FEW_ROWS = 32
 _ONE_SUB_GROUP = 10**15
 _COLUMNS = ("matrices", "GFLOP", "sent a step, MB", "state, MB", "workspace, MB")
 
@@ -98,11 +96,11 @@ def _shards(rows: Counter[int]) -> str:
     if not rows:
         return "no matrix is cut: every mode does the same"
     total = rows.total()
-    few = sum(count for number, count in rows.items() if number < _FEW_ROWS)
+    few = sum(count for number, count in rows.items() if number < THIN_ROWS)
     middle = sorted(rows.elements())[total // 2]
     return (
         f"rows per shard (shard_local): {min(rows)} to {max(rows)}, median {middle}; {few / total:.0%} of {total:,} "
-        f"shards have fewer than {_FEW_ROWS}" + (", where shard_local is row normalisation rather than Muon" if few else "")
+        f"shards have fewer than {THIN_ROWS}" + (", where shard_local is row normalisation rather than Muon" if few else "")
     )
 
 

@@ -17,11 +17,12 @@ from ds_optforge import roles
 from ds_optforge.config import OptimizerConfig, ShardingSettings
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import MatrixRule, Rule
+from ds_optforge.state import BLOCK
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.plan import Cut, ExchangePlan, Matrix, PartitionLayout, critical_path, make_plan
 
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default of zero_optimization.sub_group_size
-_BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / 256}  # 8bit: a float32 absmax per block of 256
+_BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / BLOCK}  # 8bit: a float32 absmax per block
 
 Cost = Callable[[Matrix], int]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import ShardingSettings
+from ds_optforge.config import THIN_ROWS, ShardingSettings
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Rule, State
 from ds_optforge.settings import RuleSettings
@@ -40,8 +40,6 @@ logger = logging.getLogger("ds_optforge")
 # cache (half the time of whole buckets was measured); elsewhere fewer kernels count.
 _CHUNK_NUMEL = {"cpu": 2**18}
 _CHUNK_NUMEL_ELSEWHERE = 2**22
-
-_THIN_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +252,7 @@ def _row_places(
 def warn_of_thin_shards(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
     """One line on the first rank: orthogonalizing few rows alone is little more than normalising them."""
     rows = {f.matrix: f.numel // layout.matrices[f.matrix].cols for f in fragments}
-    thin = [matrix for matrix, count in rows.items() if count < min(_THIN_ROWS, layout.matrices[matrix].rows)]
+    thin = [matrix for matrix, count in rows.items() if count < min(THIN_ROWS, layout.matrices[matrix].rows)]
     if thin and rank == 0:
         least = min(thin, key=lambda matrix: rows[matrix])
         logger.warning(
@@ -262,7 +260,7 @@ def warn_of_thin_shards(layout: PartitionLayout, fragments: Sequence[Fragment], 
             "row normalisation rather than Muon; mode 'gather', or gather_every, or fewer ranks, avoid it",
             len(thin),
             len(rows),
-            _THIN_ROWS,
+            THIN_ROWS,
             layout.describe(least),
             rows[least],
         )
