@@ -7,10 +7,9 @@ import torch
 from deepspeed import comm
 
 import ds_optforge
-from ds_optforge import roles
 from ds_optforge.config import OptimizerConfig
 from ds_optforge.planning import lay_out
-from ds_optforge.roles import Route
+from ds_optforge.roles import routes_of
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.workload import Corpus, micro_batch_rows
 from ds_optforge.workload.gpt import GPT, GPTConfig
@@ -93,9 +92,7 @@ def batch(corpus: Corpus, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def plan_of(model: GPT, stage: int, world_size: int) -> ExchangePlan:
     """The plan that `muon()` makes for the model's matrices."""
     config = OptimizerConfig(muon()["params"])
-    roles.tag(model)
-    routes: list[Route] = [roles.route(parameter, config) for parameter in model.parameters()]
-    matrices = [route for route in routes if route.matrices]
+    matrices = [route for route in routes_of(model, config) if route.matrices]
     rule = matrices[0].settings.build()
     assert isinstance(rule, MatrixRule)
     cost = rule.cost

@@ -16,10 +16,10 @@ from typing import Any
 import report
 from tqdm import tqdm
 
-from ds_optforge import roles
 from ds_optforge.config import OptimizerConfig
 from ds_optforge.model_shapes import MODEL_SHAPES, load
 from ds_optforge.planning import SUB_GROUP_SIZE, Topology, forecast_routes
+from ds_optforge.roles import routes_of
 
 RANKS = (8, 32, 64, 256, 1024, 4096)
 ONE_SUB_GROUP = 10**15
@@ -55,9 +55,7 @@ def main() -> None:
 def measure(model: str, ranks: list[int]) -> Iterator[dict[str, Any]]:
     """A row per number of ranks, stage and size of sub-groups."""
     config = OptimizerConfig({"name": "muon"})
-    module = load(model)
-    roles.tag(module)
-    routes = [roles.route(parameter, config) for parameter in module.parameters()]
+    routes = routes_of(load(model), config)
     for world_size in ranks:
         for stage, sub_group_size in ((2, ONE_SUB_GROUP), (3, ONE_SUB_GROUP), (3, SUB_GROUP_SIZE)):
             start = time.perf_counter()

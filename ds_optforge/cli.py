@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ds_optforge import model_shapes, roles
+from ds_optforge import model_shapes
 from ds_optforge.config import OptimizerConfig
 from ds_optforge.integrations.deepspeed import check, load_config, optimizer_section
 from ds_optforge.integrations.plain import explain
 from ds_optforge.plan_report import report
 from ds_optforge.planning import SUB_GROUP_SIZE, Hardware, Topology, forecast_routes
+from ds_optforge.roles import routes_of
 from ds_optforge.validation import ConfigError
 from ds_optforge.workload.gpt import PRESETS, build_model
 
@@ -84,9 +85,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = OptimizerConfig(optimizer_section(loaded))
     topology = Topology(options.world_size, options.stage, options.expert_parallel, _sub_group_size(loaded))
     hardware = Hardware(options.tflops, options.link_gbps)
-    model = model_shapes.load(options.model)
-    roles.tag(model)
-    routes = [roles.route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+    routes = routes_of(model_shapes.load(options.model), config)
     sharding = config.common.sharding
     print(report(options.model, routes, sharding, forecast_routes(routes, sharding, topology), hardware), end="")
     return 0

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ds_optforge import roles
 from ds_optforge.config import OptimizerConfig, ShardingSettings
-from ds_optforge.roles import Route
+from ds_optforge.roles import Route, routes_of
 from ds_optforge.rules.base import MatrixRule, Rule
 from ds_optforge.state import BLOCK
 from ds_optforge.validation import ConfigError
@@ -125,9 +124,7 @@ def forecast(model: nn.Module, config: OptimizerConfig, topology: Topology) -> F
     Raises:
         ConfigError: a configuration that does not fit the model, or experts that expert_parallel does not divide.
     """
-    roles.tag(model)
-    routes = [roles.route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
-    return forecast_routes(routes, config.common.sharding, topology)
+    return forecast_routes(routes_of(model, config), config.common.sharding, topology)
 
 
 def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topology: Topology) -> Forecast:
@@ -259,7 +256,7 @@ class _Group:
         for alike in _cut_alike(self.layout, range(len(self.costs))):
             matrix = self.layout.matrices[alike[0]]
             for rank, start, numel in _fragments(self.layout, alike[0]):
-                touched = -(-(start + numel) // matrix.cols) - start // matrix.cols
+                touched = matrix.rows_touched(start, numel)
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched))
                 if numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)

@@ -202,6 +202,12 @@ def routing_table(routes: Iterable[Route]) -> str:
     )
 
 
+def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
+    """The route of each trainable parameter of ``model``, which is tagged here and may be on the meta device."""
+    tag(model)
+    return [route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+
+
 def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
     """The line that says how many parameters each rule got, and the warnings that go with it."""
     counts: dict[str, int] = {}

@@ -87,9 +87,7 @@ def explain(model: nn.Module, config: Config) -> str:
 
     ``config``: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone. Raises ConfigError.
     """
-    parsed = OptimizerConfig(optimizer_section(load_config(config)))
-    roles.tag(model)
-    routes = [roles.route(parameter, parsed) for parameter in model.parameters() if parameter.requires_grad]
+    routes = roles.routes_of(model, OptimizerConfig(optimizer_section(load_config(config))))
     table = Table("parameter", "shape", "role", "rule", "matrices", "state", "lr", "weight decay")
     for route in routes:
         shape = "x".join(map(str, route.shape))

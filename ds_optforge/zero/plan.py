@@ -47,6 +47,10 @@ class Matrix:
         first, end = -(-start // step), -(-(start + numel) // step)
         return min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs)
 
+    def rows_touched(self, start: int, numel: int) -> int:
+        """Stored rows that hold any of elements [start, start + numel) of the matrix."""
+        return -(-(start + numel) // self.cols) - start // self.cols
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -513,15 +517,10 @@ def shard_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[Ran
 def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, row_words: int) -> RankBucket:
     _, sections = _blocks(layout, [(rank, fragment) for fragment in held], row_words)
     shards = tuple(_within_shard(layout.matrices[section.matrix], section) for section in sections)
-    shapes = tuple(_touched(layout.matrices[f.matrix], f) for f in held)
+    matrices = [layout.matrices[fragment.matrix] for fragment in held]
+    shapes = tuple((m.rows_touched(f.start, f.numel), m.cols) for m, f in zip(matrices, held, strict=True))
     owned = tuple(fragment.matrix for fragment in held)
     return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), row_words)
-
-
-def _touched(matrix: Matrix, fragment: Fragment) -> tuple[int, int]:
-    """(stored rows that the fragment touches, cols)."""
-    first, end = fragment.start // matrix.cols, -(-(fragment.start + fragment.numel) // matrix.cols)
-    return end - first, matrix.cols
 
 
 def _within_shard(matrix: Matrix, section: Section) -> Section:
