@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 2 train.py --ds_config ds_configs/muon_zero3.json
     mpirun -np 2 python train.py                              # docs/launching.md has all the ways
     python train.py                                           # one rank
+    torchrun --nproc-per-node 2 train.py --save-every 50 --resume     # may be stopped, and started again on other ranks
 
 Leaves DIR/metrics.jsonl, DIR/summary.json, DIR/loss.png and DIR/model.safetensors (`--out DIR`). The extra `experiments`
-brings what it needs (matplotlib, safetensors).
+brings what it needs (matplotlib, safetensors). SIGTERM saves DIR/checkpoints/step_<n> and ends the run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import logging
 import os
 import platform
 import resource
+import shutil
+import signal
 import socket
 import sys
 import time
@@ -56,15 +59,76 @@ class Result:
     seconds: float
 
 
+class Interrupted(Exception):
+    """SIGTERM arrived; the message says how to go on."""
+
+
+class Checkpoints:
+    """DIR/checkpoints/step_<n>: portable, so that a run may go on with other ranks or on another ZeRO stage."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.every, self.keep, self.steps = args.save_every, args.keep_last, args.steps
+        # What the loss curve depends on beside the checkpoint.
+        self.run = {"model": args.model, "sequence_length": args.sequence_length, "seed": args.seed}
+        self.run |= {"data": args.data or "standard library", "train_batch_size": config.get("train_batch_size")}
+        self.asked_to_stop = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        self.asked_to_stop = True  # at the end of the step, when all ranks have heard of it
+
+    def complete(self) -> list[Path]:
+        """The checkpoints that were completed, the newest last."""
+        return [path.parent for path in sorted(self.folder.glob("step_*/checkpoint.json"))]
+
+    def load(self, engine: Any, source: str, strict: bool) -> int:
+        """Load a checkpoint, or the newest one if `source` is empty; return the steps that it had taken."""
+        newest = Path(source) if source else next(reversed(self.complete()), None)
+        if newest is None:
+            return 0
+        state = ds_optforge.load_checkpoint(engine, newest, strict)
+        for key, value in self.run.items():
+            if strict and state.get(key, value) != value:
+                raise UsageError(f"--resume {newest}: it was trained with {key} {state[key]!r}, this run has {value!r}")
+        return int(engine.global_steps)
+
+    def save(self, engine: Any, step: int) -> Path:
+        """Save, then remove the oldest beyond `--keep-last`."""
+        path = self.folder / f"step_{step:08d}"
+        if comm.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            comm.barrier()
+            ds_optforge.save_checkpoint(engine, path, self.run)
+        if comm.get_rank() == 0:
+            for old in self.complete()[: -self.keep]:
+                (old / "checkpoint.json").unlink()  # from here on it counts as incomplete
+                shutil.rmtree(old)
+        return path
+
+    def after(self, engine: Any, step: int, stop: bool) -> None:
+        """Save where it is due; raise Interrupted if a rank was asked to stop."""
+        if stop and step < self.steps:
+            path = self.save(engine, step)
+            raise Interrupted(f"stopped by SIGTERM after step {step}; go on with --resume {path}")
+        if self.every and step % self.every == 0:
+            self.save(engine, step)
+
+
 def main() -> int:
     """Run the script and return its exit status."""
     args = parse_arguments()
     set_up_logging()
     try:
         return run(args)
-    except (UsageError, DataError, ds_optforge.ConfigError) as error:
+    except (UsageError, DataError, ds_optforge.ConfigError, ds_optforge.CheckpointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except Interrupted as notice:
+        if comm.get_rank() == 0:
+            print(f"train.py: {notice}", file=sys.stderr)
+        return 0
     finally:
         if comm.is_initialized():
             comm.destroy_process_group()
@@ -84,7 +148,9 @@ def run(args: argparse.Namespace) -> int:
     engine, *_ = ds_optforge.initialize(model=model, config=config)
 
     out = Path(args.out or Path("runs", config_path.stem))
-    result = train(engine, corpus, args, out)
+    checkpoints = Checkpoints(out / "checkpoints", args, config)
+    start = 0 if args.resume is None else checkpoints.load(engine, args.resume, strict=not args.switch_optimizer)
+    result = train(engine, corpus, args, out, checkpoints, start)
     if comm.get_rank() == 0:
         write_summary(out / "summary.json", result, args, config)
         plot_loss(out / "loss.png", result, title=f"{config_path.stem}, {args.model}")
@@ -102,6 +168,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     parser.add_argument("--out", help="folder for the results (default: runs/<name of the config file>)")
     parser.add_argument("--data", help="text file, folder or glob (default: the standard library's .py files)")
+    parser.add_argument("--save-every", type=positive_int, metavar="N", help="steps from one checkpoint to the next")
+    parser.add_argument("--keep-last", type=positive_int, metavar="N", default=2, help="checkpoints that stay (default: 2)")
+    parser.add_argument("--resume", nargs="?", const="", help="a checkpoint; alone: the newest of --out, if there is any")
+    parser.add_argument("--switch-optimizer", action="store_true", help="resume with another optimizer, with what fits it")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     return deepspeed.add_config_arguments(parser).parse_args()
 
@@ -170,20 +240,23 @@ def check_batch_size(config: dict[str, Any], world_size: int) -> None:
         )
 
 
-def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path) -> Result:
-    """Train for `args.steps` steps, writing a row to metrics.jsonl after each, then measure the validation loss."""
+def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, checkpoints: Checkpoints, first: int) -> Result:
+    """Train from step `first` to `args.steps`, writing a row to metrics.jsonl for each, then measure the validation loss."""
     is_first = comm.get_rank() == 0
     out.mkdir(parents=True, exist_ok=True)
-    metrics = []
+    metrics = [row for row in read_metrics(out / "metrics.jsonl") if row["step"] <= first]
     start = time.perf_counter()
     with (
         open(out / "metrics.jsonl" if is_first else os.devnull, "w", buffering=1) as file,
-        tqdm(range(args.steps), disable=not is_first, unit="step", mininterval=1.0) as progress,
+        tqdm(range(first, args.steps), disable=not is_first, unit="step", mininterval=1.0) as progress,
     ):
+        file.writelines(json.dumps(row) + "\n" for row in metrics)
         for step in progress:
-            row = {"step": step + 1} | train_step(engine, corpus, step, args)
+            measured, stop = train_step(engine, corpus, step, args, checkpoints.asked_to_stop)
+            row = {"step": step + 1} | measured
             metrics.append(row)
             file.write(json.dumps(row) + "\n")
+            checkpoints.after(engine, step + 1, stop)
             rates = dict.fromkeys(f"{rate:.1e}" for rate in row["learning_rate"].values())  # equal ones once
             progress.set_postfix_str(f"loss {row['loss']:.3f}, lr {' '.join(rates)}", refresh=False)
     with ds_optforge.evaluation_weights(engine):  # the average, where the optimizer keeps one
@@ -192,8 +265,22 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path) -> R
     return Result(metrics, validation_loss, seconds=time.perf_counter() - start)
 
 
-def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Take one optimizer step and return its metrics; the loss is the mean over the global batch."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run; none where there was no such run, and not the one it was killed in."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace, stop: bool) -> tuple[dict[str, Any], bool]:
+    """Take one optimizer step; return its metrics, and whether any rank was asked to stop.
+
+    The loss is the mean over the global batch.
+    """
     start = time.perf_counter()
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     global_batch = engine.train_batch_size()
@@ -206,15 +293,18 @@ def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace)
         engine.backward(loss)
         engine.step()
         loss_sum += loss.detach()
-    comm.all_reduce(loss_sum)
+    totals = torch.stack([loss_sum, torch.full_like(loss_sum, stop)])
+    comm.all_reduce(totals)
+    loss_total, stops = totals.tolist()
     grad_norm = engine.get_global_grad_norm()
-    return {
-        "loss": loss_sum.item() / (accumulation * comm.get_world_size()),
+    metrics = {
+        "loss": loss_total / (accumulation * comm.get_world_size()),
         "learning_rate": learning_rate,
         "grad_norm": None if grad_norm is None else float(grad_norm),
         "tokens_per_second": global_batch * args.sequence_length / (time.perf_counter() - start),
         "peak_memory_gb": peak_memory_gb(),
     }
+    return metrics, stops > 0
 
 
 def learning_rates(engine: Any) -> dict[str, float]:

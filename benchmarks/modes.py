@@ -1,6 +1,6 @@
 """What the sharding modes cost in validation loss: gather, shard_local, and gathering every 2, 5 and 10 steps.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/modes.py [--steps 120] [--seeds 3] [--quick] [--out DIR]
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/modes.py [--steps 100] [--seeds 3] [--quick] [--out DIR]
 
 Run it with 2 and with 4 ranks. All modes train the tiny byte GPT on ZeRO-3, where every matrix is cut, from the same weights
 on the same batches of the same global size; a seed draws weights and batches. Writes modes_RANKS.json and a picture.
@@ -39,7 +39,7 @@ COLUMNS = (
 def main() -> None:
     """Train every mode with every seed, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two steps, one seed: to see that it runs")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)

@@ -1,5 +1,7 @@
 """Optimizers for DeepSpeed that know where ZeRO put each weight matrix."""
 
+from ds_optforge.checkpoint.files import CheckpointError
+from ds_optforge.checkpoint.portable import load_checkpoint, save_checkpoint
 from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, publish_names, register
 from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler, explain
 from ds_optforge.optimizer import OptForge
@@ -11,6 +13,7 @@ from ds_optforge.zero.layout import LayoutError
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "LayoutError",
     "MuonWithAuxAdam",
@@ -21,8 +24,10 @@ __all__ = [
     "evaluation_weights",
     "explain",
     "initialize",
+    "load_checkpoint",
     "orthogonalize",
     "register",
+    "save_checkpoint",
 ]
 
 # A script that imports the package but forgets register(model) then gets OptForge's own message, which names that line.

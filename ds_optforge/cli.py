@@ -4,11 +4,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_optforge import model_shapes
+from ds_optforge.checkpoint.convert import convert, export
+from ds_optforge.checkpoint.files import CheckpointError
 from ds_optforge.config import OptimizerConfig
 from ds_optforge.integrations.deepspeed import check, load_config, optimizer_section
 from ds_optforge.integrations.plain import explain
@@ -20,12 +23,12 @@ from ds_optforge.workload.gpt import PRESETS, build_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: a configuration that cannot be used)."""
+    """Run one command; returns the exit status (2: a configuration or a checkpoint that cannot be used)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         status: int = options.run(options)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         print(f"{options.config}:\n{error}" if options.config else error, file=sys.stderr)
         status = 2
     return status
@@ -43,8 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("check", help="validate a DeepSpeed configuration file")
     command.add_argument("config", help="a DeepSpeed configuration file")
     command.set_defaults(run=_check)
+    _add_convert(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser("convert", help="make a portable checkpoint of one that engine.save_checkpoint wrote")
+    command.add_argument("source", type=Path, help="its folder; or a file of torch.optim.Muon")
+    command.add_argument("out", type=Path, help="a new folder")
+    command.set_defaults(run=_convert, config=None)
+
+    command = commands.add_parser("export", help="write the weights of a portable checkpoint as a Hugging Face model's")
+    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert'")
+    command.add_argument("out", type=Path, help="a new folder")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the trained parameters")
+    command.set_defaults(run=_export, config=None)
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
@@ -77,6 +94,18 @@ def _check(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     check(config, filled=False)
     print(f"{options.config}: valid")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    convert(options.source, options.out)
+    print(f"{options.out}: written")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    export(options.source, options.out, getattr(torch, options.dtype) if options.dtype else None)
+    print(f"{options.out}: written")
     return 0
 
 

@@ -105,7 +105,7 @@ class OptForge(torch.optim.Optimizer):
             RuntimeError: a gradient that is not finite (where DeepSpeed does not skip such a step), before any change;
                 or a step on averaged weights.
         """
-        self._refuse_while_averaged("step()")
+        self.refuse_while_averaged("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -116,6 +116,10 @@ class OptForge(torch.optim.Optimizer):
         for step in steps:
             step.run()
         return loss
+
+    def members_of(self, group: Mapping[str, Any]) -> Members:
+        """What one of ``param_groups`` stands for."""
+        return self._members[group[_GROUP]]
 
     def slices_of(self, group: Mapping[str, Any]) -> Slices:
         """The group's tensors, bound to their places; all ranks of the group must ask together the first time."""
@@ -178,7 +182,7 @@ class OptForge(torch.optim.Optimizer):
     @torch.no_grad()
     def enter_averages(self) -> None:
         """Point the stepped tensors at their averages. Raises RuntimeError when they are there already."""
-        self._refuse_while_averaged("averaging")
+        self.refuse_while_averaged("averaging")
         self._training_weights = []
         for piece, average in self._averages():
             self._training_weights.append((piece, piece.data))
@@ -197,18 +201,45 @@ class OptForge(torch.optim.Optimizer):
         pieces = [piece for group in self.param_groups for piece in group["params"]]
         return bool(pieces) and all(id(piece) in own for piece in pieces)
 
-    def _refuse_while_averaged(self, what: str) -> None:
+    def refuse_while_averaged(self, what: str) -> None:
+        """Raise RuntimeError between `enter_averages` and `leave_averages`."""
         if self._training_weights is not None:
             raise RuntimeError(f"{what} on averaged weights; leave evaluation_weights() or call optimizer.train() first")
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Raises RuntimeError while the averaged weights are in the model."""
-        self._refuse_while_averaged("state_dict()")
-        return super().state_dict()
+        """As torch's, and under "optforge" where every parameter lies in the stepped tensors, for ``ds-optforge convert``.
+
+        Raises RuntimeError while the averaged weights are in the model.
+        """
+        self.refuse_while_averaged("state_dict()")
+        stepped = [piece for group in self.param_groups for piece in group["params"]]
+        index = {id(piece): number for number, piece in enumerate(stepped)}
+        described = [
+            {"tensors": [index[id(piece)] for piece in slices.tensors], **self._described(slices)}
+            for slices in self._bound.values()
+            if all(id(piece) in index for piece in slices.tensors)
+        ]
+        return {**super().state_dict(), "optforge": described}
+
+    def _described(self, slices: Slices) -> dict[str, Any]:
+        """What the slices hold, as plain data."""
+        first = slices.placement.layout.names[0]
+        identifier, members = next(
+            item for item in self._members.items() if any(route.name == first for route in item[1].routes)
+        )
+        shapes = {route.name: list(route.shape) for route in members.routes}
+        return {
+            "group": identifier,
+            "rule": members.settings.rule,
+            "buffers": [buffer.name for buffer in members.rule.buffers],
+            "row_buffer": members.rule.row_buffer if isinstance(members.rule, MatrixRule) else "",
+            "shapes": [shapes[name] for name in slices.placement.layout.names],
+            "placement": slices.placement.to_plain(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned for the same groups. Raises ConfigError, before any change, for others."""
-        self._refuse_while_averaged("load_state_dict()")
+        self.refuse_while_averaged("load_state_dict()")
         found = [group.get(_GROUP) for group in state_dict["param_groups"]]
         expected = [group[_GROUP] for group in self.param_groups]
         if found != expected:

@@ -5,7 +5,6 @@ Under ZeRO a call steps one flat slice; elsewhere a tensor per parameter. Offset
 
 import logging
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.config import THIN_ROWS, ShardingSettings
+from ds_optforge.placement import Placement
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Rule, State
 from ds_optforge.settings import RuleSettings
@@ -119,6 +119,7 @@ class Slices:
 
     Attributes:
         tensors: ``group["params"]``.
+        placement: where the parameters lie in them.
         formats: of each tensor's elementwise state.
         row_counts: output rows that begin in each tensor.
         travelling, local: buckets of a matrix rule's matrices that lie on several ranks, and on this one alone.
@@ -129,6 +130,7 @@ class Slices:
     binding: Binding
     sharding: ShardingSettings
     tensors: tuple[Tensor, ...]
+    placement: Placement
     formats: tuple[StateFormat, ...]
     row_counts: tuple[int, ...]
     travelling: tuple[Bucket, ...]
@@ -143,7 +145,7 @@ class Slices:
                 continue
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for buffer in rule.buffers:
-                self._format(index, buffer).allocate(state, buffer, piece.detach())
+                self.format_of(index, buffer).allocate(state, buffer, piece.detach())
                 if buffer.copies_weight:
                     state[buffer.name].copy_(piece.detach())
             if isinstance(rule, MatrixRule) and rule.row_buffer:
@@ -155,14 +157,15 @@ class Slices:
         values: dict[str, list[Tensor]] = {buffer.name: [] for buffer in rule.buffers}
         for buffer in rule.buffers:
             for r in runs:
-                value = self._format(r.piece, buffer).read(states[r.piece], buffer, r.start, r.numel)
+                value = self.format_of(r.piece, buffer).read(states[r.piece], buffer, r.start, r.numel)
                 values[buffer.name].append(value.to(self.tensors[r.piece].dtype))
         yield values
         for buffer in rule.buffers:
             for run, value in zip(runs, values[buffer.name], strict=True):
-                self._format(run.piece, buffer).write(states[run.piece], buffer, run.start, value)
+                self.format_of(run.piece, buffer).write(states[run.piece], buffer, run.start, value)
 
-    def _format(self, piece: int, buffer: Buffer) -> StateFormat:
+    def format_of(self, piece: int, buffer: Buffer) -> StateFormat:
+        """How one tensor keeps one buffer."""
         return Plain(self.tensors[piece].dtype) if buffer.copies_weight else self.formats[piece]
 
 
@@ -171,19 +174,19 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     binding = bind(members.parameters, [route.name for route in members.routes], tensors)
     routes = [members.routes[i] for i in binding.indices]
     layout = PartitionLayout(binding.world_size, tuple(r.name for r in routes), binding.cuts, tuple(_matrices(routes)))
-    starts = list(accumulate((piece.numel() for piece in tensors), initial=0))[:-1]
-    extents = _extents(layout, binding.rank, starts)
+    starts = tuple(accumulate((piece.numel() for piece in tensors), initial=0))[:-1]
+    placement = Placement(layout, binding.rank, starts)
+    extents = placement.extents()
     state_dtype = members.settings.state_dtype
     formats = tuple(_format(state_dtype, tensor, extent) for tensor, extent in zip(tensors, extents, strict=True))
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
     shards: tuple[Bucket, ...] = ()
     rule = members.rule
-    row_counts = [0] * len(tensors)
     if isinstance(rule, MatrixRule):
         cost = rule.cost
         plan = make_plan(layout, lambda matrix: cost(matrix.rows, matrix.cols), sharding.bucket_numel)
-        builder = _BucketBuilder(plan, rule, binding, sharding, starts, row_counts, state_dtype == "8bit")
+        builder = _BucketBuilder(plan, rule, binding, sharding, placement, state_dtype == "8bit")
         if sharding.travels:
             travelling = builder.build(exchange_buckets(plan, binding.rank, builder.row_words))
         local = builder.build(local_buckets(plan, binding.rank, builder.row_words))
@@ -195,7 +198,8 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
         plan = make_plan(layout, lambda matrix: 0, sharding.bucket_numel)
     require_agreement(plan, f"sharding {sharding}\n{routing}", binding)
     parts = _chunks(extents, tensors, members)
-    return Slices(binding, sharding, tuple(tensors), formats, tuple(row_counts), travelling, local, shards, parts)
+    row_counts = tuple(placement.row_counts())
+    return Slices(binding, sharding, tuple(tensors), placement, formats, row_counts, travelling, local, shards, parts)
 
 
 def _matrices(routes: Sequence[Route]) -> Iterator[Matrix]:
@@ -219,34 +223,6 @@ def _format(name: str, tensor: Tensor, extents: Sequence[Extent]) -> StateFormat
     if name == "8bit":
         return EightBit(extents)
     return Plain(tensor.dtype if name == "float32" else getattr(torch, name))
-
-
-def _place(starts: Sequence[int], offset: int) -> tuple[int, int]:
-    """(tensor, offset in it) of an offset that counts through all tensors."""
-    piece = bisect_right(starts, offset) - 1
-    return piece, offset - starts[piece]
-
-
-def _extents(layout: PartitionLayout, rank: int, starts: Sequence[int]) -> list[list[Extent]]:
-    extents: list[list[Extent]] = [[] for _ in starts]
-    for fragment in layout.fragments(rank):
-        piece, offset = _place(starts, fragment.offset)
-        begin = layout.matrices[fragment.matrix].start + fragment.start
-        extents[piece].append(Extent(offset, fragment.numel, begin))
-    return extents
-
-
-def _row_places(
-    layout: PartitionLayout, rank: int, starts: Sequence[int], row_counts: list[int]
-) -> dict[int, tuple[int, int, int]]:
-    """(piece, start, count) of each held matrix's output rows in the pieces' row buffers; adds up ``row_counts``."""
-    places = {}
-    for fragment in layout.fragments(rank):
-        piece, _ = _place(starts, fragment.offset)
-        _, count = layout.matrices[fragment.matrix].outputs_in(fragment.start, fragment.numel)
-        places[fragment.matrix] = (piece, row_counts[piece], count)
-        row_counts[piece] += count
-    return places
 
 
 def warn_of_thin_shards(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
@@ -275,14 +251,13 @@ class _BucketBuilder:
         rule: MatrixRule,
         binding: Binding,
         sharding: ShardingSettings,
-        starts: Sequence[int],
-        row_counts: list[int],
+        placement: Placement,
         in_blocks: bool,
     ) -> None:
-        self._plan, self._rule, self._binding, self._starts = plan, rule, binding, starts
+        self._plan, self._rule, self._binding, self._placement = plan, rule, binding, placement
         self._wire: torch.dtype = getattr(torch, sharding.wire_dtype)
         self.row_words = 4 // self._wire.itemsize if rule.row_buffer else 0
-        self._row_places = _row_places(plan.layout, binding.rank, starts, row_counts)
+        self._row_places = placement.row_places()
         self._in_blocks = in_blocks
 
     def build(self, buckets: Sequence[RankBucket], alone: bool = False) -> tuple[Bucket, ...]:
@@ -291,7 +266,7 @@ class _BucketBuilder:
         return tuple(
             Bucket(
                 BucketExchange(self._plan.layout, bucket, self._binding, self._wire, batch_numel),
-                tuple((*_place(self._starts, f.offset), f.numel) for f in bucket.fragments),
+                tuple((*self._placement.place(f.offset), f.numel) for f in bucket.fragments),
                 self._parts(bucket),
                 tuple(self._row_places[f.matrix] for f in bucket.fragments) if bucket.row_words else (),
                 self._norms(bucket) if alone else None,
@@ -327,7 +302,7 @@ class _BucketBuilder:
         """Merge what lies side by side in one tensor into runs. items: (offset, numel, fragment, position)."""
         runs: list[Run] = []
         for offset, numel, _, _ in items:
-            piece, start = _place(self._starts, offset)
+            piece, start = self._placement.place(offset)
             if runs and runs[-1].piece == piece and runs[-1].start + runs[-1].numel == start:
                 runs[-1].sizes.append(numel)
             else:

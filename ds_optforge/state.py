@@ -84,16 +84,16 @@ class EightBit:
         return values
 
     def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
-        from bitsandbytes.functional import quantize_blockwise
-
         codes = state[buffer.name].view(-1)
-        code, zero = _code(buffer.signed, codes.device), _zero(buffer.signed)
         for at, length, blocks in self._cut(offset, values.numel()):
             part = values.narrow(0, at - offset, length).float()
-            quantized, how = quantize_blockwise(part, code=code, blocksize=BLOCK)
-            # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would march on its sign.
-            codes.narrow(0, at, length).copy_(quantized.masked_fill_(part == 0, zero))
-            state[f"{buffer.name}_absmax"][blocks] = how.absmax
+            quantized, state[f"{buffer.name}_absmax"][blocks] = _quantized(part, buffer.signed)
+            codes.narrow(0, at, length).copy_(quantized)
+
+    def blocks(self, offset: int, numel: int) -> slice:
+        """The blocks of a range that begins and ends between blocks, in ``<name>_absmax``."""
+        cut = self._cut(offset, numel)
+        return slice(cut[0][2].start, cut[-1][2].stop)
 
     def _cut(self, offset: int, numel: int) -> list[tuple[int, int, slice]]:
         """(offset, numel, blocks) of each stretch's part of a range that begins and ends between blocks."""
@@ -157,6 +157,50 @@ def chunks(extents: Sequence[Extent], limit: int) -> list[list[tuple[int, int]]]
                 result[-1].append((offset + start, length))
                 room -= length
     return result
+
+
+def block_edges(numel: int, cuts: Sequence[int]) -> Tensor:
+    """(blocks + 1,): where the blocks of one parameter begin and end.
+
+    ``cuts``: where fragments meet inside it, so that blocks restart.
+    """
+    return torch.cat([torch.arange(0, numel, BLOCK), torch.tensor([*cuts, numel], dtype=torch.int64)]).unique()
+
+
+def dequantize(codes: Tensor, absmax: Tensor, edges: Tensor, signed: bool) -> Tensor:
+    """(n,) float32 values of ``codes`` (n,), whose block i, from ``edges[i]`` to ``edges[i + 1]``, has scale ``absmax[i]``.
+
+    The first block may begin before the first code and the last one end after the last.
+    """
+    lengths = edges.clamp(0, codes.numel()).diff().to(codes.device)
+    return _code(signed, codes.device)[codes.long()] * absmax.repeat_interleave(lengths)
+
+
+def recut(codes: Tensor, absmax: Tensor, saved: Tensor, edges: Tensor, signed: bool) -> Tensor:
+    """Take over codes (n,) whose blocks had the edges ``saved`` into blocks with ``edges``, from 0 to n.
+
+    Blocks with the same edges stay as they are, bit for bit; the others are quantized anew, in place. Returns all scales.
+    """
+    first = torch.searchsorted(saved, edges[:-1], right=True) - 1  # the saved block that each block begins in
+    intact = (saved[first] == edges[:-1]) & (saved[first + 1] == edges[1:])
+    scales = absmax[first.to(absmax.device)]
+    for block in intact.logical_not().nonzero().flatten().tolist():
+        begin, end = int(edges[block]), int(edges[block + 1])
+        covered = slice(int(first[block]), int(torch.searchsorted(saved, end)))
+        part = codes.narrow(0, begin, end - begin)
+        around = saved[covered.start : covered.stop + 1] - begin
+        quantized, scales[block : block + 1] = _quantized(dequantize(part, absmax[covered], around, signed), signed)
+        part.copy_(quantized)
+    return scales
+
+
+def _quantized(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """(codes, one scale per block) of float32 values that begin with a block."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    codes, how = quantize_blockwise(values, code=_code(signed, values.device), blocksize=BLOCK)
+    # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would march on its sign.
+    return codes.masked_fill_(values == 0, _zero(signed)), how.absmax
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 
 import pytest
 
@@ -16,7 +18,11 @@ def missing_slurm() -> str | None:
     return f"needs {', '.join(absent)} (Debian: slurm-wlm)" if absent else None
 
 
-NEEDS = {"two_hosts": hosts.missing, "slurm": missing_slurm}  # registered in setup.cfg
+def missing_root() -> str | None:
+    return None if os.geteuid() == 0 and sys.platform == "linux" else "needs root on Linux, to mount a small file system"
+
+
+NEEDS = {"root": missing_root, "two_hosts": hosts.missing, "slurm": missing_slurm}  # registered in setup.cfg
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

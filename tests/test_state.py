@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ds_optforge import ConfigError, OptForge, build_optimizer
 from ds_optforge.rules.base import Buffer
-from ds_optforge.state import BLOCK, EightBit, Extent, Plain, StateFormat, chunks
+from ds_optforge.state import BLOCK, EightBit, Extent, Plain, StateFormat, block_edges, chunks, dequantize, recut
 from tests.layers import linears, matrix, set_gradients
 from tests.oracles import relative_error
 
@@ -416,3 +416,52 @@ def test_without_bitsandbytes_8_bits_name_the_extra_and_the_rest_works() -> None
     for line in lines[:2]:
         assert line.startswith("optimizer.params.state_dtype: got '8bit' (str); allowed: ")
         assert "pip install 'ds-optforge[8bit]'" in line
+
+
+# ------------------------------------------------------------------------------------ blocks at other cuts
+
+CUTS = st.lists(st.integers(1, 2999), max_size=6, unique=True).map(sorted)
+
+
+@holds_for
+@given(CUTS, CUTS, st.integers(0, 2**31), st.booleans())
+def test_blocks_move_to_other_cuts(saved_cuts: list[int], own_cuts: list[int], seed: int, signed: bool) -> None:
+    """A block between the same two edges keeps its bits; what is quantized anew keeps its values to 8-bit precision."""
+    values = torch.randn(3000, generator=torch.Generator().manual_seed(seed))
+    values = values if signed else values.square()
+    codes, absmax, saved = quantized(values, saved_cuts, signed)
+    before = codes.clone()
+    own = block_edges(3000, own_cuts)
+    scales = recut(codes, absmax, saved, own, signed)
+    found, expected = dequantize(codes, scales, own, signed), dequantize(before, absmax, saved, signed)
+    pairs = set(itertools.pairwise(saved.tolist()))
+    for index, (begin, end) in enumerate(itertools.pairwise(own.tolist())):
+        if (begin, end) in pairs:
+            assert torch.equal(codes[begin:end], before[begin:end])
+            assert scales[index] == absmax[sorted(pairs).index((begin, end))]
+        else:
+            assert (found[begin:end] - expected[begin:end]).abs().max() <= 0.02 * expected[begin:end].abs().max()
+
+
+def test_a_range_takes_the_ends_of_saved_blocks_that_begin_before_it_and_end_after() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    codes, absmax, saved = quantized(values, [], True)
+    low, high = 300, 700  # blocks 1 and 2
+    part = codes[low:high].clone()
+    edges = torch.tensor([0, 212, 400])
+    scales = recut(part, absmax[1:3], saved[1:4] - low, edges, True)
+    found = dequantize(part, scales, edges, True)
+    expected = dequantize(codes, absmax, saved, True)[low:high]
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def quantized(values: Tensor, cuts: list[int], signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and edges of one parameter whose fragments begin at the cuts."""
+    starts = [0, *cuts]
+    extents = [Extent(a, b - a, a) for a, b in itertools.pairwise([*starts, len(values)])]
+    state: dict[str, Tensor] = {}
+    eight = EightBit(extents)
+    buffer = Buffer("m", signed=signed)
+    eight.allocate(state, buffer, values)
+    eight.write(state, buffer, 0, values)
+    return state["m"], state["m_absmax"], block_edges(len(values), cuts)

@@ -4,7 +4,7 @@ Everything is read from the model's parameters, which DeepSpeed annotates when t
 0.19.8; setup.cfg states the supported range. A missing attribute is a `LayoutError` that names it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,6 +216,63 @@ def refresh_weights(wrapper: Any) -> None:
     elif hasattr(wrapper, "fp32_groups"):  # stage 0 in fp16 and bf16
         for masters, weights in zip(wrapper.fp32_groups, _need(wrapper, "fp16_groups"), strict=True):
             torch._foreach_copy_([weight.data for weight in weights], [master.data for master in masters])
+
+
+def stepped_tensors(wrapper: Any, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """(parameter group, tensors) of each call of ``step()`` that a training step makes.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+        groups: OptForge's ``param_groups``, which ZeRO-3 keeps empty between steps.
+    """
+    if not hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        return [(group, list(group["params"])) for group in groups if group["params"]]
+    group_of = _need(wrapper, "sub_group_to_group_id")
+    return [(groups[group_of[i]], [flat]) for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
+
+
+def own_part(parameter: Tensor) -> tuple[Tensor, int, int]:
+    """(flat values, where they start, elements of the whole) of what this rank holds of a parameter that is not trained."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach(), 0, parameter.numel()
+    numel, partition = int(_need(parameter, "ds_numel")), int(_need(parameter, "partition_numel")())
+    start = min(dist.get_rank(_need(parameter, "ds_process_group")) * partition, numel)
+    return _need(parameter, "ds_tensor").detach().view(-1).narrow(0, 0, min(partition, numel - start)), start, numel
+
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scale(wrapper: Any) -> dict[str, float]:
+    """Where dynamic loss scaling stands; empty where there is none."""
+    scaler = _dynamic_scaler(wrapper)
+    return {key: getattr(scaler, key) for key in _LOSS_SCALE if hasattr(scaler, key)}
+
+
+def set_loss_scale(wrapper: Any, values: Mapping[str, float]) -> None:
+    """Go on from `loss_scale` of another run; nothing where either has no dynamic loss scaling."""
+    scaler = _dynamic_scaler(wrapper)
+    for key, value in values.items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
+
+
+def _dynamic_scaler(wrapper: Any) -> Any:
+    scaler = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
+    return scaler if getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)) else None
+
+
+def expert_parallel(parameter: Tensor) -> bool:
+    """Whether this rank's parameter is one of several ranks' own under the same name."""
+    name = expert_group_name(parameter)
+    return bool(name) and dist.get_world_size(_expert_data_group(name)) < dist.get_world_size()
+
+
+def _expert_data_group(name: str) -> dist.ProcessGroup:
+    from deepspeed.utils import groups
+
+    group: dist.ProcessGroup = groups._get_expert_data_parallel_group(name)
+    return group
 
 
 def _refuse_hidden_slices(zero: Any) -> None:

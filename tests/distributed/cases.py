@@ -68,7 +68,7 @@ def run_steps(engine: Any, first: int, steps: int, accumulation: int = 1) -> lis
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in range(first, first + steps):
-        tokens, targets = models.batch(step)
+        tokens, targets = models.batch(step, engine.train_batch_size())
         micro = len(tokens) // (world * accumulation)
         total = torch.zeros(())
         for part in range(accumulation):

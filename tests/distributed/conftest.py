@@ -28,6 +28,12 @@ def pool2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
+def pool3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Three ranks, which nothing divides by."""
+    yield from _pool(3, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def pool4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """Four ranks."""
     yield from _pool(4, tmp_path_factory)

@@ -1,0 +1,223 @@
+"""``ds-optforge convert``: a portable checkpoint from one that ``engine.save_checkpoint`` wrote, without ranks or a model.
+
+Of OptForge, whose state says where everything lies (`OptForge.state_dict`); or of DeepSpeed's built-in Muon or
+torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ds_optforge.checkpoint import files, incumbents
+from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
+from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
+from ds_optforge.checkpoint.logical import buffer_name, chunks_of, weight_name
+from ds_optforge.placement import Placement
+from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def convert(source: Path, out: Path) -> None:
+    """Write the portable checkpoint ``out``. Raises CheckpointError."""
+    if source.is_file():
+        found, manifest = incumbents.from_torch(source)
+    else:
+        checkpoint = EngineCheckpoint(source)
+        found = Found()
+        if "optforge" in checkpoint.optimizer(0):
+            _read_optforge(checkpoint, found)
+        else:
+            incumbents.read_deepspeed_muon(checkpoint, found)
+        _read_untrained(checkpoint, found)
+        manifest = _manifest(checkpoint)
+    manifest |= {"shapes": found.shapes, "groups": found.groups, "block_cuts": found.block_cuts, "client_state": {}}
+    with _progress(_whole(found.chunks, source), "convert") as chunks:
+        files.write(out, chunks, manifest)
+
+
+def _manifest(checkpoint: EngineCheckpoint) -> dict[str, Any]:
+    model = checkpoint.model
+    scheduler = model.get("lr_scheduler")
+    if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count likewise under another name
+        scheduler = {"last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
+    return {
+        "counters": {key: model[key] for key in _COUNTERS},
+        "loss_scale": checkpoint.loss_scale,
+        "scheduler": scheduler,
+        "written_by": {"converted_from": "engine.save_checkpoint", "world_size": len(checkpoint.shards)},
+    }
+
+
+def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
+    module = checkpoint.model["module"]
+    for shard in range(len(checkpoint.shards)):
+        optimizer, slices = checkpoint.optimizer(shard), checkpoint.slices(shard)
+        if not optimizer["optforge"]:
+            raise CheckpointError(f"{checkpoint.folder}: was saved before the first step; allowed: after at least one")
+        for part in optimizer["optforge"]:
+            placement = Placement.from_plain(part["placement"])
+            names = placement.layout.names
+            tensors = [slices[i] for i in part["tensors"]] if slices else [module[name] for name in names]
+            states = [optimizer["state"][i] for i in part["tensors"]]
+            found.chunks += chunks_of(placement, tensors, states, part["buffers"], part["row_buffer"])
+            if shard == 0:
+                _describe(part, placement, states[0], optimizer["param_groups"], found)
+
+
+def _describe(
+    part: Mapping[str, Any],
+    placement: Placement,
+    state: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    found: Found,
+) -> None:
+    """The group that one call of ``step()`` belongs to, as in the manifest."""
+    kept = next(group for group in groups if group["optforge_group"] == part["group"])
+    group = found.groups.setdefault(
+        part["group"],
+        {
+            "rule": part["rule"],
+            "step": int(state["step"]),
+            "scalars": {key: value for key, value in state.items() if isinstance(value, float)},
+            "hyperparameters": {
+                key: value for key, value in kept.items() if key not in ("params", "optforge_group", "moe", "name")
+            },
+            "members": [],
+        },
+    )
+    group["members"] += placement.layout.names
+    for index, name in enumerate(placement.layout.names):
+        found.shapes[name] = part["shapes"][index]
+        if any(f"{buffer}_absmax" in state for buffer in part["buffers"]) and (cuts := placement.block_cuts(index)):
+            found.block_cuts[name] = cuts
+
+
+def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
+    """Frozen parameters and buffers: whole in the model's state dict, or in partitions (ZeRO-3)."""
+    model = checkpoint.model
+    module = model["module"]
+    frozen = model.get("frozen_param_shapes") or {}
+    partitioned = "fp32_flat_groups" in checkpoint.shards[0]
+    if partitioned:
+        for rank, of_rank in enumerate(checkpoint.models):
+            for name, fragment in (of_rank.get("frozen_param_fragments") or {}).items():
+                numel = torch.Size(frozen[name]).numel()
+                start = min(rank * fragment.numel(), numel)
+                part = fragment.view(-1).narrow(0, 0, min(fragment.numel(), numel - start))
+                if part.numel():
+                    found.chunks.append(run_of(weight_name(name), numel, start, part))
+        found.shapes |= {name: list(shape) for name, shape in frozen.items()}
+    trained = {address(module[name]) for name in found.shapes if name in module}
+    for name, value in module.items():
+        is_buffer = name in model["buffer_names"]
+        if name in found.shapes or not isinstance(value, Tensor) or (partitioned and not is_buffer):
+            continue
+        if is_buffer or address(value) not in trained:  # else another name of a tied weight
+            found.shapes[name] = list(value.shape)
+            if value.numel():
+                found.chunks.append(run_of(weight_name(name), value.numel(), 0, value.reshape(-1)))
+
+
+def _whole(chunks: Iterable[Chunk], source: Path) -> Iterator[Chunk]:
+    """One chunk per tensor, put together when it is written. Raises CheckpointError where a part is missing."""
+    parts: dict[str, dict[int, Chunk]] = {}
+    for chunk in chunks:
+        parts.setdefault(chunk.name, {})[chunk.offsets[0]] = chunk
+    for name, by_start in parts.items():
+        first = next(iter(by_start.values()))
+        numel = sum(chunk.shape[0] for chunk in by_start.values())
+        if numel != first.size[0]:
+            raise CheckpointError(f"{source}: holds {numel} of the {first.size[0]} elements of '{name}': is a file missing?")
+        yield Chunk(name, first.size, (0,), first.size, first.dtype, _Assembled(tuple(by_start.values())))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Assembled:
+    """Makes a tensor of its chunks."""
+
+    chunks: tuple[Chunk, ...]
+
+    def __call__(self) -> Tensor:
+        if len(self.chunks) == 1:
+            return _tensor(self.chunks[0])
+        values = torch.empty(self.chunks[0].size, dtype=self.chunks[0].dtype)
+        for chunk in self.chunks:
+            values.narrow(0, chunk.offsets[0], chunk.shape[0]).copy_(_tensor(chunk))
+        return values
+
+
+def _tensor(chunk: Chunk) -> Tensor:
+    assert isinstance(chunk.values, Tensor)
+    return chunk.values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Counted:
+    """Moves a progress bar on when a tensor is made."""
+
+    make: Any
+    bar: Any
+    nbytes: int
+
+    def __call__(self) -> Tensor:
+        tensor: Tensor = self.make()
+        self.bar.update(self.nbytes)
+        return tensor
+
+
+@contextmanager
+def _progress(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
+    """The chunks, behind a bar that moves on as they are written."""
+    chunks = list(chunks)
+    total = sum(chunk.nbytes for chunk in chunks)
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
+        yield [replace(chunk, values=_Counted(chunk.values, bar, chunk.nbytes)) for chunk in chunks]
+
+
+def export(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the weights of a portable checkpoint as a Hugging Face model's: in shape, under their names, averaged.
+
+    Args:
+        dtype: of the parameters that were trained; None keeps the one that is saved.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or ``out`` is there already.
+    """
+    checkpoint = Checkpoint(source)
+    if problems := checkpoint.damage():
+        raise CheckpointError("\n".join(problems))
+    group_of = {name: group for group in checkpoint.manifest["groups"].values() for name in group["members"]}
+    chunks = []
+    for name, shape in checkpoint.manifest["shapes"].items():
+        if weight_name(name) in checkpoint.tensors:
+            saved = checkpoint.tensors[weight_name(name)][1]
+            kept = dtype if dtype is not None and name in group_of else saved
+            scalars = group_of.get(name, {}).get("scalars", {})
+            make = _Weight(checkpoint, name, tuple(shape), kept, scalars.get("beta1"))
+            chunks.append(Chunk(name, tuple(shape), (0,) * len(shape), tuple(shape), kept, make))
+    with _progress(chunks, "export") as counted:
+        files.write_weights(out, counted)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weight:
+    """Reads one weight; Schedule-Free's average where ``beta1`` is given."""
+
+    checkpoint: Checkpoint
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    beta1: float | None
+
+    def __call__(self) -> Tensor:
+        weight = self.checkpoint.whole(weight_name(self.name))
+        if self.beta1 is not None:
+            weight = ScheduleFreeAdamW.averaged(weight, self.checkpoint.whole(buffer_name(self.name, "z")), self.beta1)
+        return weight.view(self.shape).to(self.dtype)

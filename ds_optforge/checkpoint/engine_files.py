@@ -1,0 +1,105 @@
+"""What is in the files of ``engine.save_checkpoint``, read without running code from them.
+
+Files are opened with ``weights_only`` and mapped, not read, so that a tensor is in memory only while it is used.
+"""
+
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optforge.checkpoint.files import CheckpointError, Chunk
+
+_MODEL_FILES, _OPTIMIZER_FILES = "*_model_states.pt", "*_optim_states.pt"
+_SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
+
+
+@dataclass(slots=True, eq=False)
+class Found:
+    """What has been read: this becomes the checkpoint.
+
+    Attributes:
+        chunks: flat pieces of logical tensors, of all ranks; the same piece may come twice.
+        shapes: of each parameter and buffer of the model.
+        groups, block_cuts: as in the manifest.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    block_cuts: dict[str, list[int]] = field(default_factory=dict)
+
+
+class EngineCheckpoint:
+    """The files of one ``engine.save_checkpoint``.
+
+    Args:
+        folder: the one that was saved to (its file ``latest`` names the tag), or a tag's folder in it.
+
+    Raises:
+        CheckpointError: a folder that is none, or a file that cannot be read without running code from it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        latest = folder / "latest"
+        self.folder = folder / latest.read_text().strip() if latest.is_file() else folder
+        if not any(self.folder.glob(_MODEL_FILES)):
+            raise CheckpointError(
+                f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"
+            )
+        self.models = [load(path) for path in _by_rank(self.folder.glob(_MODEL_FILES))]
+        self.shards = [load(path)["optimizer_state_dict"] for path in _by_rank(self.folder.glob(_OPTIMIZER_FILES))]
+        if not self.shards:  # stage 0
+            self.shards = [self.models[0]["optimizer"]]
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        return self.models[0]
+
+    def optimizer(self, shard: int) -> Mapping[str, Any]:
+        """The state dict of the optimizer itself."""
+        found = self.shards[shard]
+        base: Mapping[str, Any] = found.get("base_optimizer_state", found.get("optimizer_state_dict", found))
+        return base
+
+    def slices(self, shard: int) -> list[Tensor]:
+        """The float32 tensors that the optimizer steps; empty where it steps the model's own."""
+        found: Sequence[Any] = next((self.shards[shard][key] for key in _SLICES if key in self.shards[shard]), [])
+        return [piece for entry in found for piece in (entry if isinstance(entry, list) else [entry])]
+
+    @property
+    def loss_scale(self) -> dict[str, Any]:
+        """As `ds_optforge.zero.layout.loss_scale`."""
+        shard = self.shards[0]
+        scaler = shard.get("loss_scaler")
+        dynamic = scaler.dynamic if scaler is not None else shard.get("dynamic_loss_scale", False)
+        values = vars(scaler) if scaler is not None else shard
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {key: values[key] for key in keys if key in values} if dynamic else {}
+
+
+def _by_rank(paths: Iterable[Path]) -> list[Path]:
+    """In the order of the numbers in their names."""
+    return sorted(paths, key=lambda path: [int(word) for word in path.stem.split("_") if word.isdigit()])
+
+
+def load(path: Path) -> Any:
+    """A file of torch.save, without running code from it. Raises CheckpointError."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def address(tensor: Tensor) -> tuple[int, int]:
+    """The same for the same memory: tied weights stay so in a file."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()

@@ -1,0 +1,145 @@
+"""Logical tensors: what OptForge's tensors and state hold, by the names of the model's parameters and of their buffers.
+
+All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one); ``optimizer/NAME/BUFFER`` an elementwise
+buffer, the row statistics of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, run_of
+from ds_optforge.placement import Held, Placement
+from ds_optforge.rules.base import Buffer, MatrixRule, Rule
+from ds_optforge.slices import Slices
+from ds_optforge.state import EightBit, block_edges, dequantize, recut
+
+State = MutableMapping[str, Any]
+
+
+def weight_name(parameter: str) -> str:
+    return f"model/{parameter}"
+
+
+def buffer_name(parameter: str, buffer: str) -> str:
+    return f"optimizer/{parameter}/{buffer}"
+
+
+def absmax_of(name: str) -> str:
+    """The name of the scales of an 8-bit buffer."""
+    return f"{name}_absmax"
+
+
+def row_buffer_of(rule: Rule) -> str:
+    return rule.row_buffer if isinstance(rule, MatrixRule) else ""
+
+
+def view(tensor: Tensor, held: Held) -> Tensor:
+    return tensor.detach().view(-1).narrow(0, held.offset, held.numel)
+
+
+def chunks_of(
+    placement: Placement, tensors: Sequence[Tensor], states: Sequence[State], buffers: Sequence[str], row_buffer: str
+) -> Iterator[Chunk]:
+    """What one rank holds of the parameters of one call of ``step()``, as views.
+
+    Args:
+        tensors, states: what is stepped, and the state of each.
+        buffers: names of the rule's elementwise buffers.
+        row_buffer: name of its row statistics, or "".
+    """
+    places = placement.row_places()
+    formats = [EightBit(extents) for extents in placement.extents()]
+    for parameter, name in enumerate(placement.layout.names):
+        numel = placement.numel(parameter)
+        held = placement.held(parameter)
+        if held is not None:
+            yield run_of(weight_name(name), numel, held.start, view(tensors[held.piece], held))
+            state = states[held.piece]
+            for key in (buffer_name(name, buffer) for buffer in buffers if buffer in state):
+                buffer = key.rpartition("/")[2]
+                yield run_of(key, numel, held.start, view(state[buffer], held))
+                if absmax_of(buffer) in state:
+                    edges = block_edges(numel, placement.block_cuts(parameter))
+                    first = int(torch.searchsorted(edges, held.start))
+                    scales = state[absmax_of(buffer)][formats[held.piece].blocks(held.offset, held.numel)]
+                    yield run_of(absmax_of(key), len(edges) - 1, first, scales)
+        rows = placement.held_rows(parameter, places) if row_buffer else None
+        if rows is not None and row_buffer in states[rows.piece]:
+            values = view(states[rows.piece][row_buffer], rows)
+            yield run_of(buffer_name(name, row_buffer), placement.rows(parameter), rows.start, values)
+
+
+class Loading:
+    """Reads a checkpoint into tensors and state: `requests` first, then `finish`, which makes 8-bit state of what was read.
+
+    Args:
+        cuts: by parameter, where the saved blocks of its 8-bit state restart (`Placement.block_cuts`).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, cuts: Mapping[str, Sequence[int]]) -> None:
+        self.requests: list[Request] = []
+        self._stored, self._cuts = checkpoint.tensors, cuts
+        self._conversions: list[Callable[[], object]] = []
+
+    def finish(self) -> None:
+        """Once the requests are filled."""
+        for convert in self._conversions:
+            convert()
+
+    def into_weights(self, slices: Slices) -> None:
+        placement = slices.placement
+        for parameter, name in enumerate(placement.layout.names):
+            held = placement.held(parameter)
+            if held is not None:
+                self.requests.append(Request(weight_name(name), held.start, view(slices.tensors[held.piece], held)))
+
+    def into_state(self, slices: Slices, states: Sequence[State], rule: Rule) -> None:
+        """``states`` have been allocated."""
+        placement, places = slices.placement, slices.placement.row_places()
+        for parameter, name in enumerate(placement.layout.names):
+            held = placement.held(parameter)
+            if held is not None:
+                for buffer in rule.buffers:
+                    self._into_buffer(slices, states[held.piece], buffer, parameter, held)
+            row_buffer = row_buffer_of(rule)
+            rows = placement.held_rows(parameter, places) if row_buffer else None
+            if rows is not None:
+                values = view(states[rows.piece][row_buffer], rows)
+                self.requests.append(Request(buffer_name(name, row_buffer), rows.start, values))
+
+    def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held) -> None:
+        name = slices.placement.layout.names[parameter]
+        key = buffer_name(name, buffer.name)
+        stored = view(state[buffer.name], held)
+        style = slices.format_of(held.piece, buffer)
+        if absmax_of(key) not in self._stored:
+            if not isinstance(style, EightBit):
+                self.requests.append(Request(key, held.start, stored))
+                return
+            values = torch.empty(held.numel, dtype=torch.float32, device=stored.device)
+            self.requests.append(Request(key, held.start, values))
+            self._conversions.append(lambda: style.write(state, buffer, held.offset, values))
+            return
+        codes = stored if isinstance(style, EightBit) else torch.empty(held.numel, dtype=torch.uint8, device=stored.device)
+        saved = block_edges(slices.placement.numel(parameter), self._cuts.get(name, ()))
+        first = int(torch.searchsorted(saved, held.start, right=True)) - 1
+        end = int(torch.searchsorted(saved, held.start + held.numel))
+        scales = torch.empty(end - first, dtype=torch.float32, device=stored.device)
+        self.requests += [Request(key, held.start, codes), Request(absmax_of(key), first, scales)]
+        around = saved[first : end + 1] - held.start
+        if not isinstance(style, EightBit):
+            self._conversions.append(lambda: stored.copy_(dequantize(codes, scales, around, buffer.signed)))
+            return
+        cuts = slices.placement.block_cuts(parameter)
+        edges = _within(block_edges(slices.placement.numel(parameter), cuts), held)
+        own = state[absmax_of(buffer.name)][style.blocks(held.offset, held.numel)]
+        self._conversions.append(lambda: own.copy_(recut(codes, scales, around, edges, buffer.signed)))
+
+
+def _within(edges: Tensor, held: Held) -> Tensor:
+    """The edges of the blocks in what a rank holds, counted from its first element."""
+    inside = (edges >= held.start) & (edges <= held.start + held.numel)
+    return edges[inside] - held.start

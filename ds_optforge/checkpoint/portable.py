@@ -1,0 +1,393 @@
+"""Save a run so that it can go on anywhere: with other ranks, on another ZeRO stage, with offload toggled."""
+
+import json
+import logging
+import platform
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_optforge.checkpoint import files
+from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, Request, run_of
+from ds_optforge.checkpoint.logical import Loading, State, buffer_name, chunks_of, row_buffer_of, weight_name
+from ds_optforge.optimizer import OptForge
+from ds_optforge.slices import Members, Slices
+from ds_optforge.zero.layout import (
+    expert_parallel,
+    full_shape,
+    loss_scale,
+    own_part,
+    refresh_weights,
+    set_loss_scale,
+    stepped_tensors,
+)
+
+logger = logging.getLogger("ds_optforge")
+
+_GROUP = "optforge_group"
+_NO_HYPERPARAMETERS = ("params", _GROUP, "moe", "name")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_SHOWN = 5  # problems of a kind that a message lists
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """One call of ``step()``: a ZeRO-3 sub-group, or a whole parameter group."""
+
+    group: dict[str, Any]
+    members: Members
+    slices: Slices
+    states: list[State]
+
+    @property
+    def name(self) -> str:
+        return str(self.group[_GROUP])
+
+    @property
+    def buffers(self) -> list[str]:
+        return [buffer.name for buffer in self.members.rule.buffers]
+
+    @property
+    def step(self) -> int:
+        return int(self.states[0].get("step", 0))
+
+    def chunks(self) -> Iterator[Chunk]:
+        row_buffer = row_buffer_of(self.members.rule)
+        return chunks_of(self.slices.placement, self.slices.tensors, self.states, self.buffers, row_buffer)
+
+
+class _Run:
+    """A live engine, as a checkpoint sees it. All ranks make it together."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.module, self.wrapper = engine, engine.module, engine.optimizer
+        base = self.wrapper
+        while base is not None and not isinstance(base, OptForge):
+            base = getattr(base, "optimizer", None)
+        if base is None:
+            raise CheckpointError(f"got an engine with {type(self.wrapper).__name__}; allowed: one that OptForge trains")
+        self.optimizer: OptForge = base
+        if any(map(expert_parallel, self.module.parameters())):
+            raise CheckpointError("got experts that are shared out over ranks (ep_size > 1); allowed: engine.save_checkpoint")
+        base.refuse_while_averaged("a checkpoint")
+        self.parts = [self._part(group, tensors) for group, tensors in stepped_tensors(self.wrapper, base.param_groups)]
+
+    def _part(self, group: dict[str, Any], tensors: list[Tensor]) -> _Part:
+        slices = self.optimizer.slices_of({**group, "params": tensors})
+        states: list[State] = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
+        return _Part(group, self.optimizer.members_of(group), slices, states)
+
+    @property
+    def untrained(self) -> dict[str, tuple[Tensor, int, int]]:
+        """(values, start, elements of the whole) of this rank's part of frozen parameters and persistent buffers."""
+        trained = set(chain.from_iterable(part.slices.placement.layout.names for part in self.parts))
+        named = {n: own_part(p) for n, p in self.module.named_parameters() if n not in trained and full_shape(p).numel()}
+        return named | {
+            name: (buffer, 0, buffer.numel()) for name, buffer in _persistent_buffers(self.module) if buffer.numel()
+        }
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        shapes = {name: list(full_shape(parameter)) for name, parameter in self.module.named_parameters()}
+        return shapes | {name: list(buffer.shape) for name, buffer in _persistent_buffers(self.module)}
+
+    def chunks(self) -> list[Chunk]:
+        """This rank's part of everything."""
+        chunks = list(chain.from_iterable(part.chunks() for part in self.parts))
+        for name, (values, start, numel) in self.untrained.items():
+            if values.numel():
+                chunks.append(run_of(weight_name(name), numel, start, values.reshape(-1)))
+        for kind, state in _random_states().items():
+            chunks.append(run_of(f"random/{_rank()}/{kind}", state.numel(), 0, state))
+        return chunks
+
+    def manifest(self, client_state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Everything that is not a tensor. Raises CheckpointError for what JSON cannot hold."""
+        scheduler = getattr(self.engine, "lr_scheduler", None)
+        return {
+            "shapes": self.shapes,
+            "groups": self._groups(),
+            "block_cuts": self._block_cuts(),
+            "counters": {key: getattr(self.engine, key) for key in _COUNTERS},
+            "loss_scale": loss_scale(self.wrapper),
+            "scheduler": _plain(scheduler.state_dict(), f"the state of {type(scheduler).__name__}") if scheduler else None,
+            "client_state": _plain(dict(client_state or {}), "client_state"),
+            "written_by": {
+                "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+                "zero_stage": self.engine.zero_optimization_stage(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+        }
+
+    def _groups(self) -> dict[str, Any]:
+        groups: dict[str, Any] = {}
+        for part in self.parts:
+            scalars = {key: value for key, value in part.states[0].items() if isinstance(value, float)}
+            kept = {key: value for key, value in part.group.items() if key not in _NO_HYPERPARAMETERS}
+            group = groups.setdefault(
+                part.name,
+                {
+                    "rule": part.members.settings.rule,
+                    "step": part.step,
+                    "scalars": scalars,
+                    "hyperparameters": kept,
+                    "members": [],
+                },
+            )
+            group["members"] += part.slices.placement.layout.names
+        return _plain(groups, "the parameter groups")
+
+    def _block_cuts(self) -> dict[str, list[int]]:
+        cuts = {}
+        for part in self.parts:
+            if part.members.settings.state_dtype == "8bit":
+                placement = part.slices.placement
+                cuts |= {name: placement.block_cuts(index) for index, name in enumerate(placement.layout.names)}
+        return {name: found for name, found in cuts.items() if found}
+
+
+def save_checkpoint(
+    engine: Any, folder: str | Path, client_state: Mapping[str, Any] | None = None, wait: bool = True
+) -> Future[None] | None:
+    """Write a portable checkpoint: weights, optimizer state, schedule, loss scale, counters and random states.
+
+    All ranks call it together, between steps. The folder appears when everything in it is on the disk.
+
+    Args:
+        engine: what ``deepspeed.initialize`` or ``Accelerator.prepare`` returned.
+        folder: is made; it must not be there yet, and all hosts must share it.
+        client_state: plain data that `load_checkpoint` returns again.
+        wait: False returns as soon as everything has been copied to host memory. Training goes on while a thread writes; the
+            returned future ends when the checkpoint is complete, and ``result()`` must be called before the process ends.
+
+    Raises:
+        CheckpointError: on all ranks: it was not written, and nothing is left of it.
+        RuntimeError: inside ``evaluation_weights``.
+    """
+    run = _Run(engine)
+    path = Path(folder)
+    chunks, manifest = run.chunks(), run.manifest(client_state)
+    if wait:
+        files.write(path, chunks, manifest)
+        return None
+    return files.write_in_background(path, chunks, manifest)
+
+
+def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dict[str, Any]:
+    """Go on from a portable checkpoint, whatever ranks, ZeRO stage, offload or state format wrote it.
+
+    All ranks call it together. Nothing is changed before every file has been verified.
+
+    Args:
+        engine: with the same model; trained by OptForge.
+        folder: of `save_checkpoint` or ``ds-optforge convert``.
+        strict: False also takes a checkpoint of other parameter groups (another optimizer, other overrides): a group whose
+            state is not all there starts afresh, with this run's settings.
+
+    Returns:
+        The ``client_state`` that was saved.
+
+    Raises:
+        CheckpointError: on all ranks: damaged, or of another model or (``strict``) other groups.
+    """
+    run = _Run(engine)
+    path = Path(folder)
+    problems: list[str] = []
+    try:
+        checkpoint = Checkpoint(path)
+        problems = checkpoint.damage(_rank(), dist.get_world_size() if dist.is_initialized() else 1)
+        problems = problems or _differences(run, checkpoint, strict)
+    except CheckpointError as error:
+        problems = [str(error)]
+    _raise_on_all_ranks(problems)
+    _restore(run, checkpoint)
+    client_state: dict[str, Any] = checkpoint.manifest["client_state"]
+    return client_state
+
+
+def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
+    """Why the checkpoint is not one of this run."""
+    saved, shapes = checkpoint.manifest["shapes"], run.shapes
+    problems = [f"model: '{name}' is missing in the checkpoint" for name in shapes if name not in saved]
+    problems += [f"model: the checkpoint holds '{name}', which this model lacks" for name in saved if name not in shapes]
+    problems += [
+        f"model: '{name}' has shape {saved[name]} in the checkpoint; allowed: {shape}"
+        for name, shape in shapes.items()
+        if name in saved and saved[name] != shape
+    ]
+    if problems or not strict:
+        return [f"{checkpoint.folder}: {problem}" for problem in problems]
+    found = {name: sorted(group["members"]) for name, group in checkpoint.manifest["groups"].items()}
+    own: dict[str, list[str]] = {}
+    for part in run.parts:
+        own.setdefault(part.name, []).extend(part.slices.placement.layout.names)
+    if found.keys() != own.keys():
+        problems.append(f"parameter groups: got {sorted(found)}; allowed: this run's, {sorted(own)} (or strict=False)")
+    else:
+        problems += [
+            f"parameter group '{name}': got the parameters {_few(set(found[name]) - set(members))} and not "
+            f"{_few(set(members) - set(found[name]))}; allowed: those of this run (or strict=False)"
+            for name, members in own.items()
+            if found[name] != sorted(members)
+        ]
+    return [f"{checkpoint.folder}: {problem}" for problem in problems]
+
+
+def _few(names: set[str]) -> str:
+    return "[" + ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "") + "]"
+
+
+def _restore(run: _Run, checkpoint: Checkpoint) -> None:
+    """Everything has been checked."""
+    manifest = checkpoint.manifest
+    loading = Loading(checkpoint, manifest["block_cuts"])
+    source_of = {name: group for group in manifest["groups"].values() for name in group["members"]}
+    fresh = _fresh_groups(run, checkpoint, source_of)
+    kept = []
+    with torch.no_grad():
+        for part in run.parts:
+            loading.into_weights(part.slices)
+            for tensor in part.slices.tensors:
+                run.optimizer.state.pop(tensor, None)
+            if part.name not in fresh:
+                kept.append((part, source_of[part.slices.placement.layout.names[0]]))
+        untrained = _read_untrained(run, loading)
+        for part, source in kept:
+            _allocate(run.optimizer, part, source, loading)
+        checkpoint.read(loading.requests)
+        loading.finish()
+        for target, values in untrained:
+            target.copy_(values.view(target.shape))
+        refresh_weights(run.wrapper)
+    _restore_engine(run, manifest, fresh)
+    _restore_random_states(checkpoint)
+
+
+def _fresh_groups(run: _Run, checkpoint: Checkpoint, source_of: Mapping[str, Any]) -> set[str]:
+    """The groups whose state is not all in the checkpoint (none if it was saved before their first step)."""
+    reasons: dict[str, str] = {}
+    for part in run.parts:
+        names = part.slices.placement.layout.names
+        sources = [source_of.get(name) for name in names]
+        steps = {source["step"] if source else 0 for source in sources}
+        keys = [*part.buffers, *filter(None, [row_buffer_of(part.members.rule)])]
+        missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
+        if steps == {0}:
+            reasons[part.name] = "no step of it had been taken"
+        elif len(steps) > 1:
+            reasons[part.name] = f"its parameters had taken {sorted(steps)} steps"
+        elif missing:
+            reasons[part.name] = f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
+    for name, reason in reasons.items():
+        logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, reason)
+    return set(reasons)
+
+
+def _allocate(optimizer: OptForge, part: _Part, source: Mapping[str, Any], loading: Loading) -> None:
+    states: list[State] = [optimizer.state[tensor] for tensor in part.slices.tensors]
+    part.slices.allocate(part.members.rule, states)
+    for state in states:
+        state["step"].fill_(source["step"])
+        state.update(source["scalars"])
+    loading.into_state(part.slices, states, part.members.rule)
+
+
+def _read_untrained(run: _Run, loading: Loading) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the model, what will have been read for it)."""
+    pairs = []
+    for name, (target, start, _) in run.untrained.items():
+        if target.numel():
+            values = torch.empty(target.numel(), dtype=target.dtype, device=target.device)
+            loading.requests.append(Request(weight_name(name), start, values))
+            pairs.append((target, values))
+    return pairs
+
+
+def _restore_engine(run: _Run, manifest: Mapping[str, Any], fresh: set[str]) -> None:
+    for group in run.optimizer.param_groups:
+        saved = manifest["groups"].get(group[_GROUP])
+        if saved is not None and group[_GROUP] not in fresh:
+            values = saved["hyperparameters"].items()
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values})
+    for key, value in manifest["counters"].items():
+        setattr(run.engine, key, value)
+    set_loss_scale(run.wrapper, manifest["loss_scale"])
+    scheduler = getattr(run.engine, "lr_scheduler", None)
+    if scheduler is not None and manifest["scheduler"] is not None:
+        scheduler.load_state_dict(manifest["scheduler"])
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _plain(value: Any, what: str) -> Any:
+    """As JSON gives it back. Raises CheckpointError."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what} cannot be saved: {error}; allowed: numbers, strings, lists and dicts") from None
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _random_states() -> dict[str, Tensor]:
+    """This rank's generators, as bytes."""
+    version, keys, gauss = random.getstate()
+    kind, words, *rest = numpy.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": _bytes([version, keys, gauss]),
+        "numpy": _bytes([kind, words.tolist(), *rest]),
+    }
+    if torch.accelerator.is_available():
+        states["accelerator"] = torch.get_device_module().get_rng_state()
+    return states
+
+
+def _bytes(value: Sequence[Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _restore_random_states(checkpoint: Checkpoint) -> None:
+    """Where the checkpoint has this rank's; a rank that it lacks keeps its own."""
+    names = {kind: f"random/{_rank()}/{kind}" for kind in _random_states()}
+    found = {kind: checkpoint.whole(name) for kind, name in names.items() if name in checkpoint.tensors}
+    if "torch" in found:
+        torch.set_rng_state(found["torch"])
+    if "python" in found:
+        version, keys, gauss = json.loads(found["python"].numpy().tobytes())
+        random.setstate((version, tuple(keys), gauss))
+    if "numpy" in found:
+        kind, words, *rest = json.loads(found["numpy"].numpy().tobytes())
+        numpy.random.set_state((kind, numpy.array(words, dtype=numpy.uint32), *rest))
+    if "accelerator" in found:
+        torch.get_device_module().set_rng_state(found["accelerator"])
+
+
+def _raise_on_all_ranks(problems: Sequence[str]) -> None:
+    """Raise CheckpointError with every rank's problems, on all of them, if there is any."""
+    found: list[Sequence[str]] = [problems]
+    if dist.is_initialized():
+        with files.own_group() as group:
+            found = [()] * dist.get_world_size()
+            dist.all_gather_object(found, problems, group=group)
+    unique = list(dict.fromkeys(chain.from_iterable(found)))
+    if unique:
+        more = f"\n... and {len(unique) - _SHOWN} more" if len(unique) > _SHOWN else ""
+        raise CheckpointError("\n".join(unique[:_SHOWN]) + more)

@@ -1,0 +1,130 @@
+"""Where the parameters of one call of ``step()`` lie in its tensors, element by element, output row by output row.
+
+Pure Python on integers, and so a function of the layout alone: `slices` steps by it, `checkpoint` names by it what the
+tensors hold, on every rank and without a model.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ds_optforge.state import BLOCK, Extent
+from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Elements [start, start + numel) of a flattened parameter, at ``offset`` of the tensor number ``piece``."""
+
+    piece: int
+    offset: int
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One rank's view of a `PartitionLayout`. ``starts``: where each tensor begins, counted through all of them."""
+
+    layout: PartitionLayout
+    rank: int
+    starts: tuple[int, ...]
+
+    def place(self, offset: int) -> tuple[int, int]:
+        """(tensor, offset in it) of an offset that counts through all tensors."""
+        piece = bisect_right(self.starts, offset) - 1
+        return piece, offset - self.starts[piece]
+
+    def numel(self, parameter: int) -> int:
+        """Elements of a parameter, which its matrices cover."""
+        return sum(self.layout.matrices[index].numel for index in self._matrices(parameter))
+
+    def held(self, parameter: int) -> Held | None:
+        """What this rank holds of a parameter, which is one range; None if it holds nothing."""
+        cut = self.layout.cuts[parameter]
+        low = max(cut.base, self.rank * cut.size)
+        numel = min(cut.base + self.numel(parameter), (self.rank + 1) * cut.size) - low
+        if numel <= 0:
+            return None
+        return Held(*self.place(cut.offset + low - self.rank * cut.size), low - cut.base, numel)
+
+    def extents(self) -> list[list[Extent]]:
+        """The fragments in each tensor, as blocks of 8-bit state see them."""
+        extents: list[list[Extent]] = [[] for _ in self.starts]
+        for fragment in self.layout.fragments(self.rank):
+            piece, offset = self.place(fragment.offset)
+            begin = self.layout.matrices[fragment.matrix].start + fragment.start
+            extents[piece].append(Extent(offset, fragment.numel, begin))
+        return extents
+
+    def row_places(self) -> dict[int, tuple[int, int, int]]:
+        """By held matrix: (tensor, start, count) of its output rows in the tensors' row buffers."""
+        filled = [0] * len(self.starts)
+        places = {}
+        for fragment in self.layout.fragments(self.rank):
+            piece, _ = self.place(fragment.offset)
+            _, count = self.layout.matrices[fragment.matrix].outputs_in(fragment.start, fragment.numel)
+            places[fragment.matrix] = (piece, filled[piece], count)
+            filled[piece] += count
+        return places
+
+    def row_counts(self) -> list[int]:
+        """Output rows that begin in each tensor."""
+        counts = [0] * len(self.starts)
+        for piece, _, count in self.row_places().values():
+            counts[piece] += count
+        return counts
+
+    def rows(self, parameter: int) -> int:
+        """Output rows of all of a parameter's matrices."""
+        return sum(self.layout.matrices[index].outputs for index in self._matrices(parameter))
+
+    def held_rows(self, parameter: int, places: Mapping[int, tuple[int, int, int]]) -> Held | None:
+        """What this rank keeps of a parameter's row statistics, counted through its matrices. ``places``: `row_places`."""
+        before, ranges = 0, []
+        for index in self._matrices(parameter):
+            matrix = self.layout.matrices[index]
+            fragment = self.layout.fragment(index, self.rank)
+            if fragment is not None and places[index][2]:
+                first, count = matrix.outputs_in(fragment.start, fragment.numel)
+                ranges.append((*places[index][:2], before + first, count))
+            before += matrix.outputs
+        if not ranges:
+            return None
+        piece, offset, start, _ = ranges[0]
+        return Held(piece, offset, start, sum(count for *_, count in ranges))
+
+    def block_cuts(self, parameter: int) -> list[int]:
+        """Where fragments of a parameter meet, on any rank, inside a block of 8-bit state."""
+        cut = self.layout.cuts[parameter]
+        numel = self.numel(parameter)
+        cuts = {self.layout.matrices[index].start for index in self._matrices(parameter)}
+        cuts |= {at - cut.base for at in range(-(-cut.base // cut.size) * cut.size, cut.base + numel, cut.size)}
+        return sorted(at for at in cuts if 0 < at < numel and at % BLOCK)
+
+    def _matrices(self, parameter: int) -> range:
+        """The numbers of a parameter's matrices, which follow each other."""
+        matrices = self.layout.matrices
+        first = bisect_left(matrices, parameter, key=lambda matrix: matrix.parameter)
+        return range(first, bisect_right(matrices, parameter, lo=first, key=lambda matrix: matrix.parameter))
+
+    def to_plain(self) -> dict[str, Any]:
+        """As numbers, strings, lists and dicts, for a checkpoint. `from_plain` reads it."""
+        layout = self.layout
+        return {
+            "rank": self.rank,
+            "world_size": layout.world_size,
+            "starts": list(self.starts),
+            "names": list(layout.names),
+            "cuts": [asdict(cut) for cut in layout.cuts],
+            "matrices": [asdict(matrix) for matrix in layout.matrices],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Placement":
+        """Raises KeyError or TypeError for what `to_plain` did not write."""
+        cuts: Sequence[Cut] = [Cut(**cut) for cut in plain["cuts"]]
+        matrices = [Matrix(**matrix) for matrix in plain["matrices"]]
+        layout = PartitionLayout(plain["world_size"], tuple(plain["names"]), tuple(cuts), tuple(matrices))
+        return cls(layout, plain["rank"], tuple(plain["starts"]))

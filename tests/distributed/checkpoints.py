@@ -1,0 +1,172 @@
+"""What the ranks of a pool run to test portable checkpoints."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
+
+import ds_optforge
+from ds_optforge.checkpoint.files import Checkpoint, incomplete
+from tests import models
+from tests.distributed.cases import build_engine, full_parameters, run_steps
+
+HALF = 5  # steps before the checkpoint, and after it
+
+
+def run_and_save(config: dict[str, Any], folder: str, how: str = "portable", **model_options: Any) -> dict[str, Any]:
+    """Half of the steps, a checkpoint, the other half: losses and parameters of the latter."""
+    engine = build_engine(config, model_options)
+    try:
+        run_steps(engine, 0, HALF)
+        if how == "engine":
+            engine.save_checkpoint(folder)
+        else:
+            writing = ds_optforge.save_checkpoint(engine, folder, {"next": HALF}, wait=how != "background")
+        result = {"losses": run_steps(engine, HALF, HALF), "parameters": full_parameters(engine.module)}
+        if how == "background":
+            assert writing is not None
+            writing.result()
+        return result
+    finally:
+        engine.destroy()
+
+
+def resume(config: dict[str, Any], folder: str, strict: bool = True, **model_options: Any) -> dict[str, Any]:
+    """Load into a fresh engine and take the other half of the steps."""
+    engine = build_engine(config, model_options)
+    try:
+        client_state = ds_optforge.load_checkpoint(engine, folder, strict)
+        assert client_state in ({"next": HALF}, {})
+        return {
+            "steps": engine.global_steps,
+            "losses": run_steps(engine, HALF, HALF),
+            "parameters": full_parameters(engine.module),
+            "rates": {group["optforge_group"]: group["lr"] for group in engine.optimizer.param_groups},
+        }
+    finally:
+        engine.destroy()
+
+
+def resume_each(configs: Sequence[dict[str, Any]], folder: str, **model_options: Any) -> list[dict[str, Any]]:
+    return [resume(config, folder, **model_options) for config in configs]
+
+
+def load_and_save(config: dict[str, Any], source: str, target: str, **model_options: Any) -> None:
+    """Nothing but a round trip."""
+    engine = build_engine(config, model_options)
+    ds_optforge.load_checkpoint(engine, source)
+    ds_optforge.save_checkpoint(engine, target, {"next": HALF})
+    engine.destroy()
+
+
+def refused(config: dict[str, Any], folder: str, strict: bool = True, **model_options: Any) -> tuple[str, bool]:
+    """Load into an engine that has taken steps: the error, and whether weights and state are what they were."""
+    engine = build_engine(config, model_options)
+    run_steps(engine, 0, 2)
+    before = everything(engine)
+    message = ""
+    try:
+        ds_optforge.load_checkpoint(engine, folder, strict)
+    except ds_optforge.CheckpointError as error:
+        message = str(error)
+    after = everything(engine)
+    engine.destroy()
+    return message, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def everything(engine: Any) -> list[torch.Tensor]:
+    """Copies of weights and state."""
+    base = engine.optimizer if isinstance(engine.optimizer, ds_optforge.OptForge) else engine.optimizer.optimizer
+    state = [v for s in base.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in [*full_parameters(engine.module).values(), *base.state, *state]]
+
+
+def logical_tensors(folder: str | Path) -> Mapping[str, torch.Tensor]:
+    """Everything in a portable checkpoint but the random states."""
+    checkpoint = Checkpoint(Path(folder))
+    assert not checkpoint.damage()
+    return {name: checkpoint.whole(name) for name in checkpoint.tensors if not name.startswith("random/")}
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def save_both(config: dict[str, Any], folder: str, **model_options: Any) -> None:
+    """The same moment as an engine checkpoint and as a portable one."""
+    engine = build_engine(config, model_options)
+    run_steps(engine, 0, HALF)
+    engine.save_checkpoint(f"{folder}/engine")
+    ds_optforge.save_checkpoint(engine, f"{folder}/portable")
+    engine.destroy()
+
+
+def save_and_average(config: dict[str, Any], folder: str) -> dict[str, torch.Tensor]:
+    """A checkpoint, and the weights to evaluate with at that moment."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, HALF)
+    ds_optforge.save_checkpoint(engine, folder)
+    with ds_optforge.evaluation_weights(engine):
+        averages = full_parameters(engine.module)
+    engine.destroy()
+    return averages
+
+
+def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """DeepSpeed's built-in Muon: losses, and what it holds at the end, whole."""
+    model = models.build()
+    for name, parameter in model.named_parameters():
+        parameter.use_muon = name.startswith("blocks")  # type: ignore[attr-defined]
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    try:
+        losses = run_steps(engine, 0, HALF)
+        engine.save_checkpoint(folder)
+        momenta = {
+            name: value.clone()
+            for name, parameter in model.named_parameters()
+            if name.startswith("blocks") and (value := safe_get_full_optimizer_state(parameter, "momentum_buffer")) is not None
+        }
+        return {"losses": losses, "parameters": full_parameters(model), "momenta": momenta}
+    finally:
+        engine.destroy()
+
+
+def killed_while_saving(config: dict[str, Any], folder: str, rank: int) -> None:
+    """One rank dies by SIGKILL as soon as anything has been written."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, HALF)
+    if dist.get_rank() == rank:
+        Thread(target=_die_when_written, args=(incomplete(Path(folder)),), daemon=True).start()
+    ds_optforge.save_checkpoint(engine, folder)
+
+
+def _die_when_written(folder: Path) -> None:
+    while not any(folder.glob("*.safetensors")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume_late(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Rank 1 takes its time before it loads."""
+    if dist.get_rank() == 1:
+        time.sleep(2.0)
+    return resume(config, folder)
+
+
+def step_without_rank_1(config: dict[str, Any]) -> None:
+    """Rank 1 goes away after a step, without ending."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, 1)
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    if dist.get_rank() == 0:
+        run_steps(engine, 1, 1)

@@ -1,0 +1,171 @@
+"""``ds-optforge convert``: engine checkpoints of every kind, without ranks, model or pickle; and other Muons' checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ds_optforge import CheckpointError
+from ds_optforge.checkpoint.convert import convert, export
+from tests import models
+from tests.distributed import cases, checkpoints
+from tests.distributed.conftest import Pools
+from tests.distributed.test_checkpoint import ENGINES
+from tests.distributed.test_portable import OPTIMIZERS, SAVED, WIDE, configuration, schedule
+
+ODD = {"frozen": True, "tied": True, "unused": True, "shapes": True}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_converted_checkpoint_is_what_would_have_been_saved(engine: str, pools: Pools, tmp_path: Path) -> None:
+    """Bit for bit, from whatever wrapper DeepSpeed puts around the optimizer."""
+    config = cases.engine_config(2, cases.MUON, **schedule("muon"), **ENGINES[engine])
+    pools[2].run(checkpoints.save_both, config, str(tmp_path), **ODD)
+    assert_equal(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw_8bit"])
+def test_every_state_format_converts(name: str, stage: int, pools: Pools, tmp_path: Path) -> None:
+    params = {**OPTIMIZERS.get(name, {"name": name}), "state_dtype": "8bit"}
+    pools[2].run(checkpoints.save_both, cases.engine_config(stage, params), str(tmp_path), **WIDE)
+    assert_equal(tmp_path)
+
+
+def assert_equal(folder: Path) -> None:
+    convert(folder / "engine", folder / "converted")
+    converted, saved = (checkpoints.logical_tensors(folder / name) for name in ("converted", "portable"))
+    assert converted.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(converted[name], tensor), name
+    manifests = [checkpoints.Checkpoint(folder / name).manifest for name in ("converted", "portable")]
+    for key in ("shapes", "groups", "block_cuts", "loss_scale", "scheduler"):
+        assert manifests[0][key] == manifests[1][key], key
+    assert manifests[0]["counters"].items() <= manifests[1]["counters"].items()
+
+
+def test_a_run_goes_on_from_a_converted_checkpoint(pools: Pools, tmp_path: Path) -> None:
+    config = configuration(SAVED, OPTIMIZERS["normuon"], **schedule("normuon"))
+    expected = pools[2].run(checkpoints.run_and_save, config, str(tmp_path / "engine"), "engine")[0]
+    convert(tmp_path / "engine", tmp_path / "portable")
+    result = pools[2].run(checkpoints.resume, config, str(tmp_path / "portable"))[0]
+    assert result["losses"] == expected["losses"]
+
+
+# ---------------------------------------------------------------------------------------- DeepSpeed's Muon
+
+INCUMBENT = {
+    "optimizer": {
+        "type": "Muon",
+        "params": {
+            "lr": 0.02,
+            "momentum": 0.95,
+            "weight_decay": 0.0,
+            "muon_lr": 0.02,
+            "adam_lr": 3e-3,
+            "ns_method": "standard",
+        },
+    }
+}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_of_deepspeeds_muon_goes_on_here(stage: int, offload: bool, pools: Pools, tmp_path: Path) -> None:
+    """Weights, momenta and Adam's moments arrive as they were, on another stage."""
+    if offload and stage < 3:
+        extra: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}, "reduce_scatter": False}
+    elif stage == 3:
+        extra = {"reduce_scatter": False} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    else:
+        extra = {}
+    zero = {"stage": stage, **extra}
+    config = {"train_batch_size": 8, "gradient_clipping": 0.0, "zero_optimization": zero, **INCUMBENT}
+    whole = pools[2].run(checkpoints.run_incumbent, config, str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    tensors = checkpoints.logical_tensors(tmp_path / "ours")
+    for name, weight in whole[0]["parameters"].items():
+        assert torch.equal(tensors[f"model/{name}"].view(weight.shape), weight), name
+    for name, momentum in whole[0]["momenta"].items():
+        assert torch.allclose(tensors[f"optimizer/{name}/momentum_buffer"].view(momentum.shape), momentum, rtol=1e-6), name
+    resumed = pools[2].run(checkpoints.resume, cases.engine_config(2, cases.MUON), str(tmp_path / "ours"), strict=False)
+    assert resumed[0]["losses"][-1] < whole[0]["losses"][0]
+
+
+# ---------------------------------------------------------------------------------------- torch.optim.Muon
+
+
+def torch_run(path: Path, named: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Five steps of torch.optim.Muon beside torch.optim.AdamW, saved."""
+    model = models.build(tied=True)
+    named_parameters = list(model.named_parameters())
+    matrices = [(n, p) for n, p in named_parameters if n.startswith("blocks")]
+    rest = [(n, p) for n, p in named_parameters if not n.startswith("blocks")]
+    muon = torch.optim.Muon(matrices if named else [p for _, p in matrices], lr=0.02, momentum=0.95)
+    adamw = torch.optim.AdamW(rest, lr=3e-3)
+    for step in range(checkpoints.HALF):
+        model(*models.batch(step)).backward()
+        for optimizer in (muon, adamw):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.save({"model": model.state_dict(), "optimizer": [muon.state_dict(), adamw.state_dict()]}, path)
+    return model, muon
+
+
+def test_a_run_of_torchs_muon_goes_on_here(pools: Pools, tmp_path: Path) -> None:
+    model, muon = torch_run(tmp_path / "run.pt")
+    convert(tmp_path / "run.pt", tmp_path / "ours")
+    tensors = checkpoints.logical_tensors(tmp_path / "ours")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(tensors[f"model/{name}"].view(parameter.shape), parameter)
+        if name.startswith("blocks"):
+            momentum = muon.state[parameter]["momentum_buffer"]
+            assert torch.equal(tensors[f"optimizer/{name}/momentum_buffer"].view(parameter.shape), momentum)
+    resumed = pools[2].run(checkpoints.resume, cases.engine_config(3, cases.MUON), str(tmp_path / "ours"), False, tied=True)
+    assert resumed[0]["steps"] == checkpoints.HALF
+
+
+def test_nameless_parameters_are_refused(tmp_path: Path) -> None:
+    torch_run(tmp_path / "run.pt", named=False)
+    with pytest.raises(CheckpointError, match=r"run\.pt: the optimizer does not name its 3 parameters"):
+        convert(tmp_path / "run.pt", tmp_path / "ours")
+
+
+# ---------------------------------------------------------------------------------------- export
+
+
+def test_weights_are_exported_in_shape_and_averaged(pools: Pools, tmp_path: Path) -> None:
+    config = configuration(SAVED, OPTIMIZERS["schedule_free_adamw"])
+    averages = pools[2].run(checkpoints.save_and_average, config, str(tmp_path / "portable"))[0]
+    export(tmp_path / "portable", tmp_path / "model")
+    exported = {name: t for path in (tmp_path / "model").glob("*.safetensors") for name, t in load_file(path).items()}
+    assert exported.keys() == averages.keys()
+    for name, weight in averages.items():
+        assert torch.equal(exported[name], weight), name
+    export(tmp_path / "portable", tmp_path / "half", torch.bfloat16)
+    half = [t for path in (tmp_path / "half").glob("*.safetensors") for t in load_file(path).values()]
+    assert {tensor.dtype for tensor in half} == {torch.bfloat16}
+
+
+def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "owned",)
+
+    (tmp_path / "engine").mkdir()
+    torch.save({"optimizer": Payload()}, tmp_path / "engine" / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt: cannot be read"):
+        convert(tmp_path / "engine", tmp_path / "out")
+    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_rank_is_named(pools: Pools, tmp_path: Path) -> None:
+    config = configuration(SAVED, OPTIMIZERS["muon"])
+    pools[2].run(checkpoints.run_and_save, config, str(tmp_path / "engine"), "engine")
+    next((tmp_path / "engine").glob("*/*zero_pp_rank_1_*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match=r"holds \d+ of the \d+ elements of '.*': is a file missing\?"):
+        convert(tmp_path / "engine", tmp_path / "out")

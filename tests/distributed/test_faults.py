@@ -1,0 +1,127 @@
+"""Faults while a checkpoint is written or read, and while ranks step: never a hang, nothing half done, nothing lost.
+
+A NaN on one rank and an overflow of fp16 are in `test_precision` and `test_bad_input`.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import cases, checkpoints
+from tests.distributed.conftest import Pools
+from tests.distributed.pool import RankFailure
+from tests.distributed.test_portable import OPTIMIZERS, SAVED, configuration, schedule
+
+CONFIG = configuration(SAVED, OPTIMIZERS["normuon"], **schedule("normuon"))
+
+
+@pytest.fixture
+def saved(pools: Pools, tmp_path: Path) -> Path:
+    pools[2].run(checkpoints.run_and_save, CONFIG, str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def assert_refused(pools: Pools, folder: Path, *words: str, **options: object) -> None:
+    """On both ranks with the same words, and nothing has changed."""
+    for message, unchanged in pools[2].run(checkpoints.refused, CONFIG, str(folder), **options):
+        for word in words:
+            assert word in message
+        assert unchanged
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_during_save_leaves_the_previous_checkpoint(rank: int, saved: Path, pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.killed_while_saving, CONFIG, str(tmp_path / "next"), rank)
+    assert failure.value.types[rank] == "Died"
+    assert failure.value.types[1 - rank] == "CheckpointError"
+    assert not (tmp_path / "next").exists()
+    assert_refused(pools, tmp_path / "next", "next: has no checkpoint.json")
+    expected = pools[2].run(checkpoints.resume, CONFIG, str(saved))[0]
+    again = pools[2].run(checkpoints.run_and_save, CONFIG, str(tmp_path / "next"))[0]  # over what the killed one left
+    assert again["losses"] == expected["losses"]
+    assert not (tmp_path / "next.incomplete").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk_is_an_error_and_keeps_the_previous_checkpoint(small_disk: Path, pools: Pools) -> None:
+    pools[2].run(checkpoints.run_and_save, CONFIG, str(small_disk / "first"))
+    (small_disk / "filler").write_bytes(bytes(free_bytes(small_disk) - 40_000))
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.run_and_save, CONFIG, str(small_disk / "second"))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    for message in failure.value.messages.values():
+        assert "second: not written" in message
+        assert "No space left on device" in message
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "first"]
+    assert pools[2].run(checkpoints.resume, CONFIG, str(small_disk / "first"))[0]["steps"] == checkpoints.HALF
+
+
+def free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "manifest"])
+def test_a_damaged_file_is_refused_by_name(damage: str, saved: Path, pools: Pools) -> None:
+    path = saved / "checkpoint.json" if damage == "manifest" else sorted(saved.glob("*.safetensors"))[-1]
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert_refused(pools, saved, str(path))
+
+
+def test_an_existing_folder_is_never_overwritten(saved: Path, pools: Pools) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.run_and_save, CONFIG, str(saved))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    assert "is there already" in failure.value.messages[1]
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_another_model_is_refused(saved: Path, pools: Pools) -> None:
+    assert_refused(pools, saved, "model: the checkpoint holds 'blocks.2.weight', which this model lacks", depth=2)
+    assert_refused(pools, saved, "'up.weight' has shape [40, 24] in the checkpoint; allowed: [48, 24]", width=48)
+
+
+def test_other_groups_are_refused_unless_asked_for(saved: Path, pools: Pools) -> None:
+    other = configuration(SAVED, OPTIMIZERS["muon"])
+    for message, unchanged in pools[2].run(checkpoints.refused, other, str(saved)):
+        assert "got ['embedding.adamw', 'matrix.normuon'" in message
+        assert "allowed: this run's, ['embedding.adamw', 'matrix.muon'" in message
+        assert unchanged
+    resumed = pools[2].run(checkpoints.resume, other, str(saved), strict=False)[0]
+    assert resumed["steps"] == checkpoints.HALF
+
+
+def test_a_rank_that_comes_late_changes_nothing(saved: Path, pools: Pools) -> None:
+    expected = pools[2].run(checkpoints.resume, CONFIG, str(saved))[0]
+    assert pools[2].run(checkpoints.resume_late, CONFIG, str(saved))[0]["losses"] == expected["losses"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_never_comes_is_an_error_after_the_timeout(stage: int, pools: Pools) -> None:
+    """Of the process group; here 3 s."""
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.step_without_rank_1, cases.engine_config(stage, cases.MUON))
+    assert failure.value.types == {0: "RuntimeError"}
+    assert "imed out" in failure.value.messages[0]
