@@ -285,6 +285,7 @@ def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace,
     micro_batch, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
     global_batch = engine.train_batch_size()
     learning_rate = learning_rates(engine)  # before the step moves the schedule on
+    recorded = telemetry(engine)
     loss_sum = torch.zeros((), device=engine.device)
     for index in range(accumulation):
         rows = micro_batch_rows(index, comm.get_rank(), comm.get_world_size(), micro_batch)
@@ -304,12 +305,22 @@ def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace,
         "tokens_per_second": global_batch * args.sequence_length / (time.perf_counter() - start),
         "peak_memory_gb": peak_memory_gb(),
     }
+    if telemetry(engine) is not recorded:  # every k-th step
+        metrics["telemetry"] = telemetry(engine)["groups"]
     return metrics, stops > 0
 
 
 def learning_rates(engine: Any) -> dict[str, float]:
     """Return the learning rate of each group, by role and rule ("matrix.muon")."""
     return {group["optforge_group"]: group["lr"] for group in engine.optimizer.param_groups}
+
+
+def telemetry(engine: Any) -> dict[str, Any]:
+    """Return what the optimizer last recorded about a step; empty where its configuration has no "telemetry"."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, ds_optforge.OptForge):
+        optimizer = optimizer.optimizer  # DeepSpeed's wrapper
+    return optimizer.telemetry
 
 
 def peak_memory_gb() -> float:

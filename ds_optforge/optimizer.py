@@ -6,6 +6,7 @@ It owns groups and state and walks the way of a step; the math is in ``rules/``,
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from ds_optforge.config import OptimizerConfig
 from ds_optforge.roles import Route, log_routing, route, routing_table
-from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule
+from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule, Tensors
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 from ds_optforge.settings import RuleSettings
-from ds_optforge.slices import Bucket, Members, Slices, bind_slices, buffer_dtype
+from ds_optforge.slices import Bucket, Members, Run, Slices, bind_slices, buffer_dtype
+from ds_optforge.telemetry import Monitor, Telemetry, Watch
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import expert_group_name, full_shape
 
@@ -44,13 +46,15 @@ class OptForge(torch.optim.Optimizer):
         self._config = OptimizerConfig(config)
         routed = [item for index, group in enumerate(_as_groups(params)) for item in self._routed(index, group)]
         log_routing([item[1] for item in routed], self._config)
-        self._routing = routing_table(item[1] for item in routed)
+        asked = self._config.common.telemetry
+        self._routing = f"{routing_table(item[1] for item in routed)}\n{asked!r}"  # what ranks must agree on
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._rates_seen: dict[str, tuple[int, float, float]] = {}  # by group: step, configured lr, lr found
         self._told = False
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # inside eval()
         super().__init__(self._build_groups(routed), defaults={"lr": self._config.main.lr})  # Accelerate reads it
+        self._telemetry = Telemetry(asked.every, self._members) if asked else None
 
     def _routed(self, index: int, group: dict[str, Any]) -> list[tuple[Tensor, Route, str, dict[str, Any]]]:
         """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
@@ -150,6 +154,16 @@ class OptForge(torch.optim.Optimizer):
                     f"{settings.lr:g}, but something set both to {rate:g}; allowed: a scheduler that keeps the ratio, "
                     'such as {"type": "OptForgeSchedule"}'
                 )
+
+    @property
+    def telemetry(self) -> dict[str, Any]:
+        """What ``"telemetry": {"every": k}`` last recorded: {"step": n, "groups": {group: {name: value}}}; empty before."""
+        return self._telemetry.last if self._telemetry else {}
+
+    def send_telemetry(self, monitor: Monitor) -> None:
+        """Write every record to DeepSpeed's ``engine.monitor`` too. (``ds_optforge.initialize`` calls this.)"""
+        if self._telemetry:
+            self._telemetry.send_to(monitor)
 
     @property
     def averages_weights(self) -> bool:
@@ -288,6 +302,8 @@ class _GroupStep:
     def __init__(self, optimizer: OptForge, group: Mapping[str, Any]) -> None:
         optimizer.refuse_bad_schedule(group)
         self._group = group
+        self._telemetry = optimizer._telemetry
+        self._watch: Watch | None = None
         self._members = optimizer._members[group[_GROUP]]
         self._slices = optimizer.slices_of(group)
         self._states: list[MutableMapping[str, Any]] = [optimizer.state[piece] for piece in self._slices.tensors]
@@ -311,15 +327,17 @@ class _GroupStep:
         if fresh and self._is_rehearsal():
             return
         now = self._begin()
+        if self._telemetry:
+            self._watch = self._telemetry.watch(self._group[_GROUP], self._slices, self._states)
         self._parameters = [piece.detach().view(-1) for piece in self._slices.tensors]
         rule = self._members.rule
         if isinstance(rule, ElementwiseRule):
-            for runs in self._slices.chunks:
-                with self._slices.opened(rule, self._states, runs) as state:
-                    rule.step([r.of(self._parameters) for r in runs], [r.of(self._gradients) for r in runs], state, now)
-                del state  # before the next chunk is opened
+            for runs in self._watch.chunks if self._watch else self._slices.chunks:
+                self._step_chunk(rule, now, runs)
         elif isinstance(rule, MatrixRule):
             self._run_matrices(rule, now)
+        if self._telemetry and self._watch:
+            self._telemetry.add(self._group[_GROUP], self._watch, now, int(self._states[0]["step"]))
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
 
     def _is_rehearsal(self) -> bool:
@@ -338,6 +356,17 @@ class _GroupStep:
         for state in self._states:
             state.update(scalars)
         return now
+
+    def _step_chunk(self, rule: ElementwiseRule, now: Hyperparameters, runs: Sequence[Run]) -> None:
+        parameters, gradients = ([run.of(pieces) for run in runs] for pieces in (self._parameters, self._gradients))
+        with self._slices.opened(rule, self._states, runs) as state:
+            with self._changes(parameters):
+                rule.step(parameters, gradients, state, now)
+            if self._watch:
+                self._watch.momentum(gradients, state)
+
+    def _changes(self, parameters: Tensors) -> AbstractContextManager[None]:
+        return self._watch.changes(parameters) if self._watch else nullcontext()
 
     def _run_matrices(self, rule: MatrixRule, now: Hyperparameters) -> None:
         slices = self._slices
@@ -383,13 +412,17 @@ class _GroupStep:
             with self._slices.opened(rule, self._states, part.runs) as state:
                 directions = rule.direction(gradients, state, now)
                 torch._foreach_copy_(part.places(bucket.exchange.outgoing), part.split(directions))
+                if self._watch:
+                    self._watch.momentum(gradients, state)
         active = _nonzero([self._gradients[piece].narrow(0, start, numel) for piece, start, numel in bucket.fragments])
         bucket.exchange.collect(active, self._rows(rule, bucket))
 
     def _update(self, rule: MatrixRule, bucket: Bucket) -> None:
         for index in bucket.exchange.batches:
             batch = bucket.exchange.matrices(index)
-            bucket.exchange.put(index, rule.update(batch.matrices, batch.active, batch.rows, batch.transposed), batch)
+            watch = self._watch.orthogonality(bucket.exchange, index, batch.active) if self._watch else None
+            updates = rule.update(batch.matrices, batch.active, batch.rows, batch.transposed, watch)
+            bucket.exchange.put(index, updates, batch)
 
     def _apply(self, rule: MatrixRule, now: Hyperparameters, bucket: Bucket) -> None:
         updates, active = bucket.exchange.updates()
@@ -397,10 +430,12 @@ class _GroupStep:
             scale_to(updates, bucket.norms)
         bucket.exchange.returned_rows(self._rows(rule, bucket))
         for part in bucket.parts:
-            parameters = part.split(part.views(self._parameters))
+            views = part.views(self._parameters)
+            parameters = part.split(views)
             device = parameters[0].device  # with offload not where the buckets are
             updates = [update.to(device) for update in part.places(bucket.exchange.outgoing)]
-            rule.apply(parameters, updates, active[part.fragments].to(device), now)
+            with self._changes(views):
+                rule.apply(parameters, updates, active[part.fragments].to(device), now)
         bucket.exchange.release()
 
     def _rows(self, rule: MatrixRule, bucket: Bucket) -> list[Tensor]:

@@ -32,7 +32,7 @@ Triple: TypeAlias = tuple[Finite, Finite, Finite]
 _SLOWEST_IN_BFLOAT16 = 0.99
 
 # The keys of "params" that belong to no rule (see `ds_optforge.config.CommonSettings`).
-COMMON_KEYS = ("name", "adamw", "roles", "overrides", "sharding", "max_aspect_ratio")
+COMMON_KEYS = ("name", "adamw", "roles", "overrides", "sharding", "telemetry", "max_aspect_ratio")
 
 
 class OrthogonalizationSettings(Section):

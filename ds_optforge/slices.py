@@ -284,7 +284,7 @@ class _BucketBuilder:
 
     def _parts(self, bucket: RankBucket) -> tuple[Part, ...]:
         """Cut the bucket's fragments into parts."""
-        limit = _chunk_numel(self._binding.device)
+        limit = chunk_numel(self._binding.device)
         parts: list[list[tuple[int, int, int, int]]] = []
         room = 0
         for index, (fragment, section) in enumerate(zip(bucket.fragments, bucket.sent, strict=True)):
@@ -311,7 +311,8 @@ class _BucketBuilder:
         return Part(tuple(runs), fragments, tuple(position for _, _, _, position in items))
 
 
-def _chunk_numel(device: torch.device) -> int:
+def chunk_numel(device: torch.device) -> int:
+    """The most elements that are read and updated at a time."""
     return _CHUNK_NUMEL.get(device.type, _CHUNK_NUMEL_ELSEWHERE)
 
 
@@ -324,7 +325,7 @@ def _chunks(extents: Sequence[Sequence[Extent]], tensors: Sequence[Tensor], memb
         return (tuple(Run(piece, 0, [tensor.numel()]) for piece, tensor in enumerate(tensors)),)
     parts: list[list[Run]] = []
     room = 0
-    limit = _chunk_numel(tensors[0].device)
+    limit = chunk_numel(tensors[0].device)
     for piece, extent in enumerate(extents):
         for offset, numel in (run for chunk in chunks(extent, limit) for run in chunk):
             if numel > room:

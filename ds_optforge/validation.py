@@ -34,7 +34,7 @@ def validate(model: type[M], values: Mapping[str, Any], path: str, paths: Mappin
         for detail in error.errors():
             origin = (paths or {}).get(str(detail["loc"][0]), path) if detail["loc"] else path
             where = _join(origin, [part for part in detail["loc"] if part != "[key]"])
-            problems.append(_problem(model, detail, where, top_level=origin == path))
+            problems.append(problem(model, detail, where, top_level=origin == path))
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -44,7 +44,8 @@ def _join(path: str, location: Sequence[int | str]) -> str:
     return path
 
 
-def _problem(model: type[BaseModel], detail: Any, where: str, top_level: bool) -> str:
+def problem(model: type[BaseModel], detail: Any, where: str, top_level: bool) -> str:
+    """One of pydantic's error details as a line: where, what was found, what is allowed."""
     found = detail["input"]
     if detail["type"] == "extra_forbidden":
         owner = _model_at(model, detail["loc"])

@@ -81,6 +81,7 @@ def initialize(
         raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
+    _base_optimizer(result[0])[1].send_telemetry(result[0].monitor)
     return result
 
 
@@ -104,6 +105,14 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     return {"zero_force_ds_cpu_optimizer": False, **config}
 
 
+def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:
+    """(what holds it, the OptForge) under an engine's or a framework's wrappers."""
+    wrapper = optimizer = engine
+    while not isinstance(optimizer, OptForge):
+        wrapper, optimizer = optimizer, optimizer.optimizer
+    return wrapper, optimizer
+
+
 @contextmanager
 def evaluation_weights(engine: Any) -> Iterator[None]:
     """Evaluate and export with the weights that are meant for it.
@@ -116,9 +125,7 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
         engine: what deepspeed.initialize or Accelerator.prepare returned; or an optimizer: the HF Trainer's
             ``trainer.optimizer``, or an OptForge in plain PyTorch.
     """
-    wrapper = optimizer = engine
-    while not isinstance(optimizer, OptForge):
-        wrapper, optimizer = optimizer, optimizer.optimizer
+    wrapper, optimizer = _base_optimizer(engine)
     if not optimizer.averages_weights:
         yield
         return

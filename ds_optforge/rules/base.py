@@ -4,7 +4,7 @@ A rule never sees DeepSpeed, a process group or a partition. What a schedule may
 it reads from the group's dict at every step; everything else it is constructed with.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -71,11 +71,14 @@ class MatrixRule(Rule, Protocol):
     def direction(self, gradients: Tensors, state: State, now: Hyperparameters) -> Tensors:
         """Advance ``state`` in place and return what is to be orthogonalized. ``gradients`` stay unchanged."""
 
-    def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+    def update(
+        self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         """(n, rows, cols) directions, which may be overwritten -> (n, rows, cols) updates; zero where ``active`` (n,) is 0.
 
         ``rows`` (n, outputs) are the row statistics, advanced in place (empty without a row buffer); a negative one is kept
         by another rank. ``transposed`` tells that the weight is stored (in, out), so that its outputs are its columns.
+        ``watch`` is called with the (n, rows, cols) orthogonal factors, before anything is made of them.
         """
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:

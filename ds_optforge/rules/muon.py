@@ -85,9 +85,13 @@ class Muon:
         torch._foreach_lerp_(averages, list(gradients), 1.0 - momentum)
         return torch._foreach_lerp(list(gradients), averages, momentum) if self.nesterov else averages
 
-    def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+    def update(
+        self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         # Scaled in the wire's precision: the compute dtype may be narrower.
         orthogonal = self.orthogonalization(matrices).to(matrices.dtype)
+        if watch is not None:
+            watch(orthogonal)
         scale = self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
         factors = (active.float() * scale).view(-1, 1, 1)
         if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # a power of two, mostly: no mixed dtypes

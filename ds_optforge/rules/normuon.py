@@ -1,5 +1,6 @@
 """NorMuon (Li et al. 2025, arXiv 2510.05491): Muon whose rows are normalised by their own second moment."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,8 +22,12 @@ class NorMuon(Muon):
     beta2: float = 0.95
     row_buffer: ClassVar[str] = "row_second_moment"
 
-    def update(self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool) -> Tensor:
+    def update(
+        self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
         orthogonal = self.orthogonalization(matrices).float()
+        if watch is not None:
+            watch(orthogonal)
         norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
         into = -2 if transposed else -1
         square = orthogonal.square().mean(into)

@@ -120,6 +120,11 @@ class BucketExchange:
             self._wait()
             self._send = self._send.new_empty(0)
 
+    def owned(self, index: int) -> tuple[int, ...]:
+        """The matrices of one batch, in order, by their number in the layout."""
+        batch = self._batches[index]
+        return tuple(dict(zip(batch.slots, (section.matrix for section in batch.sections), strict=True)).values())
+
     def matrices(self, index: int) -> MatrixBatch:
         """After ``arrive``: one batch of owned matrices, to be overwritten at will."""
         batch = self._batches[index]
@@ -232,6 +237,12 @@ def _batch(shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[
     slot_index, flag_index = _index(slots, device), _index([section.flag for section in sections], device)
     start = first if whole and not partial else -1
     return _Batch(*shape, transposed, len(members), sections, slots, slot_index, flag_index, start, partial)
+
+
+def sum_over_ranks(values: Tensor, binding: Binding) -> None:
+    """Add up ``values`` over the ranks that share the binding's parameters, in place; all of them take part."""
+    if binding.process_group is not None and binding.world_size > 1:
+        dist.all_reduce(values, group=binding.process_group)
 
 
 def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> None:

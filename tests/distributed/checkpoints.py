@@ -12,7 +12,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_optimizer_state
 
 import ds_optforge
 from ds_optforge.checkpoint.files import Checkpoint, incomplete
@@ -122,51 +121,23 @@ def save_and_average(config: dict[str, Any], folder: str) -> dict[str, torch.Ten
 
 
 def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """DeepSpeed's built-in Muon: losses, and what it holds at the end, whole."""
-    model = models.build()
+    """DeepSpeed's built-in Muon: losses, weights at the end, and the momenta that it must have, computed on the side."""
+    model, reference = models.build(), models.build()
+    names = [name for name, _ in reference.named_parameters() if name.startswith("blocks")]
+    momenta = {name: torch.zeros_like(reference.get_parameter(name)) for name in names}
     for name, parameter in model.named_parameters():
-        parameter.use_muon = name.startswith("blocks")  # type: ignore[attr-defined]
+        parameter.use_muon = name in names  # type: ignore[attr-defined]
     engine = deepspeed.initialize(model=model, config=config)[0]
     try:
-        losses = run_steps(engine, 0, HALF)
+        losses = []
+        for step in range(HALF):
+            reference.load_state_dict(full_parameters(model))
+            reference.zero_grad()
+            reference(*models.batch(step)).backward()
+            for name, momentum in momenta.items():
+                momentum.lerp_(reference.get_parameter(name).grad, 1 - 0.95)
+            losses += run_steps(engine, step, 1)
         engine.save_checkpoint(folder)
-        momenta = {
-            name: value.clone()
-            for name, parameter in model.named_parameters()
-            if name.startswith("blocks") and (value := safe_get_full_optimizer_state(parameter, "momentum_buffer")) is not None
-        }
         return {"losses": losses, "parameters": full_parameters(model), "momenta": momenta}
     finally:
         engine.destroy()
-
-
-def killed_while_saving(config: dict[str, Any], folder: str, rank: int) -> None:
-    """One rank dies by SIGKILL as soon as anything has been written."""
-    engine = build_engine(config, {})
-    run_steps(engine, 0, HALF)
-    if dist.get_rank() == rank:
-        Thread(target=_die_when_written, args=(incomplete(Path(folder)),), daemon=True).start()
-    ds_optforge.save_checkpoint(engine, folder)
-
-
-def _die_when_written(folder: Path) -> None:
-    while not any(folder.glob("*.safetensors")):
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def resume_late(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Rank 1 takes its time before it loads."""
-    if dist.get_rank() == 1:
-        time.sleep(2.0)
-    return resume(config, folder)
-
-
-def step_without_rank_1(config: dict[str, Any]) -> None:
-    """Rank 1 goes away after a step, without ending."""
-    engine = build_engine(config, {})
-    run_steps(engine, 0, 1)
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
-    if dist.get_rank() == 0:
-        run_steps(engine, 1, 1)

@@ -90,7 +90,8 @@ def test_a_run_of_deepspeeds_muon_goes_on_here(stage: int, offload: bool, pools:
     for name, weight in whole[0]["parameters"].items():
         assert torch.equal(tensors[f"model/{name}"].view(weight.shape), weight), name
     for name, momentum in whole[0]["momenta"].items():
-        assert torch.allclose(tensors[f"optimizer/{name}/momentum_buffer"].view(momentum.shape), momentum, rtol=1e-6), name
+        found = tensors[f"optimizer/{name}/momentum_buffer"].view(momentum.shape)
+        assert (found - momentum).norm() <= 1e-5 * momentum.norm(), name  # their gradients are summed in another order
     resumed = pools[2].run(checkpoints.resume, cases.engine_config(2, cases.MUON), str(tmp_path / "ours"), strict=False)
     assert resumed[0]["losses"][-1] < whole[0]["losses"][0]
 

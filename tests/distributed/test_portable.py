@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "normuon": {"name": "normuon", **AUX},
     "adamw": {"name": "adamw", "lr": 3e-3, "eps": 1e-5},
     "lion": {"name": "lion", "lr": 3e-4},
-    "schedule_free_adamw": {"name": "schedule_free_adamw", "eps": 1e-5},
+    "schedule_free_adamw": {"name": "schedule_free_adamw", "eps": 1e-5, "betas": [0.9, 0.99]},
 }
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "8bit": 1e-2}
 

@@ -1,0 +1,1 @@
+"""Comparisons and sweeps: many launches of a training program, and what they show."""

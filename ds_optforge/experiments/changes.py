@@ -1,0 +1,92 @@
+"""Changes to a DeepSpeed configuration, by dotted path; and what the runner reads of a configuration."""
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds_optforge.config import schedule_config
+from ds_optforge.integrations.deepspeed import check
+from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.validation import ConfigError
+
+STEADY_WARMUPS, STEADY_STEPS = 3, 200  # steady state begins after three warm-ups, and after 200 steps
+Differences = list[tuple[str, Any, Any]]
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``config`` with each value of ``changes`` at its dotted path.
+
+    The last name of a path may be new, the sections on the way must exist: a misspelt path would change nothing that
+    anything reads. Raises ConfigError.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    for path, value in changes.items():
+        section = result
+        *parents, last = path.split(".")
+        for depth, name in enumerate(parents):
+            inner = section.get(name)
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{path}: {_no_section('.'.join(parents[: depth + 1]), name, section)}")
+            section = inner
+        section[last] = copy.deepcopy(value)
+    return result
+
+
+def _no_section(path: str, name: str, owner: Mapping[str, Any]) -> str:
+    sections = [key for key, value in owner.items() if isinstance(value, Mapping)]
+    close = difflib.get_close_matches(name, sections, n=1)
+    meant = f"did you mean '{close[0]}'? " if close else ""
+    return f"the configuration has no section '{path}'; {meant}allowed: {', '.join(sections) or 'none here'}"
+
+
+def prepared(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """``config`` for a run of ``steps`` steps, validated as far as it is OptForge's. Raises ConfigError."""
+    match config:
+        case {"scheduler": {"params": {"total_num_steps": _}}}:
+            config = changed(config, {"scheduler.params.total_num_steps": steps})
+    match config:
+        case {"optimizer": {"type": "OptForge"}}:
+            check(config)
+    return dict(config)
+
+
+def warmup_steps(config: Mapping[str, Any]) -> int:
+    """Steps of warm-up, of the schedule or of the rule itself."""
+    own = schedule = 0
+    match config:
+        case {"optimizer": {"params": {"warmup_steps": int(own)}}}:
+            pass
+    match config:
+        case {"scheduler": {"type": OptForgeSchedule.__name__, "params": dict(params)}}:
+            schedule = schedule_config(params).warmup
+        case {"scheduler": {"params": {"warmup_num_steps": int(schedule)}}}:
+            pass
+    return max(own, schedule)
+
+
+def steady_start(config: Mapping[str, Any]) -> int:
+    """The step after which the loss is that of the steady state: max(3 x warm-up, 200)."""
+    return max(STEADY_WARMUPS * warmup_steps(config), STEADY_STEPS)
+
+
+def differences(one: Any, other: Any, path: str = "") -> Differences:
+    """(dotted path, value in one, value in the other) wherever two configurations differ; None for what is missing."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = list(dict.fromkeys([*one, *other]))
+        found = (differences(one.get(key), other.get(key), f"{path}.{key}".removeprefix(".")) for key in keys)
+        return [difference for part in found for difference in part]
+    return [] if one == other else [(path, one, other)]
+
+
+def described(changes: Mapping[str, Any]) -> str:
+    """Changes as people read them: the shortest end of each path that says what it is."""
+    return ", ".join(f"{_short(path.split('.'))} = {_value(value)}" for path, value in changes.items())
+
+
+def _short(parts: Sequence[str]) -> str:
+    return ".".join(part for part in parts if part not in ("optimizer", "scheduler", "params", "roles"))
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
