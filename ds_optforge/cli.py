@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("config", help="a DeepSpeed configuration file")
     command.set_defaults(run=_check)
     _add_convert(commands)
+    _add_experiments(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
 
@@ -81,6 +82,30 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "world size / E ranks; default: 1, ZeRO cuts experts as everything else",
     )
     command.set_defaults(run=_plan)
+
+
+def _add_experiments(commands: Any) -> None:
+    compare = commands.add_parser("compare", help="several optimizers on one workload: fair runs, a table, plots, a report")
+    sweep = commands.add_parser("sweep", help="named experiments in phases; each phase's winner is the next one's baseline")
+    sweep.add_argument("--dry-run", action="store_true", help="print the order of the experiments and launch nothing")
+    for command in (compare, sweep):
+        command.add_argument("file", type=Path, help="a YAML file; docs/comparison.md says what is in it")
+        command.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time; default: 1")
+        command.add_argument("--steps", type=int, help="of each run, in place of the file's: for a first look")
+        command.add_argument("--out", help="folder for the results, in place of the file's")
+        command.add_argument("--retry", action="store_true", help="launch again what crashed, diverged or timed out")
+        command.set_defaults(run=_experiments, config=None, sweep=command is sweep, dry_run=False)
+
+
+def _experiments(options: argparse.Namespace) -> int:
+    try:
+        from ds_optforge.experiments import commands
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error}; run: pip install 'ds-optforge[experiments]'") from None
+    if options.parallel < 1 or (options.steps or 1) < 1:
+        raise ConfigError("--parallel and --steps: allowed: whole numbers of at least 1")
+    status: int = commands.sweep(options) if options.sweep else commands.compare(options)
+    return status
 
 
 def _explain(options: argparse.Namespace) -> int:

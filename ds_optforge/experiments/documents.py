@@ -86,8 +86,9 @@ def _walk(node: yaml.Node, location: Location, lines: dict[Location, int], file:
     inside = (*inside, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            lines[(*location, index)] = item.start_mark.line + 1
-            _walk(item, (*location, index), lines, file, inside)
+            place = (*location, index)
+            lines[place] = item.start_mark.line + 1
+            _walk(item, place, lines, file, inside)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             line = key.start_mark.line + 1

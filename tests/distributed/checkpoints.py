@@ -141,3 +141,35 @@ def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:
         return {"losses": losses, "parameters": full_parameters(model), "momenta": momenta}
     finally:
         engine.destroy()
+
+
+def killed_while_saving(config: dict[str, Any], folder: str, rank: int) -> None:
+    """One rank dies by SIGKILL as soon as anything has been written."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, HALF)
+    if dist.get_rank() == rank:
+        Thread(target=_die_when_written, args=(incomplete(Path(folder)),), daemon=True).start()
+    ds_optforge.save_checkpoint(engine, folder)
+
+
+def _die_when_written(folder: Path) -> None:
+    while not any(folder.glob("*.safetensors")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume_late(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Rank 1 takes its time before it loads."""
+    if dist.get_rank() == 1:
+        time.sleep(2.0)
+    return resume(config, folder)
+
+
+def step_without_rank_1(config: dict[str, Any]) -> None:
+    """Rank 1 goes away after a step, without ending."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, 1)
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    if dist.get_rank() == 0:
+        run_steps(engine, 1, 1)

@@ -1,0 +1,111 @@
+"""What `ds-optforge compare` and `ds-optforge sweep` do with their arguments."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ds_optforge.experiments import report
+from ds_optforge.experiments.changes import described
+from ds_optforge.experiments.compare import METRIC, run_comparison
+from ds_optforge.experiments.launching import ExperimentError, Launcher
+from ds_optforge.experiments.live import Board
+from ds_optforge.experiments.spec import Sweep, read_comparison, read_sweep
+from ds_optforge.experiments.sweep import planned, run_sweep
+
+FAILED, INTERRUPTED = 1, 130  # exit statuses; 130 is what a shell gives for an interrupt
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Run a comparison and write its table, results.tsv, plots and report."""
+    comparison = read_comparison(options.file, options.steps, options.out)
+    settings, console = comparison.settings, Console()
+    board = Board(f"compare {options.file}", METRIC, console)
+    launcher = Launcher(settings.launcher, Path(settings.out), board, settings.timeout, options.parallel, options.retry)
+    with _reported() as failure, launcher.opened():
+        with board:
+            outcome = run_comparison(comparison, launcher, board)
+        console.print(report.comparison_table(outcome))
+        console.print(f"{report.write_comparison(outcome)}: the report", markup=False, highlight=False, soft_wrap=True)
+        failure.status = FAILED if any(standing.crashed for standing in outcome.standings) else 0
+    return failure.status
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Run a sweep, and write results.tsv and the report after each decision."""
+    read = read_sweep(options.file, options.steps, options.out)
+    settings, console = read.settings, Console()
+    if options.dry_run:
+        print_plan(read, console)
+        return 0
+    board = Board(f"sweep {options.file}", settings.metric, console)
+    launcher = Launcher(settings.launcher, Path(settings.out), board, settings.timeout, options.parallel, options.retry)
+    with _reported() as failure, launcher.opened():
+        with board:
+            for progress in run_sweep(read, launcher, board):
+                page = report.write_sweep(progress)
+        for table in report.sweep_tables(progress):
+            console.print(table)
+        console.print(report.sweep_summary(progress), markup=False, highlight=False)
+        console.print(f"{page}: the report", markup=False, highlight=False, soft_wrap=True)
+        if progress.unfinished:
+            phases = ", ".join(f"'{result.phase.name}'" for result in progress.unfinished)
+            raise ExperimentError(
+                f"{options.file}: no experiment of {phases} finished; see the log.txt in their folders of "
+                f"{Path(settings.out) / 'runs'}, then run again with --retry"
+            )
+    return failure.status
+
+
+def print_plan(sweep: Sweep, console: Console) -> None:
+    """The order that a sweep takes."""
+    settings = sweep.settings
+    budget = f"{settings.steps} steps" if settings.steps else f"{settings.seconds:g} seconds"
+    experiments = sum(len(phase.experiments) for phase in sweep.phases)
+    lines = [
+        f"{experiments} experiments in {len(sweep.phases)} phases; {budget} and up to {len(settings.seeds)} seeds each",
+        f"baseline: {settings.config}",
+    ]
+    title = ""
+    for phase, experiment in planned(sweep):
+        if experiment is None:
+            continue
+        if phase != title:
+            title = phase
+            lines.append(f"{phase}:")
+        marks = experiment.priority + (", first" if experiment.first else "")
+        text = described(experiment.changes)
+        own = f"  ({experiment.description})" if experiment.description != text else ""
+        lines.append(f"  {experiment.name:<8} {marks:<14} {text}{own}")
+    lines.append("combined: all winners, against the first baseline, with other seeds")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+class _Status:
+    status = 0
+
+
+@contextmanager
+def _reported() -> Iterator[_Status]:
+    """Turn what can go wrong into a message and an exit status; SIGTERM ends the runs as an interrupt does."""
+    outcome = _Status()
+    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield outcome
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        outcome.status = FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        outcome.status = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,315 @@
+"""Runs of a training program: launched from an argument-list template, recorded when they have ended, never run twice.
+
+The program is told a DeepSpeed configuration file, a folder, a seed and a number of steps. It writes metrics.jsonl (a row a
+step: step, loss, grad_norm, tokens_per_second, peak_memory_gb) and summary.json (numbers, validation_loss among them) into the
+folder, as train.py does, and exits with 0.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from ds_optforge.experiments.spec import PLACEHOLDER
+from ds_optforge.validation import ConfigError
+
+Status: TypeAlias = Literal["finished", "crashed", "diverged", "timed out"]
+RECORD = "record.json"
+GRACE_SECONDS = 20.0  # from SIGTERM to SIGKILL: train.py saves a checkpoint in between
+POLL_SECONDS = 0.1
+
+
+class ExperimentError(RuntimeError):
+    """Runs that cannot be evaluated; the message says what to run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One launch: a configuration, a seed and a number of steps. The name is for people."""
+
+    name: str
+    config: dict[str, Any]
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a run ended, kept as record.json in its folder. ``measured``: finite numbers by name."""
+
+    name: str
+    seed: int
+    steps: int
+    status: Status
+    reason: str
+    seconds: float
+    commit: str
+    command: list[str]
+    measured: dict[str, float]
+    conditions: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+
+class Watcher(Protocol):
+    """Hears of runs as they start and end, from several threads."""
+
+    def started(self, run: Run, folder: Path) -> None: ...
+
+    def ended(self, record: Record, reused: bool) -> None: ...
+
+
+@dataclass(slots=True)
+class Launcher:
+    """Launches runs, ``parallel`` at a time, in folders under ``out``/runs."""
+
+    template: Sequence[str]
+    out: Path
+    watcher: Watcher
+    timeout: float | None = None
+    parallel: int = 1
+    retry: bool = False
+    _lock: int = -1
+    _retried: set[str] = field(default_factory=set)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder: a second command, or a run that a killed one left behind, would write into the same files."""
+        (self.out / "runs").mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ExperimentError(f"{self.out}: in use by {self._users()}; wait for it, or end it, and run again") from None
+            yield
+        finally:
+            os.close(self._lock)
+
+    def _users(self) -> str:
+        left = [f"process {path.read_text()} ({path.parent})" for path in self.out.glob("runs/*/pid")]
+        return f"another command or the runs of a killed one: {', '.join(left)}" if left else "another command"
+
+    def run(self, runs: Sequence[Run]) -> list[Record]:
+        """Launch what has no record yet; return one record a run, in order. On an interrupt all processes are ended."""
+        slots: queue.Queue[int] = queue.Queue()
+        for slot in range(self.parallel):
+            slots.put(slot)
+        distinct = {self._key(run): run for run in runs}
+        with ThreadPoolExecutor(self.parallel) as pool:
+            futures = {key: pool.submit(self._once, run, slots) for key, run in distinct.items()}
+            try:
+                wait(futures.values())
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [futures[self._key(run)].result() for run in runs]
+
+    def _once(self, run: Run, slots: "queue.Queue[int]") -> Record:
+        key = self._key(run)
+        earlier = next(self.out.glob(f"runs/*-{key}"), None)
+        folder = earlier or self.out / "runs" / f"{run.name}-seed{run.seed}-{key}"
+        if (folder / RECORD).is_file():
+            record = read_record(folder)
+            if record.finished or not self.retry or key in self._retried:
+                self.watcher.ended(record, reused=True)
+                return record
+        self._retried.add(key)
+        slot = slots.get()
+        try:
+            record = self._launch(run, folder, slot)
+        finally:
+            slots.put(slot)
+        self.watcher.ended(record, reused=False)
+        return record
+
+    def _key(self, run: Run) -> str:
+        """What decides a run's result: two runs that agree in it are one, whatever their names."""
+        content = json.dumps([list(self.template), run.config, run.seed, run.steps], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+    def _launch(self, run: Run, folder: Path, slot: int) -> Record:
+        folder.mkdir(exist_ok=True)
+        for stale in (RECORD, "summary.json"):
+            (folder / stale).unlink(missing_ok=True)
+        (folder / "config.json").write_text(json.dumps(run.config, indent=2) + "\n")
+        command = filled(self.template, run, folder, slot)
+        commit = current_commit()
+        start = time.monotonic()
+        self.watcher.started(run, folder)
+        status, reason = self._wait(command, folder, start)
+        measured, conditions = measure(folder) if status == "finished" else ({}, {})
+        if status == "finished":
+            status, reason = judged(folder)
+        finite = {key: value for key, value in measured.items() if math.isfinite(value)}
+        seconds = round(time.monotonic() - start, 2)
+        record = Record(run.name, run.seed, run.steps, status, reason, seconds, commit, command, finite, conditions, folder)
+        write_record(record)
+        return record
+
+    def _wait(self, command: list[str], folder: Path, start: float) -> tuple[Status, str]:
+        with open(folder / "log.txt", "wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own, so that all its ranks can be ended
+                pass_fds=(self._lock,),  # as long as it lives, the folder is in use
+            )
+        (folder / "pid").write_text(str(process.pid))
+        try:
+            while process.poll() is None:
+                if self._stop.is_set():
+                    raise InterruptedError
+                if self.timeout is not None and time.monotonic() - start > self.timeout:
+                    return "timed out", f"ended after {self.timeout:g} seconds"
+                time.sleep(POLL_SECONDS)
+        finally:
+            _end(process)
+            (folder / "pid").unlink()
+        if process.returncode:
+            return "crashed", f"exit status {process.returncode}: {_last_line(folder / 'log.txt')}"
+        return "finished", ""
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End what is left of a run, its ranks included."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    if process.poll() != 0:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def filled(template: Sequence[str], run: Run, folder: Path, slot: int) -> list[str]:
+    """The command of a run: placeholders are filled in argument by argument, and no shell reads it."""
+    values = {
+        "config": str(folder / "config.json"),
+        "out": str(folder),
+        "seed": str(run.seed),
+        "steps": str(run.steps),
+        "slot": str(slot),
+    }
+    if any("{port}" in argument for argument in template):
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            values["port"] = str(probe.getsockname()[1])
+    return [PLACEHOLDER.sub(lambda match: values[match[1]], argument) for argument in template]
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, up to one that is still being written."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def measure(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of a finished run, and the conditions that must be the same in all runs that are compared."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}, {}
+    measured = {key: float(value) for key, value in summary.items() if _is_number(value) and key not in _CONDITIONS}
+    rows = read_rows(folder)
+    for name, combine in (("grad_norm", _late_mean), ("tokens_per_second", statistics.median), ("peak_memory_gb", max)):
+        values = [float(row[name]) for row in rows if _is_number(row.get(name))]
+        if values:
+            measured[name] = combine(values)
+    return measured, {key: summary[key] for key in _CONDITIONS if key in summary}
+
+
+_CONDITIONS = ("world_size", "data", "model", "sequence_length", "versions")
+
+
+def _late_mean(values: Sequence[float]) -> float:
+    return statistics.mean(values[len(values) // 2 :])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def judged(folder: Path) -> tuple[Status, str]:
+    """Whether a run that ended well also left results, and finite ones."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        return "crashed", f"it exited with 0 and left no summary.json that can be read ({error})"
+    rows = read_rows(folder)
+    losses = {key: value for key, value in summary.items() if key.endswith("loss") and _is_number(value)}
+    if rows and _is_number(rows[-1].get("loss")):
+        losses["loss of the last step"] = rows[-1]["loss"]
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            return "diverged", f"{name} is {value}"
+    return "finished", ""
+
+
+def write_record(record: Record) -> None:
+    """Write record.json in one move: a run either has a whole one or will be run again."""
+    content = {key: value for key, value in asdict(record).items() if key != "folder"}
+    replace_text(record.folder / RECORD, json.dumps(content, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run's record. Raises ConfigError for one that no version of this module wrote."""
+    try:
+        return Record(**json.loads((folder / RECORD).read_text()), folder=folder)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / RECORD}: not a record ({error}); remove {folder} to run it again") from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it finds the old text or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def current_commit() -> str:
+    """The commit that the working folder is at, with -dirty if files were changed since; "unknown" outside of git."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    command = [git, "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def _last_line(log: Path) -> str:
+    """What a program says at its end; the terminal's codes are left out, a log may hold a progress bar."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    telling = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|.*\berror: ", line)]
+    return (telling or lines or ["it said nothing"])[-1][:300]
