@@ -164,7 +164,10 @@ def block_edges(numel: int, cuts: Sequence[int]) -> Tensor:
 
     ``cuts``: where fragments meet inside it, so that blocks restart.
     """
-    return torch.cat([torch.arange(0, numel, BLOCK), torch.tensor([*cuts, numel], dtype=torch.int64)]).unique()
+    edges = torch.cat([torch.arange(0, numel, BLOCK), torch.tensor([*cuts, numel], dtype=torch.int64)]).sort().values
+    first = torch.ones_like(edges, dtype=torch.bool)
+    first[1:] = edges.diff() > 0
+    return edges[first]
 
 
 def dequantize(codes: Tensor, absmax: Tensor, edges: Tensor, signed: bool) -> Tensor:

@@ -40,7 +40,8 @@ def validate(model: type[M], values: Mapping[str, Any], path: str, paths: Mappin
 
 def _join(path: str, location: Sequence[int | str]) -> str:
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        named = isinstance(part, str) and part.isprintable() and part
+        path += f".{part}" if named else f"[{part!r}]"
     return path
 
 
@@ -50,6 +51,8 @@ def problem(model: type[BaseModel], detail: Any, where: str, top_level: bool) ->
     if detail["type"] == "extra_forbidden":
         owner = _model_at(model, detail["loc"])
         return f"{where}: {_unknown_key(owner, str(detail['loc'][-1]), top_level)}"
+    if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):  # of a list that is too short
+        return f"{where}: missing; allowed: a value"
     if detail["type"] == "missing":
         return f"{where}: missing; allowed: {_model_at(model, detail['loc']).model_fields[str(detail['loc'][-1])].description}"
     if detail["type"] == "value_error":  # of ours: about one field of the section, or about the value itself
@@ -89,7 +92,7 @@ def refuse_auto(value: Any, path: str) -> None:
 def _autos(value: Any, path: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _autos(inner, f"{path}.{key}")
+            yield from _autos(inner, _join(path, [key]))
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _autos(inner, f"{path}[{index}]")

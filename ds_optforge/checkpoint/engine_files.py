@@ -58,7 +58,8 @@ class EngineCheckpoint:
 
     @property
     def model(self) -> Mapping[str, Any]:
-        return self.models[0]
+        first: Mapping[str, Any] = self.models[0]
+        return first
 
     def optimizer(self, shard: int) -> Mapping[str, Any]:
         """The state dict of the optimizer itself."""
@@ -102,4 +103,4 @@ def load(path: Path) -> Any:
 
 def address(tensor: Tensor) -> tuple[int, int]:
     """The same for the same memory: tied weights stay so in a file."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())

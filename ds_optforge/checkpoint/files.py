@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -38,6 +37,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
 
 MANIFEST = "checkpoint.json"
@@ -205,7 +206,7 @@ def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) ->
     with _reporting(folder), own_group() as group, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
         planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
-        dcp.save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+        save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
 
 
 def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) -> Future[None]:
@@ -214,7 +215,7 @@ def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping
     stack = ExitStack()
     group = stack.enter_context(own_group())
     planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
-    saving = dcp.async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+    saving = async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
 
     def finish(saved: Future[Any]) -> None:
         try:
@@ -239,7 +240,7 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
     with _reporting(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer = HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files_of([chunks]))
-        dcp.save(_values(chunks), storage_writer=writer, planner=_SavePlanner(chunks), no_dist=True)
+        save(_values(chunks), storage_writer=writer, planner=_SavePlanner(chunks), no_dist=True)
         temporary.rename(folder)
         _sync_folder(folder.parent)
 
@@ -403,7 +404,7 @@ class Checkpoint:
         """Fill the requests, this process alone. Names and ranges must be those of `tensors`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group takes part
-            dcp.load({}, storage_reader=self._reader, planner=_LoadPlanner(requests), no_dist=True)
+            load({}, storage_reader=self._reader, planner=_LoadPlanner(requests), no_dist=True)
 
     def whole(self, name: str) -> Tensor:
         """One whole logical tensor, flat."""

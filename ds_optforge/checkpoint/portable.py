@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -145,10 +145,11 @@ class _Run:
                 },
             )
             group["members"] += part.slices.placement.layout.names
-        return _plain(groups, "the parameter groups")
+        plain: dict[str, Any] = _plain(groups, "the parameter groups")
+        return plain
 
     def _block_cuts(self) -> dict[str, list[int]]:
-        cuts = {}
+        cuts: dict[str, list[int]] = {}
         for part in self.parts:
             if part.members.settings.state_dtype == "8bit":
                 placement = part.slices.placement
@@ -349,7 +350,7 @@ def _rank() -> int:
 def _random_states() -> dict[str, Tensor]:
     """This rank's generators, as bytes."""
     version, keys, gauss = random.getstate()
-    kind, words, *rest = numpy.random.get_state(legacy=True)
+    kind, words, *rest = cast("tuple[Any, ...]", numpy.random.get_state(legacy=True))
     states = {
         "torch": torch.get_rng_state(),
         "python": _bytes([version, keys, gauss]),

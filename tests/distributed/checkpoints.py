@@ -1,6 +1,7 @@
 """What the ranks of a pool run to test portable checkpoints."""
 
 import os
+import random
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,15 @@ from threading import Thread
 from typing import Any
 
 import deepspeed
+import numpy
 import torch
 import torch.distributed as dist
 
 import ds_optforge
 from ds_optforge.checkpoint.files import Checkpoint, incomplete
+from ds_optforge.zero.layout import loss_scale
 from tests import models
-from tests.distributed.cases import build_engine, full_parameters, run_steps
+from tests.distributed.cases import MixtureNet, base_optimizer, build_engine, full_parameters, run_steps
 
 HALF = 5  # steps before the checkpoint, and after it
 
@@ -31,6 +34,7 @@ def run_and_save(config: dict[str, Any], folder: str, how: str = "portable", **m
         else:
             writing = ds_optforge.save_checkpoint(engine, folder, {"next": HALF}, wait=how != "background")
         result = {"losses": run_steps(engine, HALF, HALF), "parameters": full_parameters(engine.module)}
+        result["loss_scale"] = loss_scale(engine.optimizer)
         if how == "background":
             assert writing is not None
             writing.result()
@@ -49,7 +53,7 @@ def resume(config: dict[str, Any], folder: str, strict: bool = True, **model_opt
             "steps": engine.global_steps,
             "losses": run_steps(engine, HALF, HALF),
             "parameters": full_parameters(engine.module),
-            "rates": {group["optforge_group"]: group["lr"] for group in engine.optimizer.param_groups},
+            "loss_scale": loss_scale(engine.optimizer),
         }
     finally:
         engine.destroy()
@@ -84,7 +88,7 @@ def refused(config: dict[str, Any], folder: str, strict: bool = True, **model_op
 
 def everything(engine: Any) -> list[torch.Tensor]:
     """Copies of weights and state."""
-    base = engine.optimizer if isinstance(engine.optimizer, ds_optforge.OptForge) else engine.optimizer.optimizer
+    base = base_optimizer(engine)
     state = [v for s in base.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return [tensor.detach().clone() for tensor in [*full_parameters(engine.module).values(), *base.state, *state]]
 
@@ -94,10 +98,6 @@ def logical_tensors(folder: str | Path) -> Mapping[str, torch.Tensor]:
     checkpoint = Checkpoint(Path(folder))
     assert not checkpoint.damage()
     return {name: checkpoint.whole(name) for name in checkpoint.tensors if not name.startswith("random/")}
-
-
-def world() -> int:
-    return dist.get_world_size()
 
 
 def save_both(config: dict[str, Any], folder: str, **model_options: Any) -> None:
@@ -173,3 +173,40 @@ def step_without_rank_1(config: dict[str, Any]) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
     if dist.get_rank() == 0:
         run_steps(engine, 1, 1)
+
+
+def draw_and_save(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A checkpoint in the middle of a random stream that is each rank's own; and what comes next."""
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(dist.get_rank())
+    engine = build_engine(config, {})
+    run_steps(engine, 0, HALF)
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(10 + dist.get_rank())
+    draw()
+    ds_optforge.save_checkpoint(engine, folder)
+    return next_of(engine)
+
+
+def load_and_draw(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    engine = build_engine(config, {})
+    ds_optforge.load_checkpoint(engine, folder)
+    return next_of(engine)
+
+
+def next_of(engine: Any) -> dict[str, Any]:
+    groups = base_optimizer(engine).param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    engine.destroy()
+    return {"numbers": draw(), "settings": settings}
+
+
+def draw() -> list[float]:
+    return [torch.rand(()).item(), torch.randn(()).item(), random.random(), random.gauss(0, 1), numpy.random.normal()]
+
+
+def save_mixture(config: dict[str, Any], folder: str) -> None:
+    """Experts on two ranks."""
+    engine = ds_optforge.initialize(model=MixtureNet(expert_parallel_size=2), config=config)[0]
+    run_steps(engine, 0, 1)
+    ds_optforge.save_checkpoint(engine, folder)

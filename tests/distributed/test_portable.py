@@ -5,6 +5,7 @@ and wire: 1e-2; gradients are summed in another order there, which bfloat16 roun
 within five steps. 8-bit state is requantized at the cuts: as bfloat16.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from tests.distributed import cases, checkpoints
 from tests.distributed.conftest import Pools
+from tests.distributed.pool import RankFailure
 from tests.oracles import EXACT
 
 ROWS = 12  # of a global batch, so that 1, 2, 3 and 4 ranks can share it
@@ -41,6 +43,11 @@ def configuration(topology: tuple[int, int, bool], params: dict[str, Any], **ext
     return config
 
 
+def label(topology: tuple[int, int, bool]) -> str:
+    ranks, stage, offload = topology
+    return f"{ranks} rank{'s' * (ranks > 1)}, ZeRO-{stage}{', offload' * offload}"
+
+
 def schedule(name: str) -> dict[str, Any]:
     """A schedule, except where averaging replaces it."""
     if name == "schedule_free_adamw":
@@ -52,7 +59,10 @@ def schedule(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("state_dtype", TOLERANCES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_moves_to_every_topology(name: str, state_dtype: str, pools: Pools, tmp_path: Path) -> None:
+def test_every_optimizer_moves_to_every_topology(
+    name: str, state_dtype: str, pools: Pools, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """What is recorded becomes the table of docs/reliability.md (docs/reliability_table.py)."""
     params = {**OPTIMIZERS[name], "state_dtype": state_dtype, **(EXACT if "muon" in name and state_dtype == "float32" else {})}
     saved = configuration(SAVED, params, **schedule(name))
     expected = pools[2].run(checkpoints.run_and_save, saved, str(tmp_path / "saved"), **WIDE)[0]
@@ -64,6 +74,8 @@ def test_every_optimizer_moves_to_every_topology(name: str, state_dtype: str, po
                 assert result["losses"] == expected["losses"]
                 assert all(torch.equal(result["parameters"][n], p) for n, p in expected["parameters"].items())
             assert result["losses"] == pytest.approx(expected["losses"], rel=TOLERANCES[state_dtype]), topology
+        off = max(abs(found / loss - 1) for found, loss in zip(result["losses"], expected["losses"], strict=True))
+        record_property(label(topology), off)
 
 
 def test_saving_again_is_lossless(pools: Pools, tmp_path: Path) -> None:
@@ -78,3 +90,62 @@ def test_saving_again_is_lossless(pools: Pools, tmp_path: Path) -> None:
     for copy in (checkpoints.logical_tensors(second), checkpoints.logical_tensors(third)):
         assert copy.keys() == original.keys()
         assert all(torch.equal(copy[name], tensor) for name, tensor in original.items())
+
+
+HALF_PRECISION = {
+    "bf16": {"bf16": {"enabled": True}},
+    "bf16, float32 gradients": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}},
+}
+
+
+@pytest.mark.parametrize("stages", [(1, 3), (3, 1), (0, 2), (2, 0)])
+@pytest.mark.parametrize("precision", HALF_PRECISION)
+def test_low_precision_weights_come_from_float32_ones(
+    precision: str, stages: tuple[int, int], pools: Pools, tmp_path: Path
+) -> None:
+    """Whatever wrapper DeepSpeed puts around the optimizer. 2e-2: losses of bfloat16 weights, gradients rounded to it."""
+    extra = HALF_PRECISION[precision]
+    params = {**cases.MUON, **EXACT}
+    saved, other = (configuration((2, stage, False), params, **extra) for stage in stages)
+    expected = pools[2].run(checkpoints.run_and_save, saved, str(tmp_path / "saved"))[0]
+    again = pools[2].run(checkpoints.resume, saved, str(tmp_path / "saved"))[0]
+    assert again["losses"] == expected["losses"]
+    assert again["loss_scale"] == expected["loss_scale"]
+    moved = pools[2].run(checkpoints.resume, other, str(tmp_path / "saved"))[0]
+    assert moved["loss_scale"] == expected["loss_scale"]
+    assert moved["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+
+
+def test_training_goes_on_while_a_thread_writes(pools: Pools, tmp_path: Path) -> None:
+    """What it writes is the moment of the call."""
+    config = configuration(SAVED, OPTIMIZERS["normuon"])
+    at_once, later = str(tmp_path / "at once"), str(tmp_path / "later")
+    expected = pools[2].run(checkpoints.run_and_save, config, at_once)[0]
+    result = pools[2].run(checkpoints.run_and_save, config, later, "background")[0]
+    assert result["losses"] == expected["losses"]
+    written, copied = checkpoints.logical_tensors(at_once), checkpoints.logical_tensors(later)
+    assert written.keys() == copied.keys()
+    assert all(torch.equal(copied[name], tensor) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize(("saved_as", "resumed_as"), [("float32", "8bit"), ("8bit", "float32"), ("bfloat16", "8bit")])
+def test_another_state_format_takes_the_state_over(saved_as: str, resumed_as: str, pools: Pools, tmp_path: Path) -> None:
+    before, after = (configuration(SAVED, {**OPTIMIZERS["adamw"], "state_dtype": name}) for name in (saved_as, resumed_as))
+    expected = pools[2].run(checkpoints.run_and_save, before, str(tmp_path / "saved"), **WIDE)[0]
+    result = pools[2].run(checkpoints.resume, after, str(tmp_path / "saved"), **WIDE, strict=False)[0]
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+
+
+def test_rates_and_random_states_arrive(pools: Pools, tmp_path: Path) -> None:
+    config = configuration(SAVED, OPTIMIZERS["muon"], **schedule("muon"))
+    expected = pools[2].run(checkpoints.draw_and_save, config, str(tmp_path / "saved"))
+    for rank, drawn in enumerate(pools[2].run(checkpoints.load_and_draw, config, str(tmp_path / "saved"))):
+        assert drawn == expected[rank]
+    assert expected[0]["numbers"] != expected[1]["numbers"]
+
+
+def test_experts_shared_out_over_ranks_are_refused(pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.save_mixture, cases.engine_config(2, cases.MUON), str(tmp_path / "saved"))
+    assert "experts that are shared out over ranks (ep_size > 1)" in failure.value.messages[0]
