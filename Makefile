@@ -1,6 +1,7 @@
 # make train   train the tiny GPT with Muon on two ranks, ZeRO-2
 # make test    lint, type check and run all tests
 # make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
+# make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
 # make venv    only the set-up that both begin with
 # make clean   remove what the targets above made, the results of training aside
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 # has; and with the result kept in the environment, two clones do not rebuild each other's.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: train test bench venv clean
+.PHONY: train test bench soak venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -29,6 +30,9 @@ bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/modes.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/modes.py
 	$(IN_VENV) python benchmarks/wire.py
+
+soak: venv
+	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py
 
 venv: .venv/installed
 

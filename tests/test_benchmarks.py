@@ -59,3 +59,23 @@ def test_wire(tmp_path: Path) -> None:
     assert gather["megabytes"] == pytest.approx(gather["floor_megabytes"], rel=0.03)
     assert local["megabytes"] == pytest.approx(0, abs=0.01 * gather["megabytes"])
     assert rows[3, "built-in, standard"]["megabytes"] > 7 * gather["megabytes"]
+
+
+def test_telemetry(tmp_path: Path) -> None:
+    rows = run(TORCHRUN, "telemetry", tmp_path)
+    assert set(rows) == {(2, "muon"), (2, "adamw")}
+    assert all(row["iteration_ms"] > 0 and row["long_iteration_ms"] > row["iteration_ms"] for row in rows.values())
+
+
+def test_lr_transfer(tmp_path: Path) -> None:
+    """Every search ends with two rates on either side of the best one."""
+    finished = on_this_machine(f"python benchmarks/lr_transfer.py --quick --out {shlex.quote(str(tmp_path))}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert (tmp_path / "lr_transfer.png").read_bytes().startswith(PNG)
+    rows = json.loads((tmp_path / "lr_transfer.json").read_text())["rows"]
+    assert [row["width"] for row in rows] == 4 * [16, 32]
+    assert {row["scale"] for row in rows} == {"shape", "match_rms_adamw", "spectral", "none"}
+    for row in rows:
+        losses = list(row["losses"].values())
+        assert min(losses) in losses[2:-2]
+        assert row["loss"] <= min(losses)

@@ -193,6 +193,20 @@ class TestWhen:
         take_steps(model, other, steps=1)
         assert other.telemetry["step"] == 3
 
+    def test_groups_that_count_differently_are_recorded_all_the_same(self) -> None:
+        """As after loading what fits of another optimizer's state."""
+        model = nn.Linear(8, 8)
+        optimizer = watched(model, MUON, every=2)
+        take_steps(model, optimizer, steps=2)
+        optimizer.state[model.bias]["step"] += 1
+        seen = []
+        for step in range(4):
+            set_gradients(model.parameters(), step)
+            optimizer.step()
+            seen.append(optimizer.telemetry["step"])
+        assert seen == [2, 4, 4, 6] or seen == [4, 4, 6, 6]
+        assert set(optimizer.telemetry["groups"]) == {"matrix.muon", "scalar.adamw"}
+
     @pytest.mark.parametrize("name", RULES)
     def test_the_steps_are_the_same_with_it(self, name: str) -> None:
         """Bit for bit; 600 x 500 is more than what is looked at at a time."""

@@ -6,6 +6,7 @@ within five steps. 8-bit state is requantized at the cuts: as bfloat16.
 """
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,21 @@ HALF_PRECISION = {
 }
 
 
-@pytest.mark.parametrize("stages", [(1, 3), (3, 1), (0, 2), (2, 0)])
-@pytest.mark.parametrize("precision", HALF_PRECISION)
+@pytest.mark.parametrize(
+    ("precision", "stages"),
+    [
+        *product(HALF_PRECISION, [(1, 3), (3, 1)]),
+        *product(["bf16", "fp16"], [(0, 2), (2, 0)]),  # DeepSpeed has no float32 gradients beside bf16 there
+    ],
+)
 def test_low_precision_weights_come_from_float32_ones(
     precision: str, stages: tuple[int, int], pools: Pools, tmp_path: Path
 ) -> None:
-    """Whatever wrapper DeepSpeed puts around the optimizer. 2e-2: losses of bfloat16 weights, gradients rounded to it."""
+    """Whatever wrapper DeepSpeed puts around the optimizer. 2e-2: losses of bfloat16 weights, gradients rounded to it.
+
+    DeepSpeed's stage 0 sums gradients in fp16 otherwise than its other stages do, so that runs on them part without any
+    checkpoint (by 4% in ten steps); there the loss that follows the checkpoint tells that everything has arrived.
+    """
     extra = HALF_PRECISION[precision]
     params = {**cases.MUON, **EXACT}
     saved, other = (configuration((2, stage, False), params, **extra) for stage in stages)
@@ -113,8 +123,11 @@ def test_low_precision_weights_come_from_float32_ones(
     assert again["losses"] == expected["losses"]
     assert again["loss_scale"] == expected["loss_scale"]
     moved = pools[2].run(checkpoints.resume, other, str(tmp_path / "saved"))[0]
-    assert moved["loss_scale"] == expected["loss_scale"]
-    assert moved["losses"] == pytest.approx(expected["losses"], rel=2e-2)
+    common = moved["loss_scale"].keys() & expected["loss_scale"].keys()  # stage 0 has no hysteresis
+    assert bool(common) == (precision == "fp16")
+    assert all(moved["loss_scale"][key] == expected["loss_scale"][key] for key in common)
+    compared = 1 if precision == "fp16" and 0 in stages else checkpoints.HALF
+    assert moved["losses"][:compared] == pytest.approx(expected["losses"][:compared], rel=2e-2)
 
 
 def test_training_goes_on_while_a_thread_writes(pools: Pools, tmp_path: Path) -> None:
