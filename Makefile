@@ -33,6 +33,7 @@ bench: venv
 
 soak: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py
+	$(IN_VENV) pytest -m slow
 
 venv: .venv/installed
 

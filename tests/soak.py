@@ -113,14 +113,17 @@ class Soak:
             if fault == "kill in a save" and any(self.out.glob("checkpoints/*.incomplete/*")):
                 break
             time.sleep(0.005)
-        ranks = [child for child in psutil.Process(process.pid).children() if "train.py" in child.cmdline()]
-        if process.poll() is not None or not ranks or fault == "none":
+        try:
+            ranks = [child for child in psutil.Process(process.pid).children() if "train.py" in child.cmdline()]
+            if not ranks or fault == "none":
+                return
+            if fault == "stop":
+                process.send_signal(signal.SIGTERM)
+            else:
+                rng.choice(ranks).send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:  # it ended first
             return
         self.count(fault)
-        if fault == "stop":
-            process.send_signal(signal.SIGTERM)
-        else:
-            rng.choice(ranks).send_signal(signal.SIGKILL)
 
 
 def main() -> int:
