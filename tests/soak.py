@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 TOPOLOGIES = [(ranks, stage, offload) for ranks in (1, 2, 4) for stage in (1, 2, 3) for offload in (False, True)]
 UNDISTURBED = (2, 2, False)
-SEGMENTS, LENGTH, EVERY = 4, 30, 5  # optimizers in a row, steps of each, steps between checkpoints
+SEGMENTS, LENGTH, EVERY = 4, 80, 5  # optimizers in a row, steps of each, steps between checkpoints
 # Losses may differ by this factor: summation order perturbs gradients by 1e-7, which training itself amplifies.
 TOLERANCE = 1e-3
 
@@ -108,7 +108,7 @@ class Soak:
     def disturb(self, process: "subprocess.Popen[bytes]", rng: random.Random) -> None:
         """Wait a while, then kill a rank (perhaps in a save) or ask the launcher to stop; or leave it alone."""
         fault = rng.choice(["kill", "kill in a save", "stop", "stop", "none"])
-        until = time.monotonic() + rng.uniform(8.0, 25.0)
+        until = time.monotonic() + rng.uniform(10.0, 25.0)
         while process.poll() is None and time.monotonic() < until:
             if fault == "kill in a save" and any(self.out.glob("checkpoints/*.incomplete/*")):
                 break

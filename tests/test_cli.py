@@ -204,6 +204,14 @@ def test_check_refuses_a_scheduler_that_flattens_different_rates(
     assert "embedding 0.001" in said
 
 
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_what_is_no_checkpoint_exits_with_2(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main([command, str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'empty'}: has n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments", [[], ["train"], ["explain"], ["explain", "--config", "x", "--model", "huge"], ["check"]])
 def test_wrong_usage_exits_with_2_and_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:

@@ -1,8 +1,8 @@
 """A portable checkpoint goes on with other ranks, on another ZeRO stage, with offload toggled.
 
 Tolerances: float32 throughout, 1e-5 relative, as between topologies without a checkpoint (`test_parity`). bfloat16 products
-and wire: 1e-2; gradients are summed in another order there, which bfloat16 rounding of momenta turns into 2e-3 of the loss
-within five steps. 8-bit state is requantized at the cuts: as bfloat16.
+and wire: 1e-3; gradients are summed in another order, and what bfloat16 rounding makes of that was seen to be 1e-4 of a loss
+within five steps. 8-bit state is requantized at the cuts, and has those products and wire: as bfloat16.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lion": {"name": "lion", "lr": 3e-4},
     "schedule_free_adamw": {"name": "schedule_free_adamw", "eps": 1e-5, "betas": [0.9, 0.99]},
 }
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "8bit": 1e-2}
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-3, "8bit": 1e-3}
 
 
 def configuration(topology: tuple[int, int, bool], params: dict[str, Any], **extra: Any) -> dict[str, Any]:
