@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 TOPOLOGIES = [(ranks, stage, offload) for ranks in (1, 2, 4) for stage in (1, 2, 3) for offload in (False, True)]
 UNDISTURBED = (2, 2, False)
-SEGMENTS, LENGTH, EVERY = 4, 80, 5  # optimizers in a row, steps of each, steps between checkpoints
+SEGMENTS, LENGTH, EVERY = 4, 240, 5  # optimizers in a row, steps of each, steps between checkpoints
 # Losses may differ by this factor: summation order perturbs gradients by 1e-7, which training itself amplifies.
 TOLERANCE = 1e-3
 

@@ -177,7 +177,12 @@ def save_checkpoint(
     """
     run = _Run(engine)
     path = Path(folder)
-    chunks, manifest = run.chunks(), run.manifest(client_state)
+    chunks, manifest, problems = run.chunks(), {}, []
+    try:
+        manifest = run.manifest(client_state)
+    except CheckpointError as error:
+        problems.append(str(error))
+    _raise_on_all_ranks(problems)
     if wait:
         files.write(path, chunks, manifest)
         return None

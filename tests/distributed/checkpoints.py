@@ -210,3 +210,9 @@ def save_mixture(config: dict[str, Any], folder: str) -> None:
     engine = ds_optforge.initialize(model=MixtureNet(expert_parallel_size=2), config=config)[0]
     run_steps(engine, 0, 1)
     ds_optforge.save_checkpoint(engine, folder)
+
+
+def save_unsavable(config: dict[str, Any], folder: str) -> None:
+    """Rank 1 alone asks for what JSON cannot hold."""
+    engine = build_engine(config, {})
+    ds_optforge.save_checkpoint(engine, folder, {"position": object() if dist.get_rank() == 1 else 1})

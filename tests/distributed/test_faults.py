@@ -98,6 +98,14 @@ def test_an_existing_folder_is_never_overwritten(saved: Path, pools: Pools) -> N
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
+def test_a_client_state_that_one_rank_cannot_save_stops_all(pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.save_unsavable, CONFIG, str(tmp_path / "saved"))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    assert "client_state cannot be saved: Object of type object" in failure.value.messages[0]
+    assert not list(tmp_path.glob("saved*"))
+
+
 def test_another_model_is_refused(saved: Path, pools: Pools) -> None:
     assert_refused(pools, saved, "model: the checkpoint holds 'blocks.2.weight', which this model lacks", depth=2)
     assert_refused(pools, saved, "'up.weight' has shape [40, 24] in the checkpoint; allowed: [48, 24]", width=48)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,42 +87,59 @@ def test_crash_nan_and_time_out_are_rows_and_the_sweep_goes_on(tmp_path: Path) -
     assert "timed out: ended after 2 seconds" in rows["HANG"]["description"]
 
 
-def started(path: Path, folder: Path, after: str) -> "subprocess.Popen[bytes]":
-    """A sweep in a process of its own, in which a run of ``after`` is under way."""
-    process = subprocess.Popen([*CLI, "sweep", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(name.startswith(after) for name in launches(folder)):
-        assert process.poll() is None
+def slow_sweep(folder: Path) -> Path:
+    return sweep(folder, [phase("p", A=lr(0.3)), phase("q", B={"changes": {"sleep": 0.2}})], steps=5, seeds=[0, 1])
+
+
+def wait_for(folder: Path, name: str) -> None:
+    deadline = time.monotonic() + 120
+    while not any(launch.startswith(name) for launch in launches(folder)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process
 
 
-def slow_sweep(folder: Path) -> Path:
-    return sweep(folder, [phase("p", A=lr(0.3)), phase("q", B={"changes": {"sleep": 0.3}})])
+def goes_on(path: Path, folder: Path) -> None:
+    """A sweep that was ended in the first run of B: two runs of the baseline and two of A stay as they are."""
+    assert [name[0] for name in launches(folder)] == ["b", "b", "A", "A", "B"]
+    assert main(["sweep", str(path), "--parallel", "2"]) == 0
+    assert sorted(name[0] for name in launches(folder)[5:]) == ["B"] * 2 + ["b"] * 2 + ["c"] * 2
+    assert status_of(folder)["A"] == "keep"
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_sweep_goes_on_where_it_was(how: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It gives the results of one that was not interrupted."""
     path = slow_sweep(tmp_path)
-    process = started(path, tmp_path, after="B")
-    process.send_signal(how)
-    assert process.wait(30) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
-    before = launches(tmp_path)
-    assert len(before) == 7  # three of the baseline, three of A, one of B
-    for left in (tmp_path / "out" / "runs").glob("*/pid"):  # after kill -9
-        assert how == signal.SIGKILL
-        assert main(["sweep", str(path)]) == 1  # it says so: two programs would write into one folder
-        os.kill(int(left.read_text()), signal.SIGKILL)
-        time.sleep(0.2)
-    assert main(["sweep", str(path), "--parallel", "3"]) == 0
-    again = launches(tmp_path)[7:]
-    assert sorted(name[0] for name in again) == ["B"] * 3 + ["b"] * 3 + ["c"] * 3
-    assert status_of(tmp_path)["A"] == "keep"
+
+    def interrupt() -> None:
+        wait_for(tmp_path, "B")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    assert main(["sweep", str(path)]) == 130
+    interrupting.join()
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    goes_on(path, tmp_path)
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    main(["sweep", str(slow_sweep(fresh)), "--parallel", "3"])
+    main(["sweep", str(slow_sweep(fresh)), "--parallel", "2"])
     assert [row["metric"] for row in results(fresh)] == [row["metric"] for row in results(tmp_path)]
+
+
+def test_a_killed_sweep_goes_on_once_the_run_that_it_left_behind_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = slow_sweep(tmp_path)
+    process = subprocess.Popen([*CLI, "sweep", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path, "B")
+    process.kill()
+    process.wait()
+    (left,) = (tmp_path / "out" / "runs").glob("*/pid")
+    assert main(["sweep", str(path)]) == 1  # two programs would write into one folder
+    assert f"in use by another command or the runs of a killed one: process {left.read_text()}" in capsys.readouterr().err
+    os.kill(int(left.read_text()), signal.SIGKILL)
+    time.sleep(0.1)
+    goes_on(path, tmp_path)
 
 
 def test_a_finished_sweep_launches_nothing(tmp_path: Path) -> None:
