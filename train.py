@@ -57,6 +57,7 @@ class Result:
     metrics: list[dict[str, Any]]
     validation_loss: float
     seconds: float
+    state_bytes_per_parameter: float
 
 
 class Interrupted(Exception):
@@ -79,8 +80,10 @@ class Checkpoints:
         self.asked_to_stop = True  # at the end of the step, when all ranks have heard of it
 
     def complete(self) -> list[Path]:
-        """The checkpoints that were completed, the newest last."""
-        return [path.parent for path in sorted(self.folder.glob("step_*/checkpoint.json"))]
+        """The checkpoints that were completed, the newest last: the same list on every rank."""
+        found = [[path.parent for path in sorted(self.folder.glob("step_" + "[0-9]" * 8 + "/checkpoint.json"))]]
+        comm.broadcast_object_list(found, src=0)
+        return found[0]
 
     def load(self, engine: Any, source: str, strict: bool) -> int:
         """Load a checkpoint, or the newest one if `source` is empty; return the steps that it had taken."""
@@ -93,18 +96,22 @@ class Checkpoints:
                 raise UsageError(f"--resume {newest}: it was trained with {key} {state[key]!r}, this run has {value!r}")
         return int(engine.global_steps)
 
+    def refuse_later_ones(self, start: int) -> None:
+        """Raise UsageError for checkpoints of another run, which `--resume` would take for the newest of this one."""
+        later = [path for path in self.complete() if int(path.name.removeprefix("step_")) > start]
+        if later:
+            raise UsageError(f"{later[-1]} is there already; allowed: --resume to go on from it, another --out, or removing it")
+
     def save(self, engine: Any, step: int) -> Path:
         """Save, then remove the oldest beyond `--keep-last`."""
         path = self.folder / f"step_{step:08d}"
         if comm.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            comm.barrier()
-            ds_optforge.save_checkpoint(engine, path, self.run)
-        if comm.get_rank() == 0:
-            for old in self.complete()[: -self.keep]:
-                (old / "checkpoint.json").unlink()  # from here on it counts as incomplete
-                shutil.rmtree(old)
+        comm.barrier()
+        ds_optforge.save_checkpoint(engine, path, self.run)
+        for old in self.complete()[: -self.keep]:
+            if comm.get_rank() == 0:
+                shutil.rmtree(old.rename(old.with_name(old.name + ".incomplete")))  # at once it counts no longer
         return path
 
     def after(self, engine: Any, step: int, stop: bool) -> None:
@@ -150,10 +157,12 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or Path("runs", config_path.stem))
     checkpoints = Checkpoints(out / "checkpoints", args, config)
     start = 0 if args.resume is None else checkpoints.load(engine, args.resume, strict=not args.switch_optimizer)
+    checkpoints.refuse_later_ones(start)
     result = train(engine, corpus, args, out, checkpoints, start)
     if comm.get_rank() == 0:
         write_summary(out / "summary.json", result, args, config)
-        plot_loss(out / "loss.png", result, title=f"{config_path.stem}, {args.model}")
+        if result.metrics:  # none where a checkpoint of another run had taken all the steps
+            plot_loss(out / "loss.png", result, title=f"{config_path.stem}, {args.model}")
         print(f"validation loss {result.validation_loss:.4f} nats per byte after {args.steps} steps; see {out}/")
     return 0
 
@@ -245,12 +254,13 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, chec
     is_first = comm.get_rank() == 0
     out.mkdir(parents=True, exist_ok=True)
     metrics = [row for row in read_metrics(out / "metrics.jsonl") if row["step"] <= first]
+    if is_first:
+        write_at_once(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
     start = time.perf_counter()
     with (
-        open(out / "metrics.jsonl" if is_first else os.devnull, "w", buffering=1) as file,
+        open(out / "metrics.jsonl" if is_first else os.devnull, "a", buffering=1) as file,
         tqdm(range(first, args.steps), disable=not is_first, unit="step", mininterval=1.0) as progress,
     ):
-        file.writelines(json.dumps(row) + "\n" for row in metrics)
         for step in progress:
             measured, stop = train_step(engine, corpus, step, args, checkpoints.asked_to_stop)
             row = {"step": step + 1} | measured
@@ -262,7 +272,19 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, chec
     with ds_optforge.evaluation_weights(engine):  # the average, where the optimizer keeps one
         validation_loss = evaluate(engine, corpus, args.sequence_length)
         export_weights(engine, out / "model.safetensors")
-    return Result(metrics, validation_loss, seconds=time.perf_counter() - start)
+    return Result(metrics, validation_loss, time.perf_counter() - start, state_bytes_per_parameter(engine))
+
+
+def state_bytes_per_parameter(engine: Any) -> float:
+    """Return the size of the optimizer's state on all ranks over the number of elements that it is for."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, ds_optforge.OptForge):
+        optimizer = optimizer.optimizer
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    sizes = (sum(tensor.nbytes for tensor in states), sum(piece.numel() for piece in optimizer.state))
+    totals = torch.tensor(sizes, dtype=torch.float64, device=engine.device)
+    comm.all_reduce(totals)
+    return float(totals[0] / totals[1])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -274,6 +296,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def write_at_once(path: Path, text: str) -> None:
+    """Replace a file, so that whoever is killed leaves the old or the new one."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace, stop: bool) -> tuple[dict[str, Any], bool]:
@@ -305,7 +334,7 @@ def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace,
         "tokens_per_second": global_batch * args.sequence_length / (time.perf_counter() - start),
         "peak_memory_gb": peak_memory_gb(),
     }
-    if telemetry(engine) is not recorded:  # every k-th step
+    if telemetry(engine) != recorded:  # every k-th step
         metrics["telemetry"] = telemetry(engine)["groups"]
     return metrics, stops > 0
 
@@ -368,7 +397,7 @@ def write_summary(path: Path, result: Result, args: argparse.Namespace, config: 
     """Write what was run, on what, and how it ended."""
     summary = {
         "validation_loss": result.validation_loss,
-        "training_loss": result.metrics[-1]["loss"],
+        "training_loss": result.metrics[-1]["loss"] if result.metrics else None,
         "model": args.model,
         "sequence_length": args.sequence_length,
         "steps": args.steps,
@@ -376,6 +405,7 @@ def write_summary(path: Path, result: Result, args: argparse.Namespace, config: 
         "data": args.data or "standard library",
         "world_size": comm.get_world_size(),
         "seconds": round(result.seconds, 2),
+        "state_bytes_per_parameter": round(result.state_bytes_per_parameter, 4),
         "config": config,
         "versions": {
             "python": platform.python_version(),

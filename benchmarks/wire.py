@@ -4,12 +4,12 @@
 
 Needs root and iproute2: the hosts are network namespaces (see hosts.py), 1 or 2 ranks each, started with torchrun. Bytes are
 those that the interface of the first host counted in a step, in and out, headers included, AdamW's on the same stage
-subtracted: the fewest of the steps, since what is sent again only adds; candidates take turns of one step. Four ranks are placed in blocks (0 and 1 on the first
-host, as torchrun does) and in turn (0 and 2, as `mpirun --map-by node` does): a ring of gathers crosses the link twice as
-often then. "plan" is what the exchange plan says. "floor": on ZeRO-3 every matrix has to come together on one rank and go
-back, which is 2 bytes per element, in and out together, for 2 ranks and for 4; on ZeRO-1 and ZeRO-2 the fragments of
-straddling matrices. Then the same with the link capped: milliseconds of a step, means of five steps, because every fifth one
-gathers. Prints tables; writes wire.json and wire.png.
+subtracted: the fewest of the steps, since what is sent again only adds; candidates take turns of one step. Four ranks are
+placed in blocks (0 and 1 on the first host, as torchrun does) and in turn (0 and 2, as `mpirun --map-by node` does): a ring of
+gathers crosses the link twice as often then. "plan" is what the exchange plan says. "floor": on ZeRO-3 every matrix has to come
+together on one rank and go back, which is 2 bytes per element, in and out together, for 2 ranks and for 4; on ZeRO-1 and ZeRO-2
+the fragments of straddling matrices. Then the same with the link capped: milliseconds of a step, means of five steps, because
+every fifth one gathers. Prints tables; writes wire.json and wire.png.
 """
 
 import argparse

@@ -26,6 +26,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "momentum_warmup": settings.MomentumWarmup,
     "common": config.CommonSettings,
     "sharding": config.ShardingSettings,
+    "telemetry": config.TelemetrySettings,
     "overrides": config.Override,
     "schedule": config.ScheduleConfig,
 }

@@ -360,13 +360,13 @@ class _GroupStep:
     def _step_chunk(self, rule: ElementwiseRule, now: Hyperparameters, runs: Sequence[Run]) -> None:
         parameters, gradients = ([run.of(pieces) for run in runs] for pieces in (self._parameters, self._gradients))
         with self._slices.opened(rule, self._states, runs) as state:
-            with self._changes(parameters):
+            with self._changes(runs, parameters):
                 rule.step(parameters, gradients, state, now)
             if self._watch:
-                self._watch.momentum(gradients, state)
+                self._watch.momentum(runs, gradients, state)
 
-    def _changes(self, parameters: Tensors) -> AbstractContextManager[None]:
-        return self._watch.changes(parameters) if self._watch else nullcontext()
+    def _changes(self, runs: Sequence[Run], parameters: Tensors) -> AbstractContextManager[None]:
+        return self._watch.changes(runs, parameters) if self._watch else nullcontext()
 
     def _run_matrices(self, rule: MatrixRule, now: Hyperparameters) -> None:
         slices = self._slices
@@ -413,7 +413,7 @@ class _GroupStep:
                 directions = rule.direction(gradients, state, now)
                 torch._foreach_copy_(part.places(bucket.exchange.outgoing), part.split(directions))
                 if self._watch:
-                    self._watch.momentum(gradients, state)
+                    self._watch.momentum(part.runs, gradients, state)
         active = _nonzero([self._gradients[piece].narrow(0, start, numel) for piece, start, numel in bucket.fragments])
         bucket.exchange.collect(active, self._rows(rule, bucket))
 
@@ -434,7 +434,7 @@ class _GroupStep:
             parameters = part.split(views)
             device = parameters[0].device  # with offload not where the buckets are
             updates = [update.to(device) for update in part.places(bucket.exchange.outgoing)]
-            with self._changes(views):
+            with self._changes(part.runs, views):
                 rule.apply(parameters, updates, active[part.fragments].to(device), now)
         bucket.exchange.release()
 

@@ -5,8 +5,10 @@ small all-reduce adds them up over the ranks. In other steps, and without the se
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -16,7 +18,9 @@ from torch import Tensor
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
 from ds_optforge.slices import Members, Run, Slices, chunk_numel
+from ds_optforge.state import Extent
 from ds_optforge.zero.exchange import BucketExchange, sum_over_ranks
+from ds_optforge.zero.layout import Binding
 
 # Of each group's matrices, so many are looked at for the orthogonality error, the same ones in every step and layout.
 SAMPLE = 8
@@ -52,8 +56,9 @@ class Telemetry:
     def _begin(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._rates: dict[str, float] = {}
+        self._steps: dict[str, int] = {}
         self._covered = dict.fromkeys(self._members, 0)
-        self._widest: Slices | None = None
+        self._widest: Binding | None = None
 
     @property
     def last(self) -> dict[str, Any]:
@@ -79,24 +84,25 @@ class Telemetry:
 
     def add(self, group: str, watch: "Watch", now: Hyperparameters, step: int) -> None:
         """Take the sums of a finished call. After the step's last one all ranks take part in one all-reduce."""
-        members = self._members[group]
-        if self._covered[group] == len(members.parameters):  # a step of which another group had no part
-            self._covered[group] = 0
-            del self._sums[group]
+        if self._steps.get(group) != step:  # else another of its sub-groups has been here
+            self._steps[group], self._covered[group] = step, 0
+            self._sums.pop(group, None)
         sums = watch.sums()
         self._sums[group] = self._sums[group] + sums if group in self._sums else sums
-        self._rates[group] = now["lr"] * _mean_scale(members)
+        self._rates[group] = now["lr"] * _mean_scale(self._members[group])
         self._covered[group] += len(watch.slices.binding.indices)
         # Experts are shared by fewer ranks than the rest; whatever a rank has of them is in the sum over all ranks.
-        if self._widest is None or watch.slices.binding.world_size > self._widest.binding.world_size:
-            self._widest = watch.slices
+        if self._widest is None or watch.slices.binding.world_size > self._widest.world_size:
+            self._widest = watch.slices.binding
         if all(self._covered[group] == len(found.parameters) for group, found in self._members.items()):
-            device = self._widest.binding.device
-            reduced = torch.stack([self._sums[group].to(device) for group in self._members])
-            sum_over_ranks(reduced, self._widest.binding)
-            self._reduced = (step, {group: self._rates[group] for group in self._members}, reduced)
-            self._begin()
-            self._write()
+            self._reduce(step, self._widest)
+
+    def _reduce(self, step: int, binding: Binding) -> None:
+        sums = torch.stack([self._sums[group].to(binding.device) for group in self._members])
+        sum_over_ranks(sums, binding)
+        self._reduced = (step, {group: self._rates[group] for group in self._members}, sums)
+        self._begin()
+        self._write()
 
     def _write(self) -> None:
         if self._monitor is None or not self._monitor.enabled:
@@ -119,7 +125,9 @@ class Watch:
     ) -> None:
         self.slices = slices
         self._states = states
+        self._workspace: Tensor | None = None
         self._found: dict[str, list[Tensor]] = {name: [] for name in _SUMS}
+        self._held = [_merged(extents) for extents in slices.placement.extents()]
         buffers = members.rule.buffers
         self._momentum = next((buffer.name for buffer in buffers if buffer.signed and not buffer.copies_weight), "")
         layout = slices.placement.layout
@@ -135,18 +143,47 @@ class Watch:
             yield from _cut(runs, limit)
 
     @contextmanager
-    def changes(self, parameters: Tensors) -> Iterator[None]:
-        """Inside, the rule changes the parameters."""
-        before = [parameter.clone() for parameter in parameters]
+    def changes(self, runs: Sequence[Run], views: Tensors) -> Iterator[None]:
+        """Inside, the rule changes the parameters, of which ``views`` are the given runs."""
+        parameters = self._without_padding(runs, views)
+        before = self._copies(parameters)
         self._add("weight", before, before)
         yield
-        torch._foreach_sub_(before, list(parameters))
+        if before:
+            torch._foreach_sub_(before, parameters)
         self._add("change", before, before)
 
-    def momentum(self, gradients: Tensors, state: State) -> None:
-        """The rule has advanced its state by the gradients."""
+    def _without_padding(self, runs: Sequence[Run], views: Tensors) -> list[Tensor]:
+        """ZeRO-3 leaves whatever was in memory between the parameters of a slice."""
+        found = []
+        for run, view in zip(runs, views, strict=True):
+            held = self._held[run.piece]
+            first = max(bisect_right(held, (run.start, math.inf)) - 1, 0)
+            for start, end in held[first:]:
+                if start >= run.start + run.numel:
+                    break
+                low, high = max(start, run.start), min(end, run.start + run.numel)
+                if low < high:
+                    found.append(view.narrow(0, low - run.start, high - low))
+        return found
+
+    def _copies(self, parameters: Tensors) -> list[Tensor]:
+        """In memory that is kept for the next ones: new memory would cost more than the copying."""
+        sizes = [parameter.numel() for parameter in parameters]
+        if not parameters:
+            return []
+        dtype = reduce(torch.promote_types, {parameter.dtype for parameter in parameters})
+        if self._workspace is None or self._workspace.numel() < sum(sizes) or self._workspace.dtype != dtype:
+            self._workspace = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+        copies = list(torch.split(self._workspace.narrow(0, 0, sum(sizes)), sizes))
+        torch._foreach_copy_(copies, list(parameters))
+        return copies
+
+    def momentum(self, runs: Sequence[Run], views: Tensors, state: State) -> None:
+        """The rule has advanced its state by the gradients, of which ``views`` are the given runs."""
         if self._momentum:
-            averages = state[self._momentum]
+            gradients = self._without_padding(runs, views)
+            averages = self._without_padding(runs, state[self._momentum])
             self._add("product", averages, gradients)
             self._add("momentum", averages, averages)
             self._add("gradient", gradients, gradients)
@@ -164,8 +201,7 @@ class Watch:
 
     def sums(self) -> Tensor:
         """(len(_SUMS),) float64, on the device of the model's weights."""
-        extents = self.slices.placement.extents()
-        elements = sum(extent.numel for piece in extents for extent in piece)
+        elements = sum(end - start for held in self._held for start, end in held)
         nbytes = sum(
             value.nbytes
             for state in self._states
@@ -196,6 +232,15 @@ def _defect(orthogonal: Tensor) -> Tensor:
     gram = torch.mm(short, short.mT).float()
     gram.diagonal().sub_(1.0)
     return gram.square_().sum() / len(gram)
+
+
+def _merged(extents: Sequence[Extent]) -> list[tuple[int, int]]:
+    """(start, end) of the stretches that adjacent extents make."""
+    stretches: list[tuple[int, int]] = []
+    for extent in extents:
+        begin = stretches.pop()[0] if stretches and stretches[-1][1] == extent.offset else extent.offset
+        stretches.append((begin, extent.offset + extent.numel))
+    return stretches
 
 
 def _cut(runs: Sequence[Run], limit: int) -> Iterator[tuple[Run, ...]]:

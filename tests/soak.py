@@ -66,7 +66,7 @@ class Soak:
 
     def saved(self) -> int:
         """Steps in the newest complete checkpoint."""
-        found = sorted(self.out.glob("checkpoints/step_*/checkpoint.json"))
+        found = sorted(self.out.glob("checkpoints/step_" + "[0-9]" * 8 + "/checkpoint.json"))
         return int(found[-1].parent.name.removeprefix("step_")) if found else 0
 
     def launch(self, name: str, last: int, switched: bool, faults: bool) -> None:
@@ -82,10 +82,9 @@ class Soak:
             stderr=subprocess.STDOUT,
         )
         self.count("launches")
-        if self.disturbed and faults:
-            self.disturb(process, self.disturbed)
+        hit = bool(self.disturbed and faults and self.disturb(process, self.disturbed))
         status = process.wait()
-        if status != 0 and not (self.disturbed and faults):
+        if status != 0 and not hit:
             raise SystemExit(f"a launch that nobody disturbed ended with status {status}; see {self.out}/log.txt")
         self.count("launches that saved" if self.saved() > before else "launches that saved nothing")
 
@@ -105,8 +104,8 @@ class Soak:
         steps = [f"--steps={last}", f"--save-every={EVERY}", "--sequence-length=32", "--resume"]
         return [*launcher, *steps, f"--out={self.out}"]
 
-    def disturb(self, process: "subprocess.Popen[bytes]", rng: random.Random) -> None:
-        """Wait a while, then kill a rank (perhaps in a save) or ask the launcher to stop; or leave it alone."""
+    def disturb(self, process: "subprocess.Popen[bytes]", rng: random.Random) -> bool:
+        """Wait a while, then kill a rank (perhaps in a save) or ask the launcher to stop; False: it was left alone."""
         fault = rng.choice(["kill", "kill in a save", "stop", "stop", "none"])
         until = time.monotonic() + rng.uniform(10.0, 25.0)
         while process.poll() is None and time.monotonic() < until:
@@ -116,14 +115,15 @@ class Soak:
         try:
             ranks = [child for child in psutil.Process(process.pid).children() if "train.py" in child.cmdline()]
             if not ranks or fault == "none":
-                return
+                return False
             if fault == "stop":
                 process.send_signal(signal.SIGTERM)
             else:
                 rng.choice(ranks).send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:  # it ended first
-            return
+            return False
         self.count(fault)
+        return True
 
 
 def main() -> int:

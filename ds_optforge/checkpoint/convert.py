@@ -46,7 +46,7 @@ def _manifest(checkpoint: EngineCheckpoint) -> dict[str, Any]:
     model = checkpoint.model
     scheduler = model.get("lr_scheduler")
     if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count likewise under another name
-        scheduler = {"last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
+        scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
     return {
         "counters": {key: model[key] for key in _COUNTERS},
         "loss_scale": checkpoint.loss_scale,
@@ -60,7 +60,7 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
     for shard in range(len(checkpoint.shards)):
         optimizer, slices = checkpoint.optimizer(shard), checkpoint.slices(shard)
         if not optimizer["optforge"]:
-            raise CheckpointError(f"{checkpoint.folder}: was saved before the first step; allowed: after at least one")
+            raise CheckpointError(f"{checkpoint.folder}: was saved before its run took a step; allowed: after one")
         for part in optimizer["optforge"]:
             placement = Placement.from_plain(part["placement"])
             names = placement.layout.names
@@ -114,12 +114,13 @@ def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
                 if part.numel():
                     found.chunks.append(run_of(weight_name(name), numel, start, part))
         found.shapes |= {name: list(shape) for name, shape in frozen.items()}
-    trained = {address(module[name]) for name in found.shapes if name in module}
+    known = {address(module[name]) for name in found.shapes if name in module}
     for name, value in module.items():
         is_buffer = name in model["buffer_names"]
         if name in found.shapes or not isinstance(value, Tensor) or (partitioned and not is_buffer):
             continue
-        if is_buffer or address(value) not in trained:  # else another name of a tied weight
+        if is_buffer or not value.numel() or address(value) not in known:  # else another name of a tied weight
+            known.add(address(value))
             found.shapes[name] = list(value.shape)
             if value.numel():
                 found.chunks.append(run_of(weight_name(name), value.numel(), 0, value.reshape(-1)))

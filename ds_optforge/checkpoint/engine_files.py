@@ -51,6 +51,8 @@ class EngineCheckpoint:
             raise CheckpointError(
                 f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"
             )
+        if experts := sorted(self.folder.glob("layer_*_expert_*")):
+            raise CheckpointError(f"{experts[0]}: holds an expert of a DeepSpeed MoE layer; allowed: models without them")
         self.models = [load(path) for path in _by_rank(self.folder.glob(_MODEL_FILES))]
         self.shards = [load(path)["optimizer_state_dict"] for path in _by_rank(self.folder.glob(_OPTIMIZER_FILES))]
         if not self.shards:  # stage 0

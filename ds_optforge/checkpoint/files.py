@@ -15,8 +15,9 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,11 @@ def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping
     stack = ExitStack()
     group = stack.enter_context(own_group())
     planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
-    saving = async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+    try:
+        saving = async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+    except BaseException:
+        stack.close()
+        raise
 
     def finish(saved: Future[Any]) -> None:
         try:
@@ -255,11 +260,21 @@ def own_group() -> Iterator[dist.ProcessGroup | None]:
     if not dist.is_initialized():
         yield None
         return
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=_timeout())
     try:
         yield group
     finally:
         dist.destroy_process_group(group)
+
+
+def _timeout() -> timedelta | None:
+    """The one that the default process group was given; torch has no public way to ask."""
+    world = dist.group.WORLD
+    try:
+        found: timedelta = world._get_backend(next(iter(world._device_types))).options._timeout  # type: ignore[union-attr]
+        return found
+    except (AttributeError, RuntimeError, StopIteration):
+        return None
 
 
 @contextmanager
@@ -284,12 +299,11 @@ def _sha256(path: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a folder's entries onto the disk."""
+    """Put a folder's entries onto the disk, where the file system knows such a thing."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -384,6 +398,9 @@ class Checkpoint:
     def damage(self, share: int = 0, shares: int = 1) -> list[str]:
         """What is wrong with the files, by size and checksum; of every ``shares``-th file only, from number ``share``."""
         problems = []
+        if share == 0:
+            strange = {path.name for path in self.folder.glob("*.safetensors")} - self.manifest["files"].keys()
+            problems += [f"{self.folder / name}: is no part of the checkpoint" for name in sorted(strange)]
         for name, expected in list(self.manifest["files"].items())[share::shares]:
             path = self.folder / name
             if not path.is_file():
@@ -393,6 +410,11 @@ class Checkpoint:
             elif _sha256(path) != expected["sha256"]:
                 problems.append(f"{path}: its checksum is not that of what was written")
         return problems
+
+    @property
+    def identity(self) -> str:
+        """The same for the same checkpoint."""
+        return _digest(self.manifest)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, torch.dtype]]:

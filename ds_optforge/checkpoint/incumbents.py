@@ -133,14 +133,15 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
     found.chunks += [run_of(weight_name(name), value.numel(), 0, value.reshape(-1)) for name, value in model.items()]
     steps = 0
     for number, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
-        step, members = 0, []
+        step, members, rule = 0, [], "muon" if "ns_steps" in optimizer["param_groups"][0] else "adamw"
         for name, state in _states(path, model, optimizer):
             members.append(name)
+            if _MOMENTUM in state and rule != "muon":
+                raise CheckpointError(f"{path}: holds the momentum of another optimizer than torch.optim.Muon for '{name}'")
             step = max(step, int(state.get("step", 0)))
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == model[name].shape and key != "step":
                     found.chunks.append(run_of(buffer_name(name, key), value.numel(), 0, value.reshape(-1)))
-        rule = "muon" if any(chunk.name.endswith("/" + _MOMENTUM) for chunk in found.chunks) else "adamw"
         found.groups[f"torch{number}"] = _group(rule, step, members)
         steps = max(steps, step)
     for group in found.groups.values():  # torch.optim.Muon counts no steps

@@ -89,6 +89,15 @@ class Loading:
         for convert in self._conversions:
             convert()
 
+    def into(self, target: Tensor, name: str, start: int) -> None:
+        """A tensor of the model that the optimizer does not step."""
+        if target.is_contiguous():
+            self.requests.append(Request(name, start, target.view(-1)))
+        else:
+            values = torch.empty(target.numel(), dtype=target.dtype)
+            self.requests.append(Request(name, start, values))
+            self._conversions.append(lambda: target.copy_(values.view(target.shape)))
+
     def into_weights(self, slices: Slices) -> None:
         placement = slices.placement
         for parameter, name in enumerate(placement.layout.names):
@@ -119,9 +128,9 @@ class Loading:
             if not isinstance(style, EightBit):
                 self.requests.append(Request(key, held.start, stored))
                 return
-            values = torch.empty(held.numel, dtype=torch.float32, device=stored.device)
+            values = torch.empty(held.numel, dtype=torch.float32)  # not where 8-bit state was chosen to save memory
             self.requests.append(Request(key, held.start, values))
-            self._conversions.append(lambda: style.write(state, buffer, held.offset, values))
+            self._conversions.append(lambda: style.write(state, buffer, held.offset, values.to(stored.device)))
             return
         codes = stored if isinstance(style, EightBit) else torch.empty(held.numel, dtype=torch.uint8, device=stored.device)
         saved = block_edges(slices.placement.numel(parameter), self._cuts.get(name, ()))

@@ -6,6 +6,7 @@ import platform
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint import files
-from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, Request, run_of
+from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
 from ds_optforge.checkpoint.logical import Loading, State, buffer_name, chunks_of, row_buffer_of, weight_name
 from ds_optforge.optimizer import OptForge
+from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.slices import Members, Slices
 from ds_optforge.zero.layout import (
     expert_parallel,
@@ -35,7 +37,7 @@ logger = logging.getLogger("ds_optforge")
 
 _GROUP = "optforge_group"
 _NO_HYPERPARAMETERS = ("params", _GROUP, "moe", "name")
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SHOWN = 5  # problems of a kind that a message lists
 
 
@@ -76,10 +78,21 @@ class _Run:
         if base is None:
             raise CheckpointError(f"got an engine with {type(self.wrapper).__name__}; allowed: one that OptForge trains")
         self.optimizer: OptForge = base
-        if any(map(expert_parallel, self.module.parameters())):
-            raise CheckpointError("got experts that are shared out over ranks (ep_size > 1); allowed: engine.save_checkpoint")
+        self._refuse_model_parallel()
         base.refuse_while_averaged("a checkpoint")
         self.parts = [self._part(group, tensors) for group, tensors in stepped_tensors(self.wrapper, base.param_groups)]
+
+    def _refuse_model_parallel(self) -> None:
+        """Where ranks have different tensors under the same name."""
+        found = ""
+        if any(map(expert_parallel, self.module.parameters())):
+            found = "experts that are shared out over ranks (ep_size > 1)"
+        elif getattr(self.engine, "pipeline_parallelism", False):
+            found = "pipeline parallelism"
+        elif getattr(self.engine, "mp_world_size", 1) > 1:
+            found = "tensor parallelism"
+        if found:
+            raise CheckpointError(f"got {found}; allowed: data parallelism alone (engine.save_checkpoint saves the others)")
 
     def _part(self, group: dict[str, Any], tensors: list[Tensor]) -> _Part:
         slices = self.optimizer.slices_of({**group, "params": tensors})
@@ -177,12 +190,8 @@ def save_checkpoint(
     """
     run = _Run(engine)
     path = Path(folder)
-    chunks, manifest, problems = run.chunks(), {}, []
-    try:
-        manifest = run.manifest(client_state)
-    except CheckpointError as error:
-        problems.append(str(error))
-    _raise_on_all_ranks(problems)
+    with _agreeing():
+        chunks, manifest = run.chunks(), run.manifest(client_state)
     if wait:
         files.write(path, chunks, manifest)
         return None
@@ -204,18 +213,15 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         The ``client_state`` that was saved.
 
     Raises:
-        CheckpointError: on all ranks: damaged, or of another model or (``strict``) other groups.
+        CheckpointError: on all ranks: damaged, or of another model or (``strict``) other groups; then nothing has changed. Or
+            memory or the disk failed while it was read; then the engine is not to be used.
     """
     run = _Run(engine)
-    path = Path(folder)
-    problems: list[str] = []
-    try:
-        checkpoint = Checkpoint(path)
-        problems = checkpoint.damage(_rank(), dist.get_world_size() if dist.is_initialized() else 1)
-        problems = problems or _differences(run, checkpoint, strict)
-    except CheckpointError as error:
-        problems = [str(error)]
-    _raise_on_all_ranks(problems)
+    with _agreeing() as problems:
+        checkpoint = Checkpoint(Path(folder))
+        problems += checkpoint.damage(_rank(), dist.get_world_size() if dist.is_initialized() else 1)
+        problems += [] if problems else _differences(run, checkpoint, strict)
+    _refuse_different(checkpoint)
     _restore(run, checkpoint)
     client_state: dict[str, Any] = checkpoint.manifest["client_state"]
     return client_state
@@ -231,6 +237,7 @@ def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
         for name, shape in shapes.items()
         if name in saved and saved[name] != shape
     ]
+    problems += _other_scheduler(run, checkpoint.manifest["scheduler"])
     if problems or not strict:
         return [f"{checkpoint.folder}: {problem}" for problem in problems]
     found = {name: sorted(group["members"]) for name, group in checkpoint.manifest["groups"].items()}
@@ -249,6 +256,16 @@ def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
     return [f"{checkpoint.folder}: {problem}" for problem in problems]
 
 
+def _other_scheduler(run: _Run, saved: Mapping[str, Any] | None) -> list[str]:
+    scheduler = getattr(run.engine, "lr_scheduler", None)
+    if scheduler is None or saved is None:
+        return []
+    needed = {"last_epoch"} if isinstance(scheduler, OptForgeSchedule) else set(scheduler.state_dict())
+    if needed <= saved.keys():
+        return []
+    return [f"scheduler: got a state of {sorted(saved)}; allowed: {sorted(needed)}, which {type(scheduler).__name__} reads"]
+
+
 def _few(names: set[str]) -> str:
     return "[" + ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "") + "]"
 
@@ -259,21 +276,19 @@ def _restore(run: _Run, checkpoint: Checkpoint) -> None:
     loading = Loading(checkpoint, manifest["block_cuts"])
     source_of = {name: group for group in manifest["groups"].values() for name in group["members"]}
     fresh = _fresh_groups(run, checkpoint, source_of)
-    kept = []
     with torch.no_grad():
-        for part in run.parts:
-            loading.into_weights(part.slices)
-            for tensor in part.slices.tensors:
-                run.optimizer.state.pop(tensor, None)
-            if part.name not in fresh:
-                kept.append((part, source_of[part.slices.placement.layout.names[0]]))
-        untrained = _read_untrained(run, loading)
-        for part, source in kept:
-            _allocate(run.optimizer, part, source, loading)
-        checkpoint.read(loading.requests)
-        loading.finish()
-        for target, values in untrained:
-            target.copy_(values.view(target.shape))
+        with _agreeing():
+            for part in run.parts:
+                loading.into_weights(part.slices)
+                for tensor in part.slices.tensors:
+                    run.optimizer.state.pop(tensor, None)
+            for part in run.parts:
+                if part.name not in fresh:
+                    _allocate(run.optimizer, part, source_of[part.slices.placement.layout.names[0]], loading)
+            for name, (target, start, _) in run.untrained.items():
+                loading.into(target, weight_name(name), start)
+            checkpoint.read(loading.requests)
+            loading.finish()
         refresh_weights(run.wrapper)
     _restore_engine(run, manifest, fresh)
     _restore_random_states(checkpoint)
@@ -308,17 +323,6 @@ def _allocate(optimizer: OptForge, part: _Part, source: Mapping[str, Any], loadi
     loading.into_state(part.slices, states, part.members.rule)
 
 
-def _read_untrained(run: _Run, loading: Loading) -> list[tuple[Tensor, Tensor]]:
-    """(tensor of the model, what will have been read for it)."""
-    pairs = []
-    for name, (target, start, _) in run.untrained.items():
-        if target.numel():
-            values = torch.empty(target.numel(), dtype=target.dtype, device=target.device)
-            loading.requests.append(Request(weight_name(name), start, values))
-            pairs.append((target, values))
-    return pairs
-
-
 def _restore_engine(run: _Run, manifest: Mapping[str, Any], fresh: set[str]) -> None:
     for group in run.optimizer.param_groups:
         saved = manifest["groups"].get(group[_GROUP])
@@ -327,6 +331,7 @@ def _restore_engine(run: _Run, manifest: Mapping[str, Any], fresh: set[str]) -> 
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values})
     for key, value in manifest["counters"].items():
         setattr(run.engine, key, value)
+    run.engine.micro_steps = 0  # it was saved between steps, perhaps with another gradient accumulation
     set_loss_scale(run.wrapper, manifest["loss_scale"])
     scheduler = getattr(run.engine, "lr_scheduler", None)
     if scheduler is not None and manifest["scheduler"] is not None:
@@ -341,11 +346,22 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(value: Any, what: str) -> Any:
-    """As JSON gives it back. Raises CheckpointError."""
+    """As JSON gives it back. Raises CheckpointError for what it would not give back."""
+    allowed = "allowed: numbers, strings, lists, and dicts with strings as keys"
+    if odd := list(_odd_keys(value)):
+        raise CheckpointError(f"{what} cannot be saved: got the key {odd[0]!r}; {allowed}")
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{what} cannot be saved: {error}; allowed: numbers, strings, lists and dicts") from None
+        raise CheckpointError(f"{what} cannot be saved: {error}; {allowed}") from None
+
+
+def _odd_keys(value: Any) -> Iterator[Any]:
+    """Keys that JSON would turn into strings."""
+    if isinstance(value, Mapping):
+        yield from (key for key in value if not isinstance(key, str))
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _odd_keys(inner)
 
 
 def _rank() -> int:
@@ -386,14 +402,32 @@ def _restore_random_states(checkpoint: Checkpoint) -> None:
         torch.get_device_module().set_rng_state(found["accelerator"])
 
 
-def _raise_on_all_ranks(problems: Sequence[str]) -> None:
-    """Raise CheckpointError with every rank's problems, on all of them, if there is any."""
-    found: list[Sequence[str]] = [problems]
-    if dist.is_initialized():
-        with files.own_group() as group:
-            found = [()] * dist.get_world_size()
-            dist.all_gather_object(found, problems, group=group)
-    unique = list(dict.fromkeys(chain.from_iterable(found)))
+@contextmanager
+def _agreeing() -> Iterator[list[str]]:
+    """Raise CheckpointError on all ranks if anything went wrong, or was entered into the list, on any of them."""
+    problems: list[str] = []
+    try:
+        yield problems
+    except CheckpointError as error:
+        problems.append(str(error))
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        problems.append(f"rank {_rank()}: {type(error).__name__}: {error}")
+    unique = list(dict.fromkeys(chain.from_iterable(_from_all_ranks(problems))))
     if unique:
         more = f"\n... and {len(unique) - _SHOWN} more" if len(unique) > _SHOWN else ""
         raise CheckpointError("\n".join(unique[:_SHOWN]) + more)
+
+
+def _refuse_different(checkpoint: Checkpoint) -> None:
+    """On a shared folder that not all hosts see alike, ranks may have opened different checkpoints."""
+    if len(set(_from_all_ranks(checkpoint.identity))) > 1:
+        raise CheckpointError(f"{checkpoint.folder}: ranks found different checkpoints; allowed: a folder that all hosts share")
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    with files.own_group() as group:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=group)
+    return found

@@ -16,7 +16,7 @@ from ds_optforge.experiments.compare import METRIC, run_comparison
 from ds_optforge.experiments.launching import ExperimentError, Launcher
 from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.spec import Sweep, read_comparison, read_sweep
-from ds_optforge.experiments.sweep import planned, run_sweep
+from ds_optforge.experiments.sweep import run_sweep
 
 FAILED, INTERRUPTED = 1, 130  # exit statuses; 130 is what a shell gives for an interrupt
 
@@ -24,7 +24,7 @@ FAILED, INTERRUPTED = 1, 130  # exit statuses; 130 is what a shell gives for an 
 def compare(options: argparse.Namespace) -> int:
     """Run a comparison and write its table, results.tsv, plots and report."""
     comparison = read_comparison(options.file, options.steps, options.out)
-    settings, console = comparison.settings, Console()
+    settings, console = comparison.settings, _console()
     board = Board(f"compare {options.file}", METRIC, console)
     launcher = Launcher(settings.launcher, Path(settings.out), board, settings.timeout, options.parallel, options.retry)
     with _reported() as failure, launcher.opened():
@@ -39,7 +39,7 @@ def compare(options: argparse.Namespace) -> int:
 def sweep(options: argparse.Namespace) -> int:
     """Run a sweep, and write results.tsv and the report after each decision."""
     read = read_sweep(options.file, options.steps, options.out)
-    settings, console = read.settings, Console()
+    settings, console = read.settings, _console()
     if options.dry_run:
         print_plan(read, console)
         return 0
@@ -71,19 +71,21 @@ def print_plan(sweep: Sweep, console: Console) -> None:
         f"{experiments} experiments in {len(sweep.phases)} phases; {budget} and up to {len(settings.seeds)} seeds each",
         f"baseline: {settings.config}",
     ]
-    title = ""
-    for phase, experiment in planned(sweep):
-        if experiment is None:
-            continue
-        if phase != title:
-            title = phase
-            lines.append(f"{phase}:")
-        marks = experiment.priority + (", first" if experiment.first else "")
-        text = described(experiment.changes)
-        own = f"  ({experiment.description})" if experiment.description != text else ""
-        lines.append(f"  {experiment.name:<8} {marks:<14} {text}{own}")
+    for phase in sweep.phases:
+        lines.append(f"{phase.name}:")
+        width = max(len(experiment.name) for experiment in phase.experiments)
+        for experiment in phase.experiments:
+            marks = experiment.priority + (", first" if experiment.first else "")
+            text = described(experiment.changes)
+            own = f"  ({experiment.description})" if experiment.description != text else ""
+            lines.append(f"  {experiment.name:<{width}}  {marks:<13}  {text}{own}")
     lines.append("combined: all winners, against the first baseline, with other seeds")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """As wide as the terminal; elsewhere wide enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 class _Status:

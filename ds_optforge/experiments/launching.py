@@ -96,7 +96,7 @@ class Launcher:
     def opened(self) -> Iterator[None]:
         """Hold the folder: a second command, or a run that a killed one left behind, would write into the same files."""
         (self.out / "runs").mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT)
+        self._lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,18 +180,23 @@ class Launcher:
             )
         (folder / "pid").write_text(str(process.pid))
         try:
-            while process.poll() is None:
+            while not _has_ended(process):
                 if self._stop.is_set():
                     raise InterruptedError
                 if self.timeout is not None and time.monotonic() - start > self.timeout:
                     return "timed out", f"ended after {self.timeout:g} seconds"
-                time.sleep(POLL_SECONDS)
         finally:
             _end(process)
             (folder / "pid").unlink()
         if process.returncode:
-            return "crashed", f"exit status {process.returncode}: {_last_line(folder / 'log.txt')}"
+            return "crashed", f"exit status {process.returncode}: {last_line(folder / 'log.txt')}"
         return "finished", ""
+
+
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(POLL_SECONDS)
+    return process.returncode is not None
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -307,9 +312,9 @@ def current_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     """What a program says at its end; the terminal's codes are left out, a log may hold a progress bar."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    telling = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|.*\berror: ", line)]
+    telling = [line for line in lines if re.match(r"(\[rank\d+\]: )?(\w+\.)*\w*(Error|Exception)\b|.*\berror: ", line)]
     return (telling or lines or ["it said nothing"])[-1][:300]

@@ -240,8 +240,8 @@ def _phase(document: Document, index: int, value: Any, config: Mapping[str, Any]
         locations = [(*place, "grid")] * len(experiments)
     else:
         items = (section.experiments or {}).items()
+        locations = [(*place, "experiments", name) for name, _ in items]
         experiments = [_experiment(document, name, item, *place, "experiments", name) for name, item in items]
-        locations = [(*place, "experiments", experiment.name) for experiment in experiments]
     for experiment, location in zip(experiments, locations, strict=True):
         try:
             prepared(changed(config, experiment.changes), steps or CALIBRATION_STEPS)
@@ -263,8 +263,8 @@ def _grid(document: Document, grid: Mapping[str, list[Any]], *place: str | int) 
         if not values:
             document.fail("got an empty list; allowed: one value or more", *place, path)
     experiments = []
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
+    for point in itertools.product(*grid.values()):
+        changes = dict(zip(grid, point, strict=True))
         name = ",".join(f"{path.rpartition('.')[2]}={value}" for path, value in changes.items())
         _check_name(document, name, *place)
         experiments.append(Experiment(name, changes, "medium", False, described(changes)))

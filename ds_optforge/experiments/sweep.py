@@ -71,15 +71,6 @@ class Progress:
         return [result for result in self.phases if all(row.verdict == "crash" for row in result.rows)]
 
 
-def planned(sweep: Sweep) -> Iterator[tuple[str, Experiment | None]]:
-    """Every step in the order that the sweep takes them: (phase, experiment), None for the first and the last."""
-    yield BASELINE, None
-    for phase in sweep.phases:
-        for experiment in phase.experiments:
-            yield phase.name, experiment
-    yield COMBINED, None
-
-
 def run_sweep(sweep: Sweep, launcher: Launcher, board: Board) -> Iterator[Progress]:
     """Walk through the phases; yields after each decision. Raises ExperimentError where there is no baseline to go on with."""
     walk = _Walk(sweep, launcher, board)

@@ -145,8 +145,8 @@ def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def killed_while_saving(config: dict[str, Any], folder: str, rank: int) -> None:
     """One rank dies by SIGKILL as soon as anything has been written."""
-    engine = build_engine(config, {})
-    run_steps(engine, 0, HALF)
+    engine = build_engine(config, {"width": 1000})  # so that it takes a while
+    run_steps(engine, 0, 1)
     if dist.get_rank() == rank:
         Thread(target=_die_when_written, args=(incomplete(Path(folder)),), daemon=True).start()
     ds_optforge.save_checkpoint(engine, folder)
