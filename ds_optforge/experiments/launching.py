@@ -150,9 +150,8 @@ class Launcher:
         return hashlib.sha256(content.encode()).hexdigest()[:10]
 
     def _launch(self, run: Run, folder: Path, slot: int) -> Record:
-        folder.mkdir(exist_ok=True)
-        for stale in (RECORD, "summary.json"):
-            (folder / stale).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended: its checkpoints are not this one's
+        folder.mkdir()
         (folder / "config.json").write_text(json.dumps(run.config, indent=2) + "\n")
         command = filled(self.template, run, folder, slot)
         commit = current_commit()

@@ -164,13 +164,22 @@ def save_and_load(config: dict[str, Any], folder: str, model_options: Mapping[st
     uninterrupted = {"losses": run_steps(engine, 5, 5), "parameters": full_parameters(engine.module)}
     uninterrupted["state"] = state_formats(engine)
     engine.destroy()
+    return {"uninterrupted": uninterrupted, "resumed": load(config, folder, model_options)}
+
+
+def load(config: dict[str, Any], folder: str, model_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A fresh engine that loads what `save_and_load` saved, and takes the last 5 steps."""
     fresh = build_engine(config, model_options or {})
     path, _ = fresh.load_checkpoint(folder)
     assert path is not None
     resumed = {"losses": run_steps(fresh, 5, 5), "parameters": full_parameters(fresh.module)}
     resumed["state"] = state_formats(fresh)
     fresh.destroy()
-    return {"uninterrupted": uninterrupted, "resumed": resumed}
+    return resumed
+
+
+def save_and_load_each(configs: list[dict[str, Any]], folder: str, model_options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [save_and_load(config, f"{folder}/{number}", model_options) for number, config in enumerate(configs)]
 
 
 def overflow_then_idle(config: dict[str, Any]) -> bool:

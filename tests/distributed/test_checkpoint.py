@@ -21,7 +21,10 @@ ENGINES: dict[str, dict[str, Any]] = {
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
     },
+    "bf16, stage 2": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "bf16, stage 3": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
     "fp16": {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 8}},
+    "fp16, stage 3": {"zero_optimization": {"stage": 3}, "fp16": {"enabled": True, "loss_scale_window": 2}},
 }
 
 
@@ -30,33 +33,49 @@ def test_a_fresh_engine_goes_on_bit_exactly(engine: str, pools: Pools, tmp_path:
     schedule = {"type": "OptForgeSchedule", "params": {"name": "cosine", "warmup_num_steps": 3, "total_num_steps": 10}}
     config = cases.engine_config(2, cases.MUON, scheduler=schedule, **ENGINES[engine])
     for result in pools[2].run(cases.save_and_load, config, str(tmp_path)):
-        uninterrupted, resumed = result["uninterrupted"], result["resumed"]
-        assert resumed["losses"] == uninterrupted["losses"]
-        for name, parameter in uninterrupted["parameters"].items():
-            assert torch.equal(resumed["parameters"][name], parameter), name
+        assert_same(result["resumed"], result["uninterrupted"])
 
 
 RULES: dict[str, dict[str, Any]] = {
-    "normuon, 8-bit": {"name": "normuon", "state_dtype": "8bit", "adamw": {"lr": 1e-3}},
-    "normuon, bf16": {"name": "normuon", "state_dtype": "bfloat16", "adamw": {"lr": 1e-3}},
-    "lion, bf16": {"name": "lion", "state_dtype": "bfloat16"},
-    "adamw_8bit": {"name": "adamw_8bit"},
-    "schedule_free_adamw, 8-bit": {"name": "schedule_free_adamw", "state_dtype": "8bit"},
+    "muon": {"adamw": {"lr": 1e-3}},
+    "normuon": {"adamw": {"lr": 1e-3}},
+    "adamw": {"betas": [0.9, 0.95]},
+    "adamw_8bit": {"betas": [0.9, 0.95]},
+    "lion": {},
+    "schedule_free_adamw": {"betas": [0.9, 0.95]},
 }
+PLACES: list[dict[str, Any]] = [
+    {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
+    for stage in (1, 2, 3)
+    for offload in (False, True)
+]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("rule", RULES)
-def test_every_state_format_goes_on_bit_exactly(rule: str, stage: int, pools: Pools, tmp_path: Path) -> None:
-    """torch casts loaded state to float32; OptForge restores what was saved."""
-    config = cases.engine_config(stage, RULES[rule])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_and_state_format_goes_on_bit_exactly(name: str, state_dtype: str, pools: Pools, tmp_path: Path) -> None:
+    """On stages 1, 2 and 3, with and without offload. (torch casts loaded state to float32; OptForge restores it.)"""
+    params = {"name": name, **RULES[name], "state_dtype": state_dtype}
+    configs = [cases.engine_config(2, params, zero_optimization=zero) for zero in PLACES]
     wide = {"depth": 1, "width": 96}  # so that some parameters are large enough for 8-bit state
-    for result in pools[2].run(cases.save_and_load, config, str(tmp_path), model_options=wide):
-        uninterrupted, resumed = result["uninterrupted"], result["resumed"]
-        assert resumed["losses"] == uninterrupted["losses"]
-        assert resumed["state"] == uninterrupted["state"]
-        for name, parameter in uninterrupted["parameters"].items():
-            assert torch.equal(resumed["parameters"][name], parameter), name
+    for results in pools[2].run(cases.save_and_load_each, configs, str(tmp_path), model_options=wide):
+        for result in results:
+            assert_same(result["resumed"], result["uninterrupted"])
+
+
+def test_new_processes_go_on_bit_exactly(pools: Pools, tmp_path: Path) -> None:
+    config = cases.engine_config(3, cases.MUON)
+    uninterrupted = [result["uninterrupted"] for result in pools[2].run(cases.save_and_load, config, str(tmp_path))]
+    pools[2].close()
+    for resumed, expected in zip(pools[2].run(cases.load, config, str(tmp_path)), uninterrupted, strict=True):
+        assert_same(resumed, expected)
+
+
+def assert_same(resumed: dict[str, Any], uninterrupted: dict[str, Any]) -> None:
+    assert resumed["losses"] == uninterrupted["losses"]
+    assert resumed["state"] == uninterrupted["state"]
+    for name, parameter in uninterrupted["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], parameter), name
 
 
 def test_a_checkpoint_of_other_groups_is_refused_before_anything_changes(pools: Pools, tmp_path: Path) -> None:
