@@ -27,7 +27,6 @@ bench: venv
 	$(IN_VENV) python benchmarks/scaling.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/memory.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/step.py
-	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/telemetry.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/modes.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/modes.py
 	$(IN_VENV) python benchmarks/wire.py
