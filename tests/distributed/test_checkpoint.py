@@ -24,7 +24,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "bf16, stage 2": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
     "bf16, stage 3": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
     "fp16": {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 8}},
-    "fp16, stage 3": {"zero_optimization": {"stage": 3}, "fp16": {"enabled": True, "loss_scale_window": 2}},
+    "fp16, stage 3": {
+        "zero_optimization": {"stage": 3},
+        "fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2},
+    },
 }
 
 
