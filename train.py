@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import ds_optforge
+from ds_optforge.run_files import read_rows, replace_text
 from ds_optforge.workload import PRESETS, Corpus, DataError, build_model, load_corpus, micro_batch_rows
 
 VALIDATION_WINDOWS = 512
@@ -253,9 +254,9 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, chec
     """Train from step `first` to `args.steps`, writing a row to metrics.jsonl for each, then measure the validation loss."""
     is_first = comm.get_rank() == 0
     out.mkdir(parents=True, exist_ok=True)
-    metrics = [row for row in read_metrics(out / "metrics.jsonl") if row["step"] <= first]
+    metrics = [row for row in read_rows(out) if row["step"] <= first]
     if is_first:
-        write_at_once(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
+        replace_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
     start = time.perf_counter()
     with (
         open(out / "metrics.jsonl" if is_first else os.devnull, "a", buffering=1) as file,
@@ -277,32 +278,12 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, chec
 
 def state_bytes_per_parameter(engine: Any) -> float:
     """Return the size of the optimizer's state on all ranks over the number of elements that it is for."""
-    optimizer = engine.optimizer
-    while not isinstance(optimizer, ds_optforge.OptForge):
-        optimizer = optimizer.optimizer
+    optimizer = base_optimizer(engine)
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     sizes = (sum(tensor.nbytes for tensor in states), sum(piece.numel() for piece in optimizer.state))
     totals = torch.tensor(sizes, dtype=torch.float64, device=engine.device)
     comm.all_reduce(totals)
     return float(totals[0] / totals[1])
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of an earlier run; none where there was no such run, and not the one it was killed in."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def write_at_once(path: Path, text: str) -> None:
-    """Replace a file, so that whoever is killed leaves the old or the new one."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def train_step(engine: Any, corpus: Corpus, step: int, args: argparse.Namespace, stop: bool) -> tuple[dict[str, Any], bool]:
@@ -346,10 +327,15 @@ def learning_rates(engine: Any) -> dict[str, float]:
 
 def telemetry(engine: Any) -> dict[str, Any]:
     """Return what the optimizer last recorded about a step; empty where its configuration has no "telemetry"."""
+    return base_optimizer(engine).telemetry
+
+
+def base_optimizer(engine: Any) -> ds_optforge.OptForge:
+    """Return the OptForge under DeepSpeed's wrappers."""
     optimizer = engine.optimizer
     while not isinstance(optimizer, ds_optforge.OptForge):
-        optimizer = optimizer.optimizer  # DeepSpeed's wrapper
-    return optimizer.telemetry
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def peak_memory_gb() -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_optforge.config import OptimizerConfig
 from ds_optforge.roles import Route, log_routing, route, routing_table
-from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule, Tensors
+from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule, Tensors, row_buffer_of
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 from ds_optforge.settings import RuleSettings
 from ds_optforge.slices import Bucket, Members, Run, Slices, bind_slices, buffer_dtype
@@ -246,7 +246,7 @@ class OptForge(torch.optim.Optimizer):
             "group": identifier,
             "rule": members.settings.rule,
             "buffers": [buffer.name for buffer in members.rule.buffers],
-            "row_buffer": members.rule.row_buffer if isinstance(members.rule, MatrixRule) else "",
+            "row_buffer": row_buffer_of(members.rule),
             "shapes": [shapes[name] for name in slices.placement.layout.names],
             "placement": slices.placement.to_plain(),
         }

@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_optforge.config import THIN_ROWS, ShardingSettings
 from ds_optforge.placement import Placement
 from ds_optforge.roles import Route
-from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Rule, State
+from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Rule, State, row_buffer_of
 from ds_optforge.settings import RuleSettings
 from ds_optforge.state import EightBit, Extent, Plain, StateFormat, chunks
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
@@ -148,8 +148,8 @@ class Slices:
                 self.format_of(index, buffer).allocate(state, buffer, piece.detach())
                 if buffer.copies_weight:
                     state[buffer.name].copy_(piece.detach())
-            if isinstance(rule, MatrixRule) and rule.row_buffer:
-                state[rule.row_buffer] = torch.zeros(self.row_counts[index], dtype=torch.float32, device=piece.device)
+            if row_buffer := row_buffer_of(rule):
+                state[row_buffer] = torch.zeros(self.row_counts[index], dtype=torch.float32, device=piece.device)
 
     @contextmanager
     def opened(self, rule: Rule, states: Sequence[MutableMapping[str, Any]], runs: Sequence[Run]) -> Iterator[State]:

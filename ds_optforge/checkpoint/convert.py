@@ -17,11 +17,9 @@ from tqdm import tqdm
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
 from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
-from ds_optforge.checkpoint.logical import buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.logical import COUNTERS, GROUP, absmax_of, add_members, buffer_name, chunks_of, weight_name
 from ds_optforge.placement import Placement
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
-
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def convert(source: Path, out: Path) -> None:
@@ -48,7 +46,7 @@ def _manifest(checkpoint: EngineCheckpoint) -> dict[str, Any]:
     if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count likewise under another name
         scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
     return {
-        "counters": {key: model[key] for key in _COUNTERS},
+        "counters": {key: model[key] for key in COUNTERS},
         "loss_scale": checkpoint.loss_scale,
         "scheduler": scheduler,
         "written_by": {"converted_from": "engine.save_checkpoint", "world_size": len(checkpoint.shards)},
@@ -79,23 +77,11 @@ def _describe(
     found: Found,
 ) -> None:
     """The group that one call of ``step()`` belongs to, as in the manifest."""
-    kept = next(group for group in groups if group["optforge_group"] == part["group"])
-    group = found.groups.setdefault(
-        part["group"],
-        {
-            "rule": part["rule"],
-            "step": int(state["step"]),
-            "scalars": {key: value for key, value in state.items() if isinstance(value, float)},
-            "hyperparameters": {
-                key: value for key, value in kept.items() if key not in ("params", "optforge_group", "moe", "name")
-            },
-            "members": [],
-        },
-    )
-    group["members"] += placement.layout.names
+    group = next(group for group in groups if group[GROUP] == part["group"])
+    add_members(found.groups, part["group"], part["rule"], group, state, placement.layout.names)
     for index, name in enumerate(placement.layout.names):
         found.shapes[name] = part["shapes"][index]
-        if any(f"{buffer}_absmax" in state for buffer in part["buffers"]) and (cuts := placement.block_cuts(index)):
+        if any(absmax_of(buffer) in state for buffer in part["buffers"]) and (cuts := placement.block_cuts(index)):
             found.block_cuts[name] = cuts
 
 

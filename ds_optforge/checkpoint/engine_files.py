@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.files import CheckpointError, Chunk
+from ds_optforge.zero.layout import LOSS_SCALE
 
 _MODEL_FILES, _OPTIMIZER_FILES = "*_model_states.pt", "*_optim_states.pt"
 _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
@@ -81,8 +82,7 @@ class EngineCheckpoint:
         scaler = shard.get("loss_scaler")
         dynamic = scaler.dynamic if scaler is not None else shard.get("dynamic_loss_scale", False)
         values = vars(scaler) if scaler is not None else shard
-        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {key: values[key] for key in keys if key in values} if dynamic else {}
+        return {key: values[key] for key in LOSS_SCALE if key in values} if dynamic else {}
 
 
 def _by_rank(paths: Iterable[Path]) -> list[Path]:

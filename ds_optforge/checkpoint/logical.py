@@ -12,11 +12,36 @@ from torch import Tensor
 
 from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, run_of
 from ds_optforge.placement import Held, Placement
-from ds_optforge.rules.base import Buffer, MatrixRule, Rule
+from ds_optforge.rules.base import Buffer, Rule, row_buffer_of
 from ds_optforge.slices import Slices
 from ds_optforge.state import EightBit, block_edges, dequantize, recut
 
 State = MutableMapping[str, Any]
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
+GROUP = "optforge_group"
+_NO_HYPERPARAMETERS = ("params", GROUP, "moe", "name")
+
+
+def add_members(
+    groups: dict[str, Any], name: str, rule: str, group: Mapping[str, Any], state: Mapping[str, Any], members: Sequence[str]
+) -> None:
+    """Enter what one call of ``step()`` updates into a parameter group of the manifest, which its first call makes.
+
+    Args:
+        groups: of the manifest.
+        name, rule, group: the parameter group, its rule's name and its dict.
+        state: of the call's first tensor.
+        members: names of parameters.
+    """
+    made = {
+        "rule": rule,
+        "step": int(state.get("step", 0)),
+        "scalars": {key: value for key, value in state.items() if isinstance(value, float)},
+        "hyperparameters": {key: value for key, value in group.items() if key not in _NO_HYPERPARAMETERS},
+        "members": [],
+    }
+    groups.setdefault(name, made)["members"] += members
 
 
 def weight_name(parameter: str) -> str:
@@ -30,10 +55,6 @@ def buffer_name(parameter: str, buffer: str) -> str:
 def absmax_of(name: str) -> str:
     """The name of the scales of an 8-bit buffer."""
     return f"{name}_absmax"
-
-
-def row_buffer_of(rule: Rule) -> str:
-    return rule.row_buffer if isinstance(rule, MatrixRule) else ""
 
 
 def view(tensor: Tensor, held: Held) -> Tensor:

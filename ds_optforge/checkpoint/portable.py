@@ -19,8 +19,18 @@ from torch import Tensor, nn
 
 from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
-from ds_optforge.checkpoint.logical import Loading, State, buffer_name, chunks_of, row_buffer_of, weight_name
+from ds_optforge.checkpoint.logical import (
+    COUNTERS,
+    GROUP,
+    Loading,
+    State,
+    add_members,
+    buffer_name,
+    chunks_of,
+    weight_name,
+)
 from ds_optforge.optimizer import OptForge
+from ds_optforge.rules.base import row_buffer_of
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.slices import Members, Slices
 from ds_optforge.zero.layout import (
@@ -35,9 +45,6 @@ from ds_optforge.zero.layout import (
 
 logger = logging.getLogger("ds_optforge")
 
-_GROUP = "optforge_group"
-_NO_HYPERPARAMETERS = ("params", _GROUP, "moe", "name")
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _SHOWN = 5  # problems of a kind that a message lists
 
 
@@ -52,15 +59,11 @@ class _Part:
 
     @property
     def name(self) -> str:
-        return str(self.group[_GROUP])
+        return str(self.group[GROUP])
 
     @property
     def buffers(self) -> list[str]:
         return [buffer.name for buffer in self.members.rule.buffers]
-
-    @property
-    def step(self) -> int:
-        return int(self.states[0].get("step", 0))
 
     def chunks(self) -> Iterator[Chunk]:
         row_buffer = row_buffer_of(self.members.rule)
@@ -130,7 +133,7 @@ class _Run:
             "shapes": self.shapes,
             "groups": self._groups(),
             "block_cuts": self._block_cuts(),
-            "counters": {key: getattr(self.engine, key) for key in _COUNTERS},
+            "counters": {key: getattr(self.engine, key) for key in COUNTERS},
             "loss_scale": loss_scale(self.wrapper),
             "scheduler": _plain(scheduler.state_dict(), f"the state of {type(scheduler).__name__}") if scheduler else None,
             "client_state": _plain(dict(client_state or {}), "client_state"),
@@ -145,19 +148,8 @@ class _Run:
     def _groups(self) -> dict[str, Any]:
         groups: dict[str, Any] = {}
         for part in self.parts:
-            scalars = {key: value for key, value in part.states[0].items() if isinstance(value, float)}
-            kept = {key: value for key, value in part.group.items() if key not in _NO_HYPERPARAMETERS}
-            group = groups.setdefault(
-                part.name,
-                {
-                    "rule": part.members.settings.rule,
-                    "step": part.step,
-                    "scalars": scalars,
-                    "hyperparameters": kept,
-                    "members": [],
-                },
-            )
-            group["members"] += part.slices.placement.layout.names
+            rule, members = part.members.settings.rule, part.slices.placement.layout.names
+            add_members(groups, part.name, rule, part.group, part.states[0], members)
         plain: dict[str, Any] = _plain(groups, "the parameter groups")
         return plain
 
@@ -325,8 +317,8 @@ def _allocate(optimizer: OptForge, part: _Part, source: Mapping[str, Any], loadi
 
 def _restore_engine(run: _Run, manifest: Mapping[str, Any], fresh: set[str]) -> None:
     for group in run.optimizer.param_groups:
-        saved = manifest["groups"].get(group[_GROUP])
-        if saved is not None and group[_GROUP] not in fresh:
+        saved = manifest["groups"].get(group[GROUP])
+        if saved is not None and group[GROUP] not in fresh:
             values = saved["hyperparameters"].items()
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values})
     for key, value in manifest["counters"].items():

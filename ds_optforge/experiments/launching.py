@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from ds_optforge.experiments.spec import PLACEHOLDER
+from ds_optforge.run_files import read_rows, replace_text
 from ds_optforge.validation import ConfigError
 
 Status: TypeAlias = Literal["finished", "crashed", "diverged", "timed out"]
@@ -226,18 +227,6 @@ def filled(template: Sequence[str], run: Run, folder: Path, slot: int) -> list[s
     return [PLACEHOLDER.sub(lambda match: values[match[1]], argument) for argument in template]
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, up to one that is still being written."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return [row for row in rows if isinstance(row, dict)]
-
-
 def measure(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of a finished run, and the conditions that must be the same in all runs that are compared."""
     try:
@@ -292,13 +281,6 @@ def read_record(folder: Path) -> Record:
         return Record(**json.loads((folder / RECORD).read_text()), folder=folder)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{folder / RECORD}: not a record ({error}); remove {folder} to run it again") from None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it finds the old text or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 def current_commit() -> str:

@@ -88,6 +88,11 @@ class MatrixRule(Rule, Protocol):
         """Step ``parameters`` in place. ``active`` (one 0 or 1 each): 0 leaves a parameter as it is."""
 
 
+def row_buffer_of(rule: Rule) -> str:
+    """The name of its row statistics; "" where it has none."""
+    return rule.row_buffer if isinstance(rule, MatrixRule) else ""
+
+
 def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, active: Tensor | None = None) -> None:
     """Decoupled weight decay, before the update: W <- (1 - rate) W.
 

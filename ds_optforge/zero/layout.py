@@ -240,13 +240,13 @@ def own_part(parameter: Tensor) -> tuple[Tensor, int, int]:
     return _need(parameter, "ds_tensor").detach().view(-1).narrow(0, 0, min(partition, numel - start)), start, numel
 
 
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scale(wrapper: Any) -> dict[str, float]:
     """Where dynamic loss scaling stands; empty where there is none."""
     scaler = _dynamic_scaler(wrapper)
-    return {key: getattr(scaler, key) for key in _LOSS_SCALE if hasattr(scaler, key)}
+    return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
 
 
 def set_loss_scale(wrapper: Any, values: Mapping[str, float]) -> None:
