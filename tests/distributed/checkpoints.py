@@ -51,7 +51,7 @@ def resume(config: dict[str, Any], folder: str, strict: bool = True, **model_opt
         assert client_state in ({"next": HALF}, {})
         return {
             "steps": engine.global_steps,
-            "losses": run_steps(engine, HALF, HALF),
+            "losses": run_steps(engine, HALF, HALF, engine.gradient_accumulation_steps()),
             "parameters": full_parameters(engine.module),
             "loss_scale": loss_scale(engine.optimizer),
         }
@@ -212,7 +212,7 @@ def save_mixture(config: dict[str, Any], folder: str) -> None:
     ds_optforge.save_checkpoint(engine, folder)
 
 
-def save_unsavable(config: dict[str, Any], folder: str) -> None:
+def save_unsavable(config: dict[str, Any], folder: str, odd: Any) -> None:
     """Rank 1 alone asks for what JSON cannot hold."""
     engine = build_engine(config, {})
-    ds_optforge.save_checkpoint(engine, folder, {"position": object() if dist.get_rank() == 1 else 1})
+    ds_optforge.save_checkpoint(engine, folder, {"position": odd if dist.get_rank() == 1 else 1})

@@ -98,11 +98,12 @@ def test_an_existing_folder_is_never_overwritten(saved: Path, pools: Pools) -> N
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def test_a_client_state_that_one_rank_cannot_save_stops_all(pools: Pools, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("odd", "word"), [(1j, "Object of type complex"), ({3: 1}, "got the key 3")])
+def test_a_client_state_that_one_rank_cannot_save_stops_all(odd: object, word: str, pools: Pools, tmp_path: Path) -> None:
     with pytest.raises(RankFailure) as failure:
-        pools[2].run(checkpoints.save_unsavable, CONFIG, str(tmp_path / "saved"))
+        pools[2].run(checkpoints.save_unsavable, CONFIG, str(tmp_path / "saved"), odd)
     assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
-    assert "client_state cannot be saved: Object of type object" in failure.value.messages[0]
+    assert f"client_state cannot be saved: {word}" in failure.value.messages[0]
     assert not list(tmp_path.glob("saved*"))
 
 

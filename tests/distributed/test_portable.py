@@ -150,6 +150,15 @@ def test_another_state_format_takes_the_state_over(saved_as: str, resumed_as: st
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-2)
 
 
+def test_another_gradient_accumulation_goes_on(pools: Pools, tmp_path: Path) -> None:
+    """After a number of steps that it does not divide."""
+    params = {**OPTIMIZERS["muon"], **EXACT}
+    expected = pools[2].run(checkpoints.run_and_save, configuration(SAVED, params), str(tmp_path / "saved"))[0]
+    config = configuration(SAVED, params, gradient_accumulation_steps=2)
+    result = pools[2].run(checkpoints.resume, config, str(tmp_path / "saved"))[0]
+    assert result["losses"] == pytest.approx(expected["losses"], rel=TOLERANCES["float32"])
+
+
 def test_rates_and_random_states_arrive(pools: Pools, tmp_path: Path) -> None:
     config = configuration(SAVED, OPTIMIZERS["muon"], **schedule("muon"))
     expected = pools[2].run(checkpoints.draw_and_save, config, str(tmp_path / "saved"))
