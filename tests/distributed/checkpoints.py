@@ -3,11 +3,11 @@
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import deepspeed
@@ -144,18 +144,17 @@ def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def killed_while_saving(config: dict[str, Any], folder: str, rank: int) -> None:
-    """One rank dies by SIGKILL as soon as anything has been written."""
-    engine = build_engine(config, {"width": 1000})  # so that it takes a while
+    """One rank dies by SIGKILL between writing its file and saying so: when it opens the file again for its checksum."""
+    engine = build_engine(config, {})
     run_steps(engine, 0, 1)
+
+    def die(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and f"{incomplete(Path(folder))}/" in str(arguments[0]) and arguments[1] == "r":
+            os.kill(os.getpid(), signal.SIGKILL)
+
     if dist.get_rank() == rank:
-        Thread(target=_die_when_written, args=(incomplete(Path(folder)),), daemon=True).start()
+        sys.addaudithook(die)
     ds_optforge.save_checkpoint(engine, folder)
-
-
-def _die_when_written(folder: Path) -> None:
-    while not any(folder.glob("*.safetensors")):
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def resume_late(config: dict[str, Any], folder: str) -> dict[str, Any]:
