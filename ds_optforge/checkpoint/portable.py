@@ -213,8 +213,9 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(_rank(), dist.get_world_size() if dist.is_initialized() else 1)
         problems += [] if problems else _differences(run, checkpoint, strict)
+        fresh = set() if problems else _fresh_groups(run, checkpoint)
     _refuse_different(checkpoint)
-    _restore(run, checkpoint)
+    _restore(run, checkpoint, fresh)
     client_state: dict[str, Any] = checkpoint.manifest["client_state"]
     return client_state
 
@@ -262,12 +263,15 @@ def _few(names: set[str]) -> str:
     return "[" + ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "") + "]"
 
 
-def _restore(run: _Run, checkpoint: Checkpoint) -> None:
+def _source_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The saved group of each parameter."""
+    return {name: group for group in checkpoint.manifest["groups"].values() for name in group["members"]}
+
+
+def _restore(run: _Run, checkpoint: Checkpoint, fresh: set[str]) -> None:
     """Everything has been checked."""
-    manifest = checkpoint.manifest
+    manifest, source_of = checkpoint.manifest, _source_of(checkpoint)
     loading = Loading(checkpoint, manifest["block_cuts"])
-    source_of = {name: group for group in manifest["groups"].values() for name in group["members"]}
-    fresh = _fresh_groups(run, checkpoint, source_of)
     with torch.no_grad():
         with _agreeing():
             for part in run.parts:
@@ -281,13 +285,15 @@ def _restore(run: _Run, checkpoint: Checkpoint) -> None:
                 loading.into(target, weight_name(name), start)
             checkpoint.read(loading.requests)
             loading.finish()
+            random_states = _saved_random_states(checkpoint)
         refresh_weights(run.wrapper)
     _restore_engine(run, manifest, fresh)
-    _restore_random_states(checkpoint)
+    _set_random_states(random_states)
 
 
-def _fresh_groups(run: _Run, checkpoint: Checkpoint, source_of: Mapping[str, Any]) -> set[str]:
+def _fresh_groups(run: _Run, checkpoint: Checkpoint) -> set[str]:
     """The groups whose state is not all in the checkpoint (none if it was saved before their first step)."""
+    source_of = _source_of(checkpoint)
     reasons: dict[str, str] = {}
     for part in run.parts:
         names = part.slices.placement.layout.names
@@ -378,10 +384,13 @@ def _bytes(value: Sequence[Any]) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _restore_random_states(checkpoint: Checkpoint) -> None:
-    """Where the checkpoint has this rank's; a rank that it lacks keeps its own."""
+def _saved_random_states(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """This rank's; a rank that the checkpoint lacks keeps its own."""
     names = {kind: f"random/{_rank()}/{kind}" for kind in _random_states()}
-    found = {kind: checkpoint.whole(name) for kind, name in names.items() if name in checkpoint.tensors}
+    return {kind: checkpoint.whole(name) for kind, name in names.items() if name in checkpoint.tensors}
+
+
+def _set_random_states(found: Mapping[str, Tensor]) -> None:
     if "torch" in found:
         torch.set_rng_state(found["torch"])
     if "python" in found:

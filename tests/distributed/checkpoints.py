@@ -1,5 +1,6 @@
 """What the ranks of a pool run to test portable checkpoints."""
 
+import errno
 import os
 import random
 import signal
@@ -172,6 +173,35 @@ def step_without_rank_1(config: dict[str, Any]) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
     if dist.get_rank() == 0:
         run_steps(engine, 1, 1)
+
+
+def load_where_the_disk_fails(config: dict[str, Any], folder: str) -> None:
+    """On rank 1, which finds its share of the files to be sound and then cannot list the folder to read their headers."""
+    engine = build_engine(config, {})
+
+    def fail(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("os.listdir", "os.scandir") and str(arguments[0]) == folder:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), folder)
+
+    if dist.get_rank() == 1:
+        sys.addaudithook(fail)
+    ds_optforge.load_checkpoint(engine, folder)
+
+
+def load_each_its_own(config: dict[str, Any], folders: Sequence[str]) -> None:
+    """As on hosts that have different folders under one name."""
+    engine = build_engine(config, {})
+    ds_optforge.load_checkpoint(engine, folders[dist.get_rank()])
+
+
+def save_without_rank_1(config: dict[str, Any], folder: str) -> None:
+    """Rank 1 goes away before it saves, without ending."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, 1)
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    if dist.get_rank() == 0:
+        ds_optforge.save_checkpoint(engine, folder)
 
 
 def draw_and_save(config: dict[str, Any], folder: str) -> dict[str, Any]:

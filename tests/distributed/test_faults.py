@@ -89,6 +89,22 @@ def test_a_damaged_file_is_refused_by_name(damage: str, saved: Path, pools: Pool
     assert_refused(pools, saved, str(path))
 
 
+def test_a_disk_that_fails_one_rank_is_an_error_on_all(saved: Path, pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.load_where_the_disk_fails, CONFIG, str(saved))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    for message in failure.value.messages.values():
+        assert f"rank 1: OSError: [Errno 5] Input/output error: '{saved}'" in message
+
+
+def test_ranks_that_find_different_checkpoints_under_one_name_are_refused(saved: Path, pools: Pools, tmp_path: Path) -> None:
+    pools[2].run(checkpoints.load_and_save, CONFIG, str(saved), str(tmp_path / "other"))
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.load_each_its_own, CONFIG, [str(saved), str(tmp_path / "other")])
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    assert f"{saved}: ranks found different checkpoints" in failure.value.messages[0]
+
+
 def test_an_existing_folder_is_never_overwritten(saved: Path, pools: Pools) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(RankFailure) as failure:
@@ -134,3 +150,11 @@ def test_a_rank_that_never_comes_is_an_error_after_the_timeout(stage: int, pools
         pools[2].run(checkpoints.step_without_rank_1, cases.engine_config(stage, cases.MUON))
     assert failure.value.types == {0: "RuntimeError"}
     assert "imed out" in failure.value.messages[0]
+
+
+def test_a_save_that_a_rank_never_joins_is_an_error_after_the_timeout(pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.save_without_rank_1, CONFIG, str(tmp_path / "saved"))
+    assert failure.value.types.keys() == {0}
+    assert "timeout after 3000ms" in failure.value.messages[0]
+    assert not list(tmp_path.iterdir())
