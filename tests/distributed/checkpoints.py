@@ -175,9 +175,8 @@ def step_without_rank_1(config: dict[str, Any]) -> None:
         run_steps(engine, 1, 1)
 
 
-def load_where_the_disk_fails(config: dict[str, Any], folder: str) -> None:
+def refused_where_the_disk_fails(config: dict[str, Any], folder: str) -> tuple[str, bool]:
     """On rank 1, which finds its share of the files to be sound and then cannot list the folder to read their headers."""
-    engine = build_engine(config, {})
 
     def fail(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("os.listdir", "os.scandir") and str(arguments[0]) == folder:
@@ -185,13 +184,12 @@ def load_where_the_disk_fails(config: dict[str, Any], folder: str) -> None:
 
     if dist.get_rank() == 1:
         sys.addaudithook(fail)
-    ds_optforge.load_checkpoint(engine, folder)
+    return refused(config, folder)
 
 
-def load_each_its_own(config: dict[str, Any], folders: Sequence[str]) -> None:
+def refused_of_each_its_own(config: dict[str, Any], folders: Sequence[str]) -> tuple[str, bool]:
     """As on hosts that have different folders under one name."""
-    engine = build_engine(config, {})
-    ds_optforge.load_checkpoint(engine, folders[dist.get_rank()])
+    return refused(config, folders[dist.get_rank()])
 
 
 def save_without_rank_1(config: dict[str, Any], folder: str) -> None:

@@ -90,19 +90,18 @@ def test_a_damaged_file_is_refused_by_name(damage: str, saved: Path, pools: Pool
 
 
 def test_a_disk_that_fails_one_rank_is_an_error_on_all(saved: Path, pools: Pools) -> None:
-    with pytest.raises(RankFailure) as failure:
-        pools[2].run(checkpoints.load_where_the_disk_fails, CONFIG, str(saved))
-    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
-    for message in failure.value.messages.values():
-        assert f"rank 1: OSError: [Errno 5] Input/output error: '{saved}'" in message
+    for message, unchanged in pools[2].run(checkpoints.refused_where_the_disk_fails, CONFIG, str(saved)):
+        assert message == f"rank 1: OSError: [Errno 5] Input/output error: '{saved}'"
+        assert unchanged
 
 
 def test_ranks_that_find_different_checkpoints_under_one_name_are_refused(saved: Path, pools: Pools, tmp_path: Path) -> None:
-    pools[2].run(checkpoints.load_and_save, CONFIG, str(saved), str(tmp_path / "other"))
-    with pytest.raises(RankFailure) as failure:
-        pools[2].run(checkpoints.load_each_its_own, CONFIG, [str(saved), str(tmp_path / "other")])
-    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
-    assert f"{saved}: ranks found different checkpoints" in failure.value.messages[0]
+    other = tmp_path / "other"
+    pools[2].run(checkpoints.load_and_save, CONFIG, str(saved), str(other))
+    refusals = pools[2].run(checkpoints.refused_of_each_its_own, CONFIG, [str(saved), str(other)])
+    for (message, unchanged), folder in zip(refusals, (saved, other), strict=True):
+        assert message.startswith(f"{folder}: ranks found different checkpoints")
+        assert unchanged
 
 
 def test_an_existing_folder_is_never_overwritten(saved: Path, pools: Pools) -> None:
