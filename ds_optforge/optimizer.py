@@ -26,6 +26,11 @@ logger = logging.getLogger("ds_optforge")
 
 _GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
 _KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
+_FALLING_RATE = (
+    "schedule_free_adamw: the learning rate is below an earlier one, but averaging replaces a falling schedule; allowed: a "
+    'constant one, as of {"type": "OptForgeSchedule", "params": {"name": "none"}} (without a "scheduler" section the HF '
+    "Trainer adds a falling one)"
+)
 
 
 class OptForge(torch.optim.Optimizer):
@@ -51,7 +56,7 @@ class OptForge(torch.optim.Optimizer):
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._rates_seen: dict[str, tuple[int, float, float]] = {}  # by group: step, configured lr, lr found
-        self._told = False
+        self._told: set[str] = set()
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # inside eval()
         super().__init__(self._build_groups(routed), defaults={"lr": self._config.main.lr})  # Accelerate reads it
         self._telemetry = Telemetry(asked.every, self._members) if asked else None
@@ -136,16 +141,22 @@ class OptForge(torch.optim.Optimizer):
         return bound
 
     def refuse_bad_schedule(self, group: Mapping[str, Any]) -> None:
-        """DeepSpeed's own schedulers write one learning rate into all groups; its groups come here one at a time."""
+        """Raise ConfigError, or warn of what merely trains worse.
+
+        DeepSpeed's own schedulers write one learning rate into all groups; its groups come here one at a time.
+        """
         settings = self.settings_of(group)
         if settings.needs_schedule and "initial_weight_decay" not in group:
             raise ConfigError(
                 f"weight_decay_schedule: got '{settings.needs_schedule}' without its scheduler; allowed: 'constant', or "
                 '{"type": "OptForgeSchedule"} (build_scheduler) with total_num_steps'
             )
+        state = self.state[group["params"][0]]
+        if group["lr"] < state.get("lr_max", 0.0):
+            self._warn_once(_FALLING_RATE)
         if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; zero tells nothing yet
             return
-        step = int(self.state[group["params"][0]].get("step", 0))
+        step = int(state.get("step", 0))
         self._rates_seen[group[_GROUP]] = (step, settings.lr, group["lr"])
         for other, (its_step, configured, rate) in self._rates_seen.items():
             if its_step == step and configured != settings.lr and rate == group["lr"]:
@@ -185,9 +196,13 @@ class OptForge(torch.optim.Optimizer):
         if self._steps_parameters():
             if self._training_weights is None:
                 self.enter_averages()
-        elif self.averages_weights and self._training_weights is None and not self._told:
-            logger.warning("optimizer.eval() does not reach an engine's weights: evaluate inside evaluation_weights(engine)")
-            self._told = True
+        elif self.averages_weights and self._training_weights is None:
+            self._warn_once("optimizer.eval() does not reach an engine's weights: evaluate inside evaluation_weights(engine)")
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._told:
+            logger.warning(message)
+            self._told.add(message)
 
     def train(self) -> None:
         """Take the averaged weights out again, bit-exactly."""

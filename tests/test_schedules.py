@@ -134,6 +134,21 @@ def test_every_group_follows_the_same_curve_from_its_own_rate() -> None:
     assert [adamw for _, adamw in seen] == pytest.approx([0.001 * factor for factor in expected])
 
 
+@pytest.mark.parametrize(("factors", "warnings"), [([0.5, 1.0, 1.0, 1.0], 0), ([1.0, 1.0, 0.9, 0.8], 1)])
+def test_schedule_free_under_a_falling_curve_of_another_scheduler_warns_once(
+    factors: list[float], warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as the linear one that the HF Trainer adds; of OptForgeSchedule's own a falling one is refused."""
+    model = nn.Linear(4, 4)
+    chosen = build_optimizer(model, {"name": "schedule_free_adamw", "warmup_steps": 2})
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: [*factors, 0.0][step])
+    for _ in factors:
+        model(torch.ones(4)).sum().backward()
+        chosen.step()
+        schedule.step()
+    assert [record.levelname for record in caplog.records if "below an earlier one" in record.message] == warnings * ["WARNING"]
+
+
 def test_the_first_step_is_taken_at_the_first_rate_of_the_warm_up() -> None:
     chosen = optimizer()
     OptForgeSchedule(chosen, name="constant", warmup_num_steps=4)
