@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -403,12 +404,12 @@ def train_with_and_without_offload(
     return kept, offloaded
 
 
-def trace_step(config: dict[str, Any], model_options: Mapping[str, Any]) -> dict[str, Any]:
-    """What OptForge's own ``step()`` runs, and the most bytes that one call holds, once its state is there."""
+def trace_step(config: dict[str, Any], model_options: Mapping[str, Any], allowed: int = sys.maxsize) -> dict[str, Any]:
+    """What OptForge's own ``step()`` runs, and the most bytes that one call holds (of ``allowed``), once its state is there."""
     engine = build_engine(config, model_options)
     run_steps(engine, 0, 1)
     optimizer = base_optimizer(engine)
-    with traced(optimizer) as calls:
+    with traced(optimizer, allowed) as calls:
         run_steps(engine, 1, 1)
     slices = [piece.numel() for piece in optimizer.state]
     engine.destroy()
