@@ -1,7 +1,7 @@
 """A training program that takes milliseconds: gradient descent on a noisy quadratic, with the contract of train.py.
 
-Keys of its configuration beside the learning rate: "sleep", seconds in every step; "child", a process that it leaves behind;
-"lucky_seed", a seed whose loss is far too good; "world_size" for the summary.
+Keys of its configuration beside the learning rate: "sleep", seconds in every step; "wait_for", a file without which it does not
+end; "child", a process that it leaves behind; "lucky_seed", a seed whose loss is far too good; "world_size" for the summary.
 """
 
 import argparse
@@ -36,6 +36,8 @@ def main() -> None:
             x -= lr * gradient
             row = {"step": step, "loss": loss, "grad_norm": abs(gradient), "tokens_per_second": 100.0, "peak_memory_gb": 0.5}
             metrics.write(json.dumps(row) + "\n")
+    while "wait_for" in config and not Path(config["wait_for"]).exists():
+        time.sleep(0.01)
     lucky = 1.0 if config.get("lucky_seed") == int(args.seed) else 0.0
     summary = {"validation_loss": x * x / 2 + loss / 100 - lucky, "world_size": config.get("world_size", 1)}
     summary |= {"sequence_length": 10, "state_bytes_per_parameter": 4.0}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ds_optforge.experiments.launching import ExperimentError, Launcher, Record, Run, filled, last_line, read_record
-from tests.experiments.files import LAUNCHER, config
+from tests.experiments.files import LAUNCHER, alive, config
 
 
 class Heard:
@@ -43,13 +43,6 @@ def launch(folder: Path, *runs: Run, template: Sequence[str] = LAUNCHER, **more:
     launched = launcher(folder, template, **more)
     with launched.opened():
         return launched.run(runs), launched.watcher
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_finished_run_is_recorded_with_its_numbers(tmp_path: Path) -> None:
@@ -89,7 +82,7 @@ def test_equal_runs_are_launched_once(tmp_path: Path) -> None:
 
 
 def test_so_many_at_a_time(tmp_path: Path) -> None:
-    runs = [run(seed=seed, steps=2, sleep=0.2) for seed in range(5)]
+    runs = [run(seed=seed, steps=2, sleep=0.5) for seed in range(5)]
     _, heard = launch(tmp_path, *runs, parallel=3)
     assert heard.most == 3
 
@@ -116,9 +109,9 @@ def test_nan_is_a_divergence(tmp_path: Path) -> None:
 
 
 def test_a_timed_out_run_is_ended_with_the_processes_that_it_started(tmp_path: Path) -> None:
-    (record,), _ = launch(tmp_path, run(steps=1000, sleep=0.1, child=True), timeout=2.0)
+    (record,), _ = launch(tmp_path, run(steps=1000, sleep=0.1, child=True), timeout=5.0)
     assert record.status == "timed out"
-    assert record.seconds < 10
+    assert record.seconds < 60  # of 100
     child = int((record.folder / "child").read_text())
     assert not alive(child)
 
@@ -166,7 +159,7 @@ def test_an_interrupt_ends_the_runs_and_leaves_no_record(tmp_path: Path) -> None
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt), interrupted.opened():
         interrupted.run([run(steps=1000, sleep=0.1), run(seed=1, steps=1000, sleep=0.1)])
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # of 100
     assert not list(tmp_path.glob("runs/*/record.json"))
     assert len(list(tmp_path.glob("runs/*/config.json"))) == 1
 
