@@ -35,7 +35,9 @@ soak: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py
 	$(IN_VENV) pytest -m slow
 
+# A build of an operator that was interrupted leaves a lock, for which all later ones would wait.
 venv: .venv/installed
+	@rm -f .venv/torch_extensions/*/lock
 
 # torch goes first, pinned: left to the range in setup.cfg, pip would take the newest release, and on Linux that may
 # bring gigabytes of CUDA libraries.

@@ -5,14 +5,13 @@
         node2.traffic().received       # bytes that came over the link
 
 Needs root and Debian's iproute2; `missing()` says what is not there. When the block ends, whatever still runs on the hosts
-is killed and all of it removed. The names carry the process id, so users beside each other do not meet; their addresses
+is killed and all of it removed. Their names are random, so users beside each other do not meet; their addresses
 are the same, because nothing of this is in the machine's own network: only these two hosts can be reached from them.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import shlex
 import shutil
@@ -20,9 +19,10 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ SUBNET = "10.77.0"
 ADDRESSES = {"node1": f"{SUBNET}.1", "node2": f"{SUBNET}.2"}
 SILENT_HOST, SILENT_ADDRESS = "node9", f"{SUBNET}.9"  # packets to it vanish
 PROGRAMS = ("ip", "tc", "unshare", "bash")
-_counter = itertools.count()
 NAMED_FILES = Path("/etc/netns")  # `ip netns exec NAME` shows the files of the folder NAME in /etc
 
 # Stands in for ssh between the hosts: fails where ssh would, because the host does not answer on the network (a refused
@@ -82,6 +81,7 @@ class Host:
     address: str
     namespace: str
     environment: Mapping[str, str]
+    _started: list[subprocess.Popen[Any]] = field(default_factory=list)
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run `command` to its end; the result holds its output as text. `options` are those of subprocess.run."""
@@ -89,7 +89,14 @@ class Host:
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[Any]:
         """Start `command`. `options` are those of subprocess.Popen."""
-        return subprocess.Popen(self.command(*command), **self._with_env(options))
+        process = subprocess.Popen(self.command(*command), **self._with_env(options))
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what `start` started: so soon after it a command may not have entered the network where `_kill` looks."""
+        for process in self._started:
+            process.kill()
 
     def command(self, *command: str) -> list[str]:
         """The command line that runs `command` on this host."""
@@ -130,7 +137,7 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
     rate: the speed of each direction of the link as `tc` writes it ("1gbit"); None: as fast as memory.
     Raises subprocess.CalledProcessError where a namespace cannot be made; ask `missing` first.
     """
-    own = f"optforge-{os.getpid()}-{next(_counter)}"
+    own = f"optforge-{uuid.uuid4().hex[:8]}"
     namespaces = {name: f"{own}-{name}" for name in ADDRESSES}
     with ExitStack() as cleanup:
         agent = _write_agent(Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix=own))), namespaces)
@@ -145,6 +152,8 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
                 limit = ("rate", rate, "burst", "1mbit", "latency", "50ms")
                 _ip("netns", "exec", namespace, "tc", "qdisc", "add", "dev", INTERFACE, "root", "tbf", *limit)
         node1, node2 = (Host(name, ADDRESSES[name], namespace, _environment(agent)) for name, namespace in namespaces.items())
+        cleanup.callback(node1.end)
+        cleanup.callback(node2.end)
         yield node1, node2
 
 

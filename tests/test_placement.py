@@ -2,11 +2,13 @@
 
 from itertools import accumulate, pairwise
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_optforge.placement import Placement
 from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SHAPES = st.lists(  # of parameters: matrices of (rows, cols), stored (in, out) or not
     st.tuples(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3), st.booleans()),
@@ -34,6 +36,7 @@ def placements(parameters: list[tuple[list[tuple[int, int]], bool]], world: int,
     return [Placement(layout, rank, (0,)) for rank in range(world)]
 
 
+@unhurried
 @given(SHAPES, st.integers(1, 6), st.booleans())
 def test_every_element_is_held_once_and_at_one_place(
     parameters: list[tuple[list[tuple[int, int]], bool]], world: int, zero3: bool
@@ -47,6 +50,7 @@ def test_every_element_is_held_once_and_at_one_place(
         assert all(a.offset + a.numel <= b.offset for a, b in pairwise(held))
 
 
+@unhurried
 @given(SHAPES, st.integers(1, 6), st.booleans())
 def test_every_output_row_is_held_once_where_its_first_element_lies(
     parameters: list[tuple[list[tuple[int, int]], bool]], world: int, zero3: bool
@@ -64,6 +68,7 @@ def test_every_output_row_is_held_once_where_its_first_element_lies(
         assert sum(h.numel for h in held) == sum(placement.row_counts())
 
 
+@unhurried
 @given(SHAPES, st.integers(1, 6), st.booleans())
 def test_it_survives_a_file(parameters: list[tuple[list[tuple[int, int]], bool]], world: int, zero3: bool) -> None:
     for placement in placements(parameters, world, zero3):

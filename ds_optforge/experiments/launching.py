@@ -118,12 +118,12 @@ class Launcher:
             slots.put(slot)
         distinct = {self._key(run): run for run in runs}
         with ThreadPoolExecutor(self.parallel) as pool:
-            futures = {key: pool.submit(self._once, run, slots) for key, run in distinct.items()}
             try:
+                futures = {key: pool.submit(self._once, run, slots) for key, run in distinct.items()}
                 wait(futures.values())
             except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # first: or where one run has ended, the next would start
                 self._stop.set()
-                pool.shutdown(cancel_futures=True)
                 raise
         return [futures[self._key(run)].result() for run in runs]
 

@@ -28,10 +28,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
 
-START_TIMEOUT_S = 120.0
-RESET_TIMEOUT_S = 15.0
-GRACE_S = 5.0
+START_TIMEOUT_S = 600.0
+RESET_TIMEOUT_S = 60.0
+GRACE_S = 60.0
 STACK_DUMP_S = 0.5
+STACK_DUMP_TIMEOUT_S = 30.0
+STACK_DUMP_BEGINS = "(most recent call first):"
 TAIL_LINES = 60
 IMPORT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,6 +218,9 @@ class Pool:
         hung = [number for number in range(self.size) if number not in answers]
         for number in hung:
             self._ranks[number].signal(signal.SIGUSR1)
+        deadline = time.monotonic() + STACK_DUMP_TIMEOUT_S
+        while not all(STACK_DUMP_BEGINS in self._ranks[number].log_tail() for number in hung) and time.monotonic() < deadline:
+            time.sleep(STACK_DUMP_S)
         if hung:
             time.sleep(STACK_DUMP_S)
         after = f"{GRACE_S:.0f} s after the failure of another rank" if failures else f"after {timeout_s:g} s"

@@ -44,11 +44,14 @@ def fail_everywhere() -> None:
     raise ValueError(f"rank {dist.get_rank()} is unhappy")
 
 
-def fail_on_rank_one() -> None:
-    """Leave rank 0 alone in a collective."""
-    if dist.get_rank() == 1:
-        raise ValueError("only me")
-    dist.barrier()
+def fail_on_rank_one(folder: Path) -> None:
+    """Leave rank 0 alone, on its way into a collective."""
+    if dist.get_rank() == 0:
+        (folder / "here").touch()
+        dist.barrier()
+    while not (folder / "here").exists():
+        time.sleep(0.01)
+    raise ValueError("only me")
 
 
 def die_on_rank_one() -> None:
@@ -61,7 +64,8 @@ def sleep_with_child(folder: Path) -> None:
     """Hang, with a process of its own on rank 0."""
     if dist.get_rank() == 0:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        (folder / "child").write_text(str(child.pid))
+        (folder / "written").write_text(str(child.pid))
+        (folder / "written").rename(folder / "child")
     time.sleep(600)
 
 
@@ -115,7 +119,7 @@ def leftovers() -> dict[str, Any]:
     }
 
 
-def _wait_until_gone(pids: Iterable[int], timeout_s: float = 10.0) -> set[int]:
+def _wait_until_gone(pids: Iterable[int], timeout_s: float = 60.0) -> set[int]:
     """The processes still running when the time is up; the dead may await their parent's notice."""
     deadline = time.monotonic() + timeout_s
     running = set(pids)
@@ -206,17 +210,16 @@ def test_idle_ranks_leave_the_processor_alone(pool2: Pool) -> None:
 
 
 @pytest.mark.usefixtures("short_grace")
-def test_a_rank_that_waits_for_a_failed_one_is_killed_and_shows_where_it_was(pool2: Pool) -> None:
+def test_a_rank_that_waits_for_a_failed_one_is_killed_and_shows_where_it_was(pool2: Pool, tmp_path: Path) -> None:
     pids = [result["pid"] for result in pool2.run(describe)]
     with pytest.raises(RankFailure, match="only me") as caught:
-        pool2.run(fail_on_rank_one)
+        pool2.run(fail_on_rank_one, tmp_path)
     assert caught.value.types == {0: "Hung", 1: "ValueError"}
-    assert "in barrier" in str(caught.value)
+    assert "in fail_on_rank_one" in str(caught.value).partition("--- rank 1")[0]
     assert not _wait_until_gone(pids)
     assert pool2.run(describe)[1]["rank_sum"] == 1.0
 
 
-@pytest.mark.usefixtures("short_grace")
 def test_a_dead_rank_is_told_and_replaced(pool2: Pool) -> None:
     with pytest.raises(RankFailure, match="status 3") as caught:
         pool2.run(die_on_rank_one)
@@ -226,8 +229,8 @@ def test_a_dead_rank_is_told_and_replaced(pool2: Pool) -> None:
 
 def test_a_job_past_its_time_is_killed_with_all_that_it_started(pool2: Pool, tmp_path: Path) -> None:
     pids = [result["pid"] for result in pool2.run(describe)]
-    with pytest.raises(RankFailure, match="no answer after 2 s") as caught:
-        pool2.run(sleep_with_child, tmp_path, timeout_s=2)
+    with pytest.raises(RankFailure, match="no answer after 5 s") as caught:
+        pool2.run(sleep_with_child, tmp_path, timeout_s=5)
     assert "in sleep_with_child" in str(caught.value)
     assert not _wait_until_gone([*pids, int((tmp_path / "child").read_text())])
     assert pool2.run(describe)[1]["rank_sum"] == 1.0
@@ -249,7 +252,7 @@ def test_ranks_end_with_the_process_that_owns_the_pool(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         pids = [int(word) for word in owner.stdout.readline().split()]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not (tmp_path / "child").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         owner.send_signal(signal.SIGKILL)

@@ -45,6 +45,7 @@ def test_a_nan_on_one_rank_reaches_no_buffer_on_any(stage: int, precision: str, 
     assert pools[2].run(cases.nan_on_one_rank, config) == [True, True]
 
 
+@pytest.mark.fp16
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 def test_what_an_overflow_leaves_never_reaches_an_idle_layer(stage: int, offload: str, pools: Pools) -> None:
@@ -55,6 +56,7 @@ def test_what_an_overflow_leaves_never_reaches_an_idle_layer(stage: int, offload
     assert pools[2].run(cases.overflow_then_idle, config) == [True, True]
 
 
+@pytest.mark.fp16
 def test_an_overflow_that_loss_scaling_skips_changes_nothing(pools: Pools) -> None:
     config = cases.engine_config(2, cases.MUON, fp16={"enabled": True, "initial_scale_power": 32})
     for result in pools[2].run(cases.train_past_overflow, config):

@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ def test_a_timed_out_run_is_ended_with_the_processes_that_it_started(tmp_path: P
     assert record.status == "timed out"
     assert record.seconds < 60  # of 100
     child = int((record.folder / "child").read_text())
-    assert not alive(child)
+    deadline = time.monotonic() + 30  # the child would run for 60
+    while alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_program_that_leaves_no_summary_has_crashed_whatever_an_earlier_attempt_left(tmp_path: Path) -> None:
@@ -149,17 +153,24 @@ def test_a_folder_in_use_is_refused_and_the_process_named(tmp_path: Path) -> Non
         pass
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a background job of a shell does not begin with."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_runs_and_leaves_no_record(tmp_path: Path) -> None:
     class Interrupting(Heard):
         def started(self, run: Run, folder: Path) -> None:
             super().started(run, folder)
-            os.kill(os.getpid(), 2)
+            os.kill(os.getpid(), signal.SIGINT)
 
     interrupted = Launcher(LAUNCHER, tmp_path, Interrupting())
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt), interrupted.opened():
         interrupted.run([run(steps=1000, sleep=0.1), run(seed=1, steps=1000, sleep=0.1)])
-    assert time.monotonic() - start < 60  # of 100
     assert not list(tmp_path.glob("runs/*/record.json"))
     assert len(list(tmp_path.glob("runs/*/config.json"))) == 1
 

@@ -134,13 +134,14 @@ def test_a_killed_sweep_goes_on_once_the_run_that_it_left_behind_has_ended(
     path = held_sweep(tmp_path)
     process = subprocess.Popen([*CLI, "sweep", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for(tmp_path, "B")
+    while not (left := "".join(path.read_text() for path in tmp_path.glob("out/runs/B-*/pid"))):
+        time.sleep(0.02)
     process.kill()
     process.wait()
-    (left,) = (tmp_path / "out" / "runs").glob("*/pid")
     assert main(["sweep", str(path)]) == 1  # two programs would write into one folder
-    assert f"in use by another command or the runs of a killed one: process {left.read_text()}" in capsys.readouterr().err
-    os.kill(int(left.read_text()), signal.SIGKILL)
-    while alive(int(left.read_text())):
+    assert f"in use by another command or the runs of a killed one: process {left} " in capsys.readouterr().err
+    os.kill(int(left), signal.SIGKILL)
+    while alive(int(left)):
         time.sleep(0.01)
     goes_on(path, tmp_path)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import socket
 import subprocess
 import sysconfig
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
-LAUNCH_LIMIT = 240  # seconds; the first launch on a machine also compiles a DeepSpeed operator
+LAUNCH_LIMIT = 900  # seconds; the first launch on a machine also compiles a DeepSpeed operator
 
 # What the other launchers are compared with.
 DEEPSPEED = "deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json"
@@ -29,9 +31,11 @@ PORT_OPTIONS = {"deepspeed ": "--master_port", "torchrun ": "--master-port", "ac
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
+    """One from below those that the system gives to others between now and when it is bound."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", random.randrange(20_000, 32_000)))
+            return str(probe.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
@@ -41,8 +45,8 @@ def environment() -> dict[str, str]:
     return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def on_this_machine(command: str) -> Process:
-    """Run the command line from the repository's root, at a port of its own."""
+def on_this_machine(command: str, **variables: str) -> Process:
+    """Run the command line from the repository's root, at a port of its own, with these variables in its environment."""
     port = free_port()
     for program, option in PORT_OPTIONS.items():
         if command.startswith(program):
@@ -53,7 +57,7 @@ def on_this_machine(command: str) -> Process:
         return subprocess.run(
             ["bash", "-c", command],
             cwd=ROOT,
-            env=environment() | for_mpi,
+            env=environment() | for_mpi | variables,
             capture_output=True,
             text=True,
             timeout=LAUNCH_LIMIT,

@@ -3,104 +3,62 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+import shlex
 from pathlib import Path
 
-import psutil
-import pytest
-
-from tests.launch.commands import LAUNCH_LIMIT, ROOT, environment, free_port, on_this_machine
+from tests.launch.commands import Process, on_this_machine
 
 STEPS, EVERY = 24, 4
 
 
 class Job:
-    """torchrun with two ranks, and the ranks' process ids."""
+    """Launches that go on in one folder, with the faults of `faulty.py`."""
 
-    def __init__(self, out: Path, text: Path, *arguments: str) -> None:
+    def __init__(self, out: Path, text: Path) -> None:
         self.out = out
-        command = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}", "train.py", f"--out={out}"]
-        command += [f"--data={text}", "--sequence-length=32", f"--steps={STEPS}", f"--save-every={EVERY}", *arguments]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        small = f"--sequence-length 32 --data {shlex.quote(str(text))} --out {shlex.quote(str(out))}"
+        self._command = (
+            f"torchrun --nproc-per-node=2 tests/launch/faulty.py {small} --steps {STEPS} --save-every {EVERY} --resume"
         )
 
+    def launch(self, **fault: str) -> Process:
+        return on_this_machine(self._command, **fault)
+
     @property
-    def ranks(self) -> list[psutil.Process]:
-        return [child for child in psutil.Process(self.process.pid).children() if "train.py" in child.cmdline()]
+    def losses(self) -> list[float]:
+        return [json.loads(line)["loss"] for line in (self.out / "metrics.jsonl").read_text().splitlines()]
 
-    def after(self, step: int) -> Job:
-        """Wait until that many steps are in the log."""
-        self._wait(lambda: len(losses(self.out)) >= step)
-        return self
+    @property
+    def checkpoints(self) -> list[int]:
+        """The steps of the complete ones."""
+        return sorted(int(path.parent.name[-8:]) for path in self.out.glob("checkpoints/step_????????/checkpoint.json"))
 
-    def _wait(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + LAUNCH_LIMIT
-        while not happened():
-            assert self.process.poll() is None, self.end()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def end(self) -> str:
-        """What it printed."""
-        output, _ = self.process.communicate(timeout=LAUNCH_LIMIT)
-        return output
+    @property
+    def validation_loss(self) -> float:
+        return float(json.loads((self.out / "summary.json").read_text())["validation_loss"])
 
 
-def losses(out: Path) -> list[float]:
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+def test_a_run_that_is_stopped_and_killed_ends_as_if_nothing_had_happened(tmp_path: Path, text: Path) -> None:
+    uninterrupted, interrupted = Job(tmp_path / "uninterrupted", text), Job(tmp_path / "interrupted", text)
+    finished = uninterrupted.launch()
+    assert finished.returncode == 0, finished.stderr
+    assert len(uninterrupted.losses) == STEPS
 
+    stopped = interrupted.launch(STOP_AFTER="step_00000008")
+    assert "stopped by SIGTERM after step 9; go on with --resume" in stopped.stderr
+    assert len(interrupted.losses) == interrupted.checkpoints[-1] == 9
 
-@pytest.fixture
-def job(tmp_path: Path, text: Path) -> Iterator[Callable[..., Job]]:
-    jobs = []
+    killed = interrupted.launch(DIE_IN="step_00000016")
+    assert killed.returncode != 0
+    assert interrupted.checkpoints[-1] == 12
 
-    def start(name: str, *arguments: str) -> Job:
-        jobs.append(Job(tmp_path / name, text, *arguments))
-        return jobs[-1]
+    finished = interrupted.launch()
+    assert finished.returncode == 0, finished.stderr
+    assert interrupted.losses == uninterrupted.losses
+    assert interrupted.validation_loss == uninterrupted.validation_loss
+    assert interrupted.checkpoints == [STEPS - EVERY, STEPS]  # --keep-last 2
 
-    yield start
-    for each in jobs:
-        if each.process.poll() is None:
-            for process in [*psutil.Process(each.process.pid).children(recursive=True), each.process]:
-                process.kill()
-            each.process.wait()
-
-
-def test_a_run_that_is_stopped_and_killed_ends_as_if_nothing_had_happened(job: Callable[..., Job], text: Path) -> None:
-    uninterrupted = job("uninterrupted")
-    output = uninterrupted.end()
-    assert uninterrupted.process.returncode == 0, output
-    assert len(losses(uninterrupted.out)) == STEPS
-
-    stopped = job("interrupted", "--resume").after(6)  # --resume: nothing is there yet, so it starts afresh
-    stopped.process.send_signal(signal.SIGTERM)
-    output = stopped.end()
-    assert "stopped by SIGTERM after step" in output
-    assert "go on with --resume" in output
-    done = len(losses(stopped.out))
-    assert 6 <= done < STEPS
-    assert (stopped.out / "checkpoints" / f"step_{done:08d}" / "checkpoint.json").is_file()
-
-    killed = job("interrupted", "--resume").after(done + EVERY + 2)
-    killed.ranks[1].send_signal(signal.SIGKILL)
-    killed.end()
-    assert killed.process.returncode != 0
-
-    last = job("interrupted", "--resume")
-    output = last.end()
-    assert last.process.returncode == 0, output
-    assert losses(last.out) == losses(uninterrupted.out)
-    ends = [json.loads((run.out / "summary.json").read_text()) for run in (uninterrupted, last)]
-    assert ends[0]["validation_loss"] == ends[1]["validation_loss"]
-    kept = sorted(path.name for path in (last.out / "checkpoints").iterdir())
-    assert kept == [f"step_{STEPS - EVERY:08d}", f"step_{STEPS:08d}"]  # --keep-last 2
-
-    other = on_this_machine(f"python train.py --data {text} --sequence-length 32 --seed 1 --out {last.out} --resume")
+    small = f"--sequence-length 32 --data {shlex.quote(str(text))} --out {shlex.quote(str(interrupted.out))}"
+    other = on_this_machine(f"python train.py {small} --seed 1 --resume")
     assert other.returncode == 2
     assert "it was trained with seed 0, this run has 1" in other.stderr

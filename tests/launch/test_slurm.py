@@ -58,6 +58,14 @@ class Cluster:
         for host in hosts:
             (folder / host.name).mkdir()
         self.daemons = [self._start(hosts[0], "slurmctld"), *(self._start(host, "slurmd") for host in hosts)]
+        self._await_controller()
+
+    def _await_controller(self) -> None:
+        """sbatch itself would give up after some seconds."""
+        deadline = time.monotonic() + LAUNCH_LIMIT
+        while " is UP" not in self._head.run("scontrol", "ping", env=self._environment).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
     def submit(self, command: str) -> Process:
         """Run the job to its end; the result has its exit status and all it wrote."""

@@ -5,6 +5,7 @@ The commands name node1 and node2 as launch/hostfile.example does; they run on n
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_a_host_that_does_not_answer_is_named_and_nothing_goes_on(hosts: Hosts, 
     """Through ssh itself, which left alone would wait for more than the limit."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text(f"{hosts[0].name} slots=1\n{SILENT_HOST} slots=1\n")
-    process = on_node1(hosts, f"unset PRTE_MCA_plm_ssh_agent; launch/mpi.sh {hostfile} train.py", UNREACHABLE_LIMIT)
+    command = f"unset PRTE_MCA_plm_ssh_agent; launch/mpi.sh {shlex.quote(str(hostfile))} train.py"
+    process = on_node1(hosts, command, UNREACHABLE_LIMIT)
     assert process.returncode != 0
     assert SILENT_HOST in process.stdout + process.stderr
     assert (hosts[0].processes(), hosts[1].processes()) == ({}, {})

@@ -1,0 +1,32 @@
+"""train.py, with a fault on one of its ranks: at a place, so that no test depends on a time.
+
+STOP_AFTER=step_00000008   once that checkpoint is complete, rank 0 asks the launcher to stop, and is asked itself
+DIE_IN=step_00000016       SIGKILL of rank 1 before that checkpoint is complete, when it opens its file for the checksum
+"""
+
+import os
+import runpy
+import signal
+import sys
+from typing import Any
+
+
+def stop(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "os.rename" and str(arguments[1]).endswith("/" + os.environ["STOP_AFTER"]):
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell)  # gets a byte with each signal that arrives
+        os.kill(os.getppid(), signal.SIGTERM)
+        os.read(told, 1)
+
+
+def die(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and f"/{os.environ['DIE_IN']}.incomplete/" in str(arguments[0]) and arguments[1] == "r":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "STOP_AFTER" in os.environ and os.environ["RANK"] == "0":
+    sys.addaudithook(stop)
+if "DIE_IN" in os.environ and os.environ["RANK"] == "1":
+    sys.addaudithook(die)
+runpy.run_path("train.py", run_name="__main__")
