@@ -24,8 +24,8 @@ from ds_optforge.zero.layout import expert_group_name, full_shape
 
 logger = logging.getLogger("ds_optforge")
 
-_GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
-_KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
+GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
+KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
 _FALLING_RATE = (
     "schedule_free_adamw: the learning rate is below an earlier one, but averaging replaces a falling schedule; allowed: a "
     'constant one, as of {"type": "OptForgeSchedule", "params": {"name": "none"}} (without a "scheduler" section the HF '
@@ -63,7 +63,7 @@ class OptForge(torch.optim.Optimizer):
 
     def _routed(self, index: int, group: dict[str, Any]) -> list[tuple[Tensor, Route, str, dict[str, Any]]]:
         """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
-        own = {key: value for key, value in group.items() if key not in _KEYS_OF_FRAMEWORKS}
+        own = {key: value for key, value in group.items() if key not in KEYS_OF_FRAMEWORKS}
         kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
         prefix = f"group{index}." if own else ""
         routed = []
@@ -89,18 +89,18 @@ class OptForge(torch.optim.Optimizer):
             parameters, routes = zip(*group, strict=True)
             settings = routes[0].settings
             self._members[identifier] = Members(parameters, routes, settings, settings.build())
-            groups.append({"params": list(parameters), _GROUP: identifier, **kept[identifier], **settings.scheduled()})
+            groups.append({"params": list(parameters), GROUP: identifier, **kept[identifier], **settings.scheduled()})
         return groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's constructor adds the groups that were made from the configuration; others cannot follow."""
-        if _GROUP not in param_group:
+        if GROUP not in param_group:
             raise ConfigError("add_param_group: got a group of its own; allowed: all parameters when OptForge is built")
         super().add_param_group(param_group)
 
     def settings_of(self, group: Mapping[str, Any]) -> RuleSettings:
         """The configuration of one of ``param_groups``."""
-        return self._members[group[_GROUP]].settings
+        return self._members[group[GROUP]].settings
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -128,19 +128,19 @@ class OptForge(torch.optim.Optimizer):
 
     def members_of(self, group: Mapping[str, Any]) -> Members:
         """What one of ``param_groups`` stands for."""
-        return self._members[group[_GROUP]]
+        return self._members[group[GROUP]]
 
     def slices_of(self, group: Mapping[str, Any]) -> Slices:
         """The group's tensors, bound to their places; all ranks of the group must ask together the first time."""
         tensors = group["params"]
         bound = self._bound.get(tensors[0])
         if bound is None or len(bound.tensors) != len(tensors):
-            members = self._members[group[_GROUP]]
+            members = self._members[group[GROUP]]
             bound = bind_slices(members, tensors, self._config.common.sharding, self._routing)
             self._bound[tensors[0]] = bound
         return bound
 
-    def refuse_bad_schedule(self, group: Mapping[str, Any]) -> None:
+    def check_schedule(self, group: Mapping[str, Any]) -> None:
         """Raise ConfigError, or warn of what merely trains worse.
 
         DeepSpeed's own schedulers write one learning rate into all groups; its groups come here one at a time.
@@ -157,11 +157,11 @@ class OptForge(torch.optim.Optimizer):
         if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; zero tells nothing yet
             return
         step = int(state.get("step", 0))
-        self._rates_seen[group[_GROUP]] = (step, settings.lr, group["lr"])
+        self._rates_seen[group[GROUP]] = (step, settings.lr, group["lr"])
         for other, (its_step, configured, rate) in self._rates_seen.items():
             if its_step == step and configured != settings.lr and rate == group["lr"]:
                 raise ConfigError(
-                    f"scheduler: the groups '{other}' and '{group[_GROUP]}' are configured with lr {configured:g} and "
+                    f"scheduler: the groups '{other}' and '{group[GROUP]}' are configured with lr {configured:g} and "
                     f"{settings.lr:g}, but something set both to {rate:g}; allowed: a scheduler that keeps the ratio, "
                     'such as {"type": "OptForgeSchedule"}'
                 )
@@ -269,8 +269,8 @@ class OptForge(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` returned for the same groups. Raises ConfigError, before any change, for others."""
         self.refuse_while_averaged("load_state_dict()")
-        found = [group.get(_GROUP) for group in state_dict["param_groups"]]
-        expected = [group[_GROUP] for group in self.param_groups]
+        found = [group.get(GROUP) for group in state_dict["param_groups"]]
+        expected = [group[GROUP] for group in self.param_groups]
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
         self._refuse_other_formats(state_dict)
@@ -286,7 +286,7 @@ class OptForge(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for piece, index in zip(group["params"], saved["params"], strict=False):
                 if state_dict["state"].get(index):
-                    yield self._members[group[_GROUP]], piece, state_dict["state"][index]
+                    yield self._members[group[GROUP]], piece, state_dict["state"][index]
 
     def _refuse_other_formats(self, state_dict: Mapping[str, Any]) -> None:
         for members, piece, state in self._loaded(state_dict):
@@ -315,11 +315,11 @@ class _GroupStep:
     """One group's step: elementwise in chunks, or matrices in buckets to their owners, orthogonalized, and back."""
 
     def __init__(self, optimizer: OptForge, group: Mapping[str, Any]) -> None:
-        optimizer.refuse_bad_schedule(group)
+        optimizer.check_schedule(group)
         self._group = group
         self._telemetry = optimizer._telemetry
         self._watch: Watch | None = None
-        self._members = optimizer._members[group[_GROUP]]
+        self._members = optimizer._members[group[GROUP]]
         self._slices = optimizer.slices_of(group)
         self._states: list[MutableMapping[str, Any]] = [optimizer.state[piece] for piece in self._slices.tensors]
         self._slices.binding.discard_left_overs(self._slices.tensors)
@@ -343,7 +343,7 @@ class _GroupStep:
             return
         now = self._begin()
         if self._telemetry:
-            self._watch = self._telemetry.watch(self._group[_GROUP], self._slices, self._states)
+            self._watch = self._telemetry.watch(self._group[GROUP], self._slices, self._states)
         self._parameters = [piece.detach().view(-1) for piece in self._slices.tensors]
         rule = self._members.rule
         if isinstance(rule, ElementwiseRule):
@@ -352,7 +352,7 @@ class _GroupStep:
         elif isinstance(rule, MatrixRule):
             self._run_matrices(rule, now)
         if self._telemetry and self._watch:
-            self._telemetry.add(self._group[_GROUP], self._watch, now, int(self._states[0]["step"]))
+            self._telemetry.add(self._group[GROUP], self._watch, now, int(self._states[0]["step"]))
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
 
     def _is_rehearsal(self) -> bool:

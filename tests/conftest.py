@@ -42,12 +42,8 @@ def missing_fp16() -> str | None:
     return None if accelerator.is_fp16_supported() else unsupported
 
 
-NEEDS = {
-    "fp16": missing_fp16,
-    "root": missing_root,
-    "two_hosts": hosts.missing,
-    "slurm": missing_slurm,
-}  # registered in setup.cfg
+# By marker; registered in setup.cfg.
+NEEDS = {"fp16": missing_fp16, "root": missing_root, "two_hosts": hosts.missing, "slurm": missing_slurm}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

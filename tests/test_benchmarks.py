@@ -64,7 +64,8 @@ def test_wire(tmp_path: Path) -> None:
 def test_telemetry(tmp_path: Path) -> None:
     rows = run(TORCHRUN, "telemetry", tmp_path)
     assert set(rows) == {(2, "muon"), (2, "adamw")}
-    assert all(row["cpu_long_iteration_ms"] > row["cpu_iteration_ms"] > 0 for row in rows.values())
+    assert all(row["iteration_ms"] > 0 for row in rows.values())
+    assert all(row["cpu_long_iteration_ms"] > row["cpu_iteration_ms"] for row in rows.values())
 
 
 def test_lr_transfer(tmp_path: Path) -> None:

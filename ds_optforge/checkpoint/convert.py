@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
 from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
-from ds_optforge.checkpoint.logical import COUNTERS, GROUP, absmax_of, add_members, buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.logical import COUNTERS, absmax_of, add_members, buffer_name, chunks_of, weight_name
+from ds_optforge.optimizer import GROUP
 from ds_optforge.placement import Placement
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 

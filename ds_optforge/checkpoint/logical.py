@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, run_of
+from ds_optforge.optimizer import GROUP, KEYS_OF_FRAMEWORKS
 from ds_optforge.placement import Held, Placement
 from ds_optforge.rules.base import Buffer, Rule, row_buffer_of
 from ds_optforge.slices import Slices
@@ -19,8 +20,7 @@ from ds_optforge.state import EightBit, block_edges, dequantize, recut
 State = MutableMapping[str, Any]
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
-GROUP = "optforge_group"
-_NO_HYPERPARAMETERS = ("params", GROUP, "moe", "name")
+_NO_HYPERPARAMETERS = (GROUP, *KEYS_OF_FRAMEWORKS)
 
 
 def add_members(

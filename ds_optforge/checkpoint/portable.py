@@ -21,7 +21,6 @@ from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
 from ds_optforge.checkpoint.logical import (
     COUNTERS,
-    GROUP,
     Loading,
     State,
     add_members,
@@ -29,7 +28,7 @@ from ds_optforge.checkpoint.logical import (
     chunks_of,
     weight_name,
 )
-from ds_optforge.optimizer import OptForge
+from ds_optforge.optimizer import GROUP, OptForge
 from ds_optforge.rules.base import row_buffer_of
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.slices import Members, Slices

@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_optforge import roles
 from ds_optforge.config import ROLES, OptimizerConfig, schedule_config
-from ds_optforge.optimizer import OptForge
+from ds_optforge.optimizer import GROUP, OptForge
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import refresh_weights
@@ -100,7 +100,7 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
             f"optimizer: got an object of {type(optimizer).__name__}; allowed: an OptForge (build_optimizer, MuonWithAuxAdam)"
         )
     groups = optimizer.param_groups if isinstance(optimizer, OptForge) else []
-    check_beside_optimizer(config, {group["optforge_group"]: group["lr"] for group in groups})
+    check_beside_optimizer(config, {group[GROUP]: group["lr"] for group in groups})
     # DeepSpeed refuses every optimizer object but its own Adam and Lion on the CPU, unless told so.
     return {"zero_force_ds_cpu_optimizer": False, **config}
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 import ds_optforge
-from ds_optforge.checkpoint.files import Checkpoint, incomplete
+from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.zero.layout import loss_scale
 from tests import models
 from tests.distributed.cases import MixtureNet, base_optimizer, build_engine, full_parameters, run_steps
+from tests.processes import die_while_saving
 
 HALF = 5  # steps before the checkpoint, and after it
 
@@ -145,16 +145,11 @@ def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def killed_while_saving(config: dict[str, Any], folder: str, rank: int) -> None:
-    """One rank dies by SIGKILL between writing its file and saying so: when it opens the file again for its checksum."""
+    """One rank dies by SIGKILL."""
     engine = build_engine(config, {})
     run_steps(engine, 0, 1)
-
-    def die(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and f"{incomplete(Path(folder))}/" in str(arguments[0]) and arguments[1] == "r":
-            os.kill(os.getpid(), signal.SIGKILL)
-
     if dist.get_rank() == rank:
-        sys.addaudithook(die)
+        die_while_saving(Path(folder))
     ds_optforge.save_checkpoint(engine, folder)
 
 
@@ -165,12 +160,18 @@ def resume_late(config: dict[str, Any], folder: str) -> dict[str, Any]:
     return resume(config, folder)
 
 
-def step_without_rank_1(config: dict[str, Any]) -> None:
-    """Rank 1 goes away after a step, without ending."""
+def impatient_engine(config: dict[str, Any]) -> Any:
+    """After a step, as of which its ranks wait 3 s for each other."""
     engine = build_engine(config, {})
     run_steps(engine, 0, 1)
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    return engine
+
+
+def step_without_rank_1(config: dict[str, Any]) -> None:
+    """Rank 1 goes away after a step, without ending."""
+    engine = impatient_engine(config)
     if dist.get_rank() == 0:
         run_steps(engine, 1, 1)
 
@@ -194,10 +195,7 @@ def refused_of_each_its_own(config: dict[str, Any], folders: Sequence[str]) -> t
 
 def save_without_rank_1(config: dict[str, Any], folder: str) -> None:
     """Rank 1 goes away before it saves, without ending."""
-    engine = build_engine(config, {})
-    run_steps(engine, 0, 1)
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
+    engine = impatient_engine(config)
     if dist.get_rank() == 0:
         ds_optforge.save_checkpoint(engine, folder)
 

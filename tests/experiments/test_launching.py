@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 
 from ds_optforge.experiments.launching import ExperimentError, Launcher, Record, Run, filled, last_line, read_record
-from tests.experiments.files import LAUNCHER, alive, config
+from tests.experiments.files import LAUNCHER, config
+from tests.processes import wait_until_gone
 
 
 class Heard:
@@ -114,10 +114,7 @@ def test_a_timed_out_run_is_ended_with_the_processes_that_it_started(tmp_path: P
     assert record.status == "timed out"
     assert record.seconds < 60  # of 100
     child = int((record.folder / "child").read_text())
-    deadline = time.monotonic() + 30  # the child would run for 60
-    while alive(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert not wait_until_gone([child], timeout_s=30)  # it would run for 60
 
 
 def test_a_program_that_leaves_no_summary_has_crashed_whatever_an_earlier_attempt_left(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import yaml
 
 from ds_optforge.cli import main
 from ds_optforge.experiments.spec import read_sweep
-from tests.experiments.files import ROOT, alive, launches, lr, phase, results, sweep, write_config
+from tests.experiments.files import ROOT, launches, lr, phase, results, sweep, write_config
+from tests.processes import wait_until_gone
 
 SHIPPED = ROOT / "benchmarks" / "sweeps" / "muon_adamw.yaml"
 CLI = [sys.executable, "-c", "import sys; from ds_optforge.cli import main; sys.exit(main())"]
@@ -141,8 +142,7 @@ def test_a_killed_sweep_goes_on_once_the_run_that_it_left_behind_has_ended(
     assert main(["sweep", str(path)]) == 1  # two programs would write into one folder
     assert f"in use by another command or the runs of a killed one: process {left} " in capsys.readouterr().err
     os.kill(int(left), signal.SIGKILL)
-    while alive(int(left)):
-        time.sleep(0.01)
+    assert not wait_until_gone([int(left)])
     goes_on(path, tmp_path)
 
 

@@ -1,14 +1,17 @@
 """train.py, with a fault on one of its ranks: at a place, so that no test depends on a time.
 
 STOP_AFTER=step_00000008   once that checkpoint is complete, rank 0 asks the launcher to stop, and is asked itself
-DIE_IN=step_00000016       SIGKILL of rank 1 before that checkpoint is complete, when it opens its file for the checksum
+DIE_IN=step_00000016       SIGKILL of rank 1 before that checkpoint is complete
 """
 
 import os
 import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import Any
+
+from tests.processes import die_while_saving
 
 
 def stop(event: str, arguments: tuple[Any, ...]) -> None:
@@ -20,13 +23,8 @@ def stop(event: str, arguments: tuple[Any, ...]) -> None:
         os.read(told, 1)
 
 
-def die(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and f"/{os.environ['DIE_IN']}.incomplete/" in str(arguments[0]) and arguments[1] == "r":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 if "STOP_AFTER" in os.environ and os.environ["RANK"] == "0":
     sys.addaudithook(stop)
 if "DIE_IN" in os.environ and os.environ["RANK"] == "1":
-    sys.addaudithook(die)
+    die_while_saving(Path(os.environ["DIE_IN"]))
 runpy.run_path("train.py", run_name="__main__")
