@@ -97,7 +97,7 @@ def test_a_disk_that_fails_one_rank_is_an_error_on_all(saved: Path, pools: Pools
 
 def test_ranks_that_find_different_checkpoints_under_one_name_are_refused(saved: Path, pools: Pools, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    pools[2].run(checkpoints.load_and_save, CONFIG, str(saved), str(other))
+    pools[2].run(checkpoints.draw_and_save, CONFIG, str(other))  # another client_state and random states
     refusals = pools[2].run(checkpoints.refused_of_each_its_own, CONFIG, [str(saved), str(other)])
     for (message, unchanged), folder in zip(refusals, (saved, other), strict=True):
         assert message.startswith(f"{folder}: ranks found different checkpoints")
