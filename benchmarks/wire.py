@@ -46,7 +46,7 @@ from hosts import Host, missing, traffic, two_hosts
 from report import DEFAULT_OUT, Column, figure, save, show, write
 
 from ds_optforge.workload import load_corpus
-from ds_optforge.zero.plan import exchange_buckets
+from ds_optforge.zero.buckets import NO_STATISTICS, Kept, exchange_buckets
 
 PORT = 29500
 LINKS = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}  # by tc's name
@@ -228,8 +228,9 @@ def expected(name: str, stage: int, case: Case) -> dict[str, float]:
     there = [rank for rank in range(case.world_size) if rank not in here]
     plan = plan_of(network(case.width, case.layers), stage, case.world_size)
     found = {}
-    for key, row_words in (("plan_megabytes", 2 if name == NORMUON else 0), ("floor_megabytes", 0)):
-        buckets = [bucket for rank in here for bucket in exchange_buckets(plan, rank, row_words)]
+    statistics = Kept(("row",), 2) if name == NORMUON else NO_STATISTICS
+    for key, kept in (("plan_megabytes", statistics), ("floor_megabytes", NO_STATISTICS)):
+        buckets = [bucket for rank in here for bucket in exchange_buckets(plan, rank, kept)]
         # Fragments go out and updates come back, and the other way round for the matrices that this rank owns.
         elements = sum(bucket.sends[rank] + bucket.receives[rank] for bucket in buckets for rank in there)
         found[key] = 2 * 2 * elements / 1e6

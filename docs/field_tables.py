@@ -15,15 +15,16 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ds_optforge import config, settings
+from ds_optforge import config
 from ds_optforge.orthogonalize import COEFFICIENT_SETS, orthogonalize
 from ds_optforge.orthogonalize.coefficients import CoefficientSet
+from ds_optforge.rules import muon, rule_names, rule_settings
 
 PAGE = Path(__file__).parent / "optimizers.md"
 _SECTIONS: dict[str, type[BaseModel]] = {
-    **settings.SETTINGS,
-    "orthogonalization": settings.OrthogonalizationSettings,
-    "momentum_warmup": settings.MomentumWarmup,
+    **{name: settings for name in rule_names() if (settings := rule_settings(name))},
+    "orthogonalization": muon.OrthogonalizationSettings,
+    "momentum_warmup": muon.MomentumWarmup,
     "common": config.CommonSettings,
     "sharding": config.ShardingSettings,
     "telemetry": config.TelemetrySettings,

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, Strict, field_validator, model_validator
 
-from ds_optforge.settings import SETTINGS, DTypeName, RuleName, RuleSettings
+from ds_optforge.rules.base import MatrixRule
+from ds_optforge.rules.registry import rule_names, rule_settings
+from ds_optforge.rules.settings import DTypeName, RuleSettings
 from ds_optforge.validation import ConfigError, Section, refuse_auto, validate
 
 Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
@@ -95,13 +97,25 @@ class Override(Section):
 class CommonSettings(Section):
     """The keys of "params" that belong to no rule."""
 
-    name: RuleName
+    name: str = Field(description="the rule of the model's matrices, or of all parameters")
     adamw: dict[str, Any] = Field(default_factory=dict, description="for parameters that a matrix rule does not take")
     roles: dict[Role, dict[str, Any]] = Field(default_factory=dict, description="settings by role, name included")
     overrides: Annotated[tuple[Override, ...], Strict(False)] = Field((), description="settings by parameter name")
     sharding: ShardingSettings = ShardingSettings()
     telemetry: TelemetrySettings | None = Field(None, description='numbers about every k-th step: {"every": 10}')
     max_aspect_ratio: Annotated[float, Field(ge=1)] = Field(10.0, description="a longer, thinner matrix falls back to adamw")
+
+
+def _names() -> str:
+    return f"{', '.join(rule_names())} (a rule of another package: install it, or import it first)"
+
+
+def _settings_of(name: Any, path: str) -> type[RuleSettings]:
+    """The settings of a rule. Raises ConfigError for a name that nothing offers."""
+    found = rule_settings(name)
+    if found is None:
+        raise ConfigError(f"{path}.name: got {name!r}; allowed: {_names()}")
+    return found
 
 
 class OptimizerConfig:
@@ -113,11 +127,12 @@ class OptimizerConfig:
         refuse_auto(section, path)
         common = {key: value for key, value in section.items() if key in CommonSettings.model_fields}
         if "name" not in common:
-            raise ConfigError(f"{path}.name: missing; allowed: {', '.join(SETTINGS)}")
+            raise ConfigError(f"{path}.name: missing; allowed: {', '.join(rule_names())}")
+        _settings_of(common["name"], path)
         self.common = validate(CommonSettings, common, path)
         self._top = {key: value for key, value in section.items() if key not in common}
         self.main = self._resolve(self.common.name, [(path, self._top)])
-        if self.common.adamw and not self.main.needs_matrix:
+        if self.common.adamw and not self.main.needs_matrix():
             raise ConfigError(f"{path}.adamw: got a section; allowed: none, '{self.main.rule}' takes every parameter itself")
         for role in ROLES:
             self.settings(role)
@@ -146,9 +161,7 @@ class OptimizerConfig:
         for_itself = any("name" in layer for _, layer in layers[1:])
         names = [(path, layer.pop("name")) for path, layer in layers if "name" in layer]
         path, name = names[-1] if names else (self._path, self.common.name)
-        if not isinstance(name, str) or name not in SETTINGS:
-            raise ConfigError(f"{path}.name: got {name!r}; allowed: {', '.join(SETTINGS)}")
-        if SETTINGS[name].needs_matrix and ((too_thin and not for_itself) or (role != "matrix" and not names)):
+        if _settings_of(name, path).needs_matrix() and ((too_thin and not for_itself) or (role != "matrix" and not names)):
             name = "adamw"
             if too_thin and role == "matrix":  # what was said of matrices does not hold for it
                 layers = layers[1:]
@@ -169,13 +182,15 @@ class OptimizerConfig:
         """What a rule's settings start from: the top level for the main rule, the ``adamw`` section beside a matrix rule."""
         top = self._top
         if name != self.common.name:
-            readable = [key for key in _SHARED if key in SETTINGS[name].model_fields]
+            fields = _settings_of(name, self._path).model_fields
+            readable = [key for key in _SHARED if key in fields]
             top = {key: value for key, value in top.items() if key in readable}
             if name == "adamw":
                 top.setdefault("lr", self.main.lr)
         beside = [(f"{self._path}.adamw", self.common.adamw)] if name == "adamw" else []
         # Decay is for matrices and tables, unless the scalar role itself asks for it.
-        no_decay = [(self._path, {"weight_decay": 0.0})] if role == "scalar" else []
+        decays = role != "scalar" or "weight_decay" not in _settings_of(name, self._path).model_fields
+        no_decay = [] if decays else [(self._path, {"weight_decay": 0.0})]
         return [(self._path, top), *beside, *no_decay]
 
     def _resolve(self, name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RuleSettings:
@@ -187,7 +202,17 @@ class OptimizerConfig:
                     value = {**merged[key], **value}
                 merged[key] = value
                 paths[key] = path
-        return validate(SETTINGS[name], merged, self._path, paths)
+        return self._checked(validate(_settings_of(name, self._path), merged, self._path, paths, CommonSettings.model_fields))
+
+    def _checked(self, settings: RuleSettings) -> RuleSettings:
+        """Refuse a sharding mode that the rule cannot have."""
+        rule, mode = settings.builds, self.common.sharding.mode
+        if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
+            raise ConfigError(
+                f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which needs sums over whole matrices; "
+                "allowed: 'gather'"
+            )
+        return settings
 
 
 class ScheduleConfig(Section):

@@ -15,10 +15,14 @@ from torch import nn
 
 from ds_optforge.config import OptimizerConfig, ShardingSettings
 from ds_optforge.roles import Route, routes_of
-from ds_optforge.rules.base import MatrixRule, Rule
+from ds_optforge.rules.base import MatrixRule
 from ds_optforge.state import BLOCK
+from ds_optforge.step.groups import built
 from ds_optforge.validation import ConfigError
-from ds_optforge.zero.plan import Cut, ExchangePlan, Matrix, PartitionLayout, critical_path, make_plan
+from ds_optforge.zero.buckets import NO_STATISTICS, Kept
+from ds_optforge.zero.group_plan import matrices_of
+from ds_optforge.zero.partition import Matrix, PartitionLayout, cuts_of_group, cuts_of_parameters
+from ds_optforge.zero.plan import ExchangePlan, critical_path, make_plan
 
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default of zero_optimization.sub_group_size
 _BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / BLOCK}  # 8bit: a float32 absmax per block
@@ -186,20 +190,10 @@ def _share(route: Route, ranks: int) -> Route:
 
 def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[PartitionLayout, int]:
     """Where ZeRO would put the parameters of a group, and the elements of a rank's slice, padding included."""
-    matrices = tuple(
-        Matrix(index, start, rows, cols, route.transposed)
-        for index, route in enumerate(routes)
-        for start, rows, cols in route.matrices
-    )
-    if stage == 3:
-        sizes = [-(-route.numel // world_size) for route in routes]
-        cuts = [Cut(0, size, offset) for size, offset in zip(sizes, accumulate(sizes, initial=0), strict=False)]
-        slice_numel = sum(sizes)
-    else:
-        *bases, numel = accumulate((route.numel for route in routes), initial=0)
-        slice_numel = 2 * -(-numel // (2 * world_size))  # DeepSpeed aligns the group to two elements per rank
-        cuts = [Cut(base, slice_numel, 0) for base in bases]
-    return PartitionLayout(world_size, tuple(route.name for route in routes), tuple(cuts), matrices), slice_numel
+    cut = cuts_of_parameters if stage == 3 else cuts_of_group
+    cuts, slice_numel = cut([route.numel for route in routes], world_size)
+    names = tuple(route.name for route in routes)
+    return PartitionLayout(world_size, names, tuple(cuts), tuple(matrices_of(routes))), slice_numel
 
 
 class _Group:
@@ -210,17 +204,17 @@ class _Group:
 
     def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
         self.siblings = topology.expert_parallel if experts else 1
-        self.rule: Rule = routes[0].settings.build()
+        self.rule = built(routes[0].settings)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
         self.state_dtype = routes[0].settings.state_dtype
         self.wire_bytes = int(_BYTES[sharding.wire_dtype])
         self.plan: ExchangePlan | None = None
         self.cost: Cost = lambda matrix: 0
-        self.row_words = 0
+        self.kept = NO_STATISTICS
         if isinstance(self.rule, MatrixRule):
             self.cost = _remembered(self.rule.cost)
-            self.row_words = 4 // self.wire_bytes if self.rule.row_buffer else 0
+            self.kept = Kept(tuple(statistic.per for statistic in self.rule.statistics), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
 
@@ -238,12 +232,12 @@ class _Group:
         return rows
 
     def _figures(self) -> tuple[list[RankFigures], Counter[int]]:
-        elementwise = sum(4.0 if buffer.copies_weight else _BYTES[self.state_dtype] for buffer in self.rule.buffers)
+        elementwise = sum(4.0 if buffer.full_precision else _BYTES[self.state_dtype] for buffer in self.rule.buffers)
         figures = [RankFigures(state_bytes=int(self.slice_numel * elementwise)) for _ in range(self.layout.world_size)]
         rows: Counter[int] = Counter()
         if self.plan:
             self._add_orthogonalization(self.plan, figures, rows)
-            sizes = exchange_sizes(self.plan, self.row_words)
+            sizes = exchange_sizes(self.plan, self.kept)
             for rank, own in enumerate(figures):
                 own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes)
             self._add_workspace(self.plan, figures, sizes)
@@ -260,8 +254,8 @@ class _Group:
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched))
                 if numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)
-                if self.row_words:
-                    figures[rank].state_bytes += 4 * len(alike) * matrix.outputs_in(start, numel)[1]
+                kept = sum(matrix.values_in(per, start, numel)[1] for per in self.kept.per)
+                figures[rank].state_bytes += 4 * len(alike) * kept
 
     def _add_workspace(self, plan: ExchangePlan, figures: list[RankFigures], sizes: "Sequence[ExchangeSizes]") -> None:
         travelling = {matrix for exchange in plan.exchanges for matrix in exchange}
@@ -307,7 +301,7 @@ class ExchangeSizes:
         return self.sends[rank] + self.receives[rank] - 2 * self.keeps[rank]
 
 
-def exchange_sizes(plan: ExchangePlan, row_words: int = 0) -> list[ExchangeSizes]:
+def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[ExchangeSizes]:
     """What `exchange_buckets` of every rank holds, in time that grows with the fragments alone."""
     sizes = []
     for exchange in plan.exchanges:
@@ -315,7 +309,7 @@ def exchange_sizes(plan: ExchangePlan, row_words: int = 0) -> list[ExchangeSizes
         for alike in _cut_alike(plan.layout, exchange):
             matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
             elements = [
-                numel + 1 + (row_words * matrix.outputs_in(start, numel)[1] if row_words else 0)
+                numel + 1 + kept.words * sum(matrix.values_in(per, start, numel)[1] for per in kept.per)
                 for _, start, numel in _fragments(plan.layout, alike[0])
             ]
             for rank, count in enumerate(elements, start=first):

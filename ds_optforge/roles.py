@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_optforge.config import OptimizerConfig, Role
-from ds_optforge.settings import RuleSettings
+from ds_optforge.rules.registry import rule_settings
+from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import full_shape
 
@@ -117,13 +118,13 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
         settings = config.settings(role, matched, thin and not (certain or fused), own, place.rpartition(".")[0])
     except ConfigError as error:
         raise ConfigError(str(error) if name == place else f"{name}: {error}") from None
-    if settings.needs_matrix and len(shape) < 2:
+    if settings.needs_matrix() and len(shape) < 2:
         raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
     group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
     if settings.state_dtype == "8bit" and (role == "scalar" or shape.numel() < _SMALLEST_8BIT):
         settings = settings.model_copy(update={"state_dtype": "float32"})
         group += ".float32"
-    matrices = tuple(pieces) if settings.needs_matrix else ()
+    matrices = tuple(pieces) if settings.needs_matrix() else ()
     transposed = getattr(parameter, _TRANSPOSED, False)
     return Route(name, tuple(shape), shape.numel(), role, settings, matrices, transposed, group)
 
@@ -179,7 +180,7 @@ def _heads(blocks: list[int], heads: int | tuple[int, ...], where: str) -> list[
 def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
     if not use_muon:
         return "adamw"
-    return config.main.rule if config.main.needs_matrix else "muon"
+    return config.main.rule if config.main.needs_matrix() else "muon"
 
 
 def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], use_muon: bool | None) -> tuple[Role, bool]:
@@ -213,23 +214,25 @@ def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
     counts: dict[str, int] = {}
     for r in routes:
         counts[r.settings.rule] = counts.get(r.settings.rule, 0) + r.numel
-    titles = {"muon": "Muon", "normuon": "NorMuon", "adamw": "AdamW", "adamw_8bit": "AdamW 8-bit", "lion": "Lion"}
-    titles["schedule_free_adamw"] = "Schedule-Free AdamW"
     main = config.main
-    if main.needs_matrix:
+    if main.needs_matrix():
         counts = {main.rule: 0, "adamw": 0} | counts
-    logger.info(", ".join(f"{titles[rule]}: {numel:,} params" for rule, numel in counts.items()))
-    if not main.needs_matrix:
+    logger.info(", ".join(f"{_title(rule)}: {numel:,} params" for rule, numel in counts.items()))
+    if not main.needs_matrix():
         return
-    if not any(r.settings.needs_matrix for r in routes):
+    if not any(r.settings.needs_matrix() for r in routes):
         logger.warning("no parameter is a matrix for '%s': every one is trained by adamw", main.rule)
         return
-    scale = getattr(main, "orthogonalization").scale  # noqa: B009 - every matrix rule has it
-    beside = [r for r in routes if not r.settings.needs_matrix]
-    if scale != "match_rms_adamw" and "lr" not in config.common.adamw and any(r.settings.lr == main.lr for r in beside):
+    beside = [r for r in routes if not r.settings.needs_matrix()]
+    if not main.matches_adamw and "lr" not in config.common.adamw and any(r.settings.lr == main.lr for r in beside):
         logger.warning(
             "adamw.lr is not set: AdamW runs at '%s's lr = %g, which is usually too high; set adamw.lr, or "
             "orthogonalization.scale = 'match_rms_adamw' to share one learning rate",
             main.rule,
             main.lr,
         )
+
+
+def _title(rule: str) -> str:
+    settings = rule_settings(rule)
+    return settings.title if settings else rule

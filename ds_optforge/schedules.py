@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ds_optforge.config import ScheduleConfig, schedule_config
-from ds_optforge.optimizer import OptForge
+from ds_optforge.optimizer import OptForge, groups_of
 from ds_optforge.validation import ConfigError
 
 
@@ -81,13 +81,14 @@ class OptForgeSchedule(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def _check(self, optimizer: OptForge) -> None:
-        if optimizer.averages_weights and self.config.decays:
-            raise ConfigError(
-                f"scheduler.params.name: got a falling '{self.config.name}' curve on schedule_free_adamw, whose averaging "
-                "replaces the schedule; allowed: 'none' or 'constant'"
-            )
         for group in optimizer.param_groups:
-            schedule = optimizer.settings_of(group).needs_schedule
+            settings = groups_of(optimizer)[group].settings
+            if settings.builds.replaces_schedule and self.config.decays:
+                raise ConfigError(
+                    f"scheduler.params.name: got a falling '{self.config.name}' curve on {settings.rule}, whose averaging "
+                    "replaces the schedule; allowed: 'none' or 'constant'"
+                )
+            schedule = settings.needs_schedule
             if schedule and self.config.total_num_steps is None:
                 raise ConfigError(f"scheduler.params.total_num_steps: missing; weight_decay_schedule '{schedule}' needs it")
             if schedule:
@@ -107,7 +108,7 @@ class OptForgeSchedule(LRScheduler):
         for group in self.optimizer.param_groups:
             if "initial_weight_decay" in group and isinstance(self.optimizer, OptForge):
                 assert self.config.total_num_steps is not None  # checked when the schedule was made
-                schedule = self.optimizer.settings_of(group).needs_schedule
+                schedule = groups_of(self.optimizer)[group].settings.needs_schedule
                 if not schedule:  # the checkpoint's run had one, this one has not
                     group["weight_decay"] = group.pop("initial_weight_decay")
                     continue

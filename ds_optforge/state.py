@@ -15,24 +15,16 @@ import torch
 from torch import Tensor
 
 from ds_optforge.rules.base import Buffer
+from ds_optforge.zero.partition import Extent
 
 BLOCK = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A fragment as its blocks see it: where it lies in the slice, and where it starts in its parameter."""
-
-    offset: int
-    numel: int
-    parameter_start: int
 
 
 class StateFormat(Protocol):
     """How one slice keeps its elementwise buffers. ``state`` is the slice's entry in the optimizer's state."""
 
     def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
-        """Enter the buffer, holding zeros."""
+        """Enter the buffer, holding zeros or a copy of the weight, as it is declared."""
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         """(numel,): elements [offset, offset + numel) of the slice; a view where the format allows it."""
@@ -48,7 +40,8 @@ class Plain:
     dtype: torch.dtype
 
     def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
-        state[buffer.name] = torch.zeros_like(piece, dtype=self.dtype)
+        copied = buffer.copies_weight
+        state[buffer.name] = piece.to(self.dtype, copy=True) if copied else torch.zeros_like(piece, dtype=self.dtype)
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         stored: Tensor = state[buffer.name]
@@ -70,6 +63,8 @@ class EightBit:
         blocks = self._stretches[-1].first_block + self._stretches[-1].blocks if self._stretches else 0
         state[buffer.name] = torch.full_like(piece, _zero(buffer.signed), dtype=torch.uint8)
         state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=piece.device)
+        if buffer.copies_weight:
+            self.write(state, buffer, 0, piece.reshape(-1))
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise

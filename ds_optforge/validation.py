@@ -1,7 +1,7 @@
 """Sections of the configuration and the one error that says everything that is wrong with one of them."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,16 +17,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @classmethod
-    def refuse_key(cls, key: str, top_level: bool) -> tuple[str, list[str]]:
-        """Why ``key`` is not one of this section's, and which are. ``top_level``: of "params" itself."""
-        return "unknown key", list(cls.model_fields)
+    def refuse_key(cls, key: str) -> str:
+        """Why ``key`` is not one of this section's."""
+        return "unknown key"
 
 
 M = TypeVar("M", bound=BaseModel)
 
 
-def validate(model: type[M], values: Mapping[str, Any], path: str, paths: Mapping[str, str] | None = None) -> M:
-    """``model(**values)``, or a ConfigError whose lines start with ``path`` (``paths[key]`` where the key came from there)."""
+def validate(
+    model: type[M],
+    values: Mapping[str, Any],
+    path: str,
+    paths: Mapping[str, str] | None = None,
+    beside: Iterable[str] = (),
+) -> M:
+    """``model(**values)``, or a ConfigError whose lines start with ``path`` (``paths[key]`` where the key came from there).
+
+    ``beside``: keys that are allowed at ``path`` too, and read by another model.
+    """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -34,7 +43,7 @@ def validate(model: type[M], values: Mapping[str, Any], path: str, paths: Mappin
         for detail in error.errors():
             origin = (paths or {}).get(str(detail["loc"][0]), path) if detail["loc"] else path
             where = _join(origin, [part for part in detail["loc"] if part != "[key]"])
-            problems.append(problem(model, detail, where, top_level=origin == path))
+            problems.append(problem(model, detail, where, beside if origin == path else ()))
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -45,12 +54,12 @@ def _join(path: str, location: Sequence[int | str]) -> str:
     return path
 
 
-def problem(model: type[BaseModel], detail: Any, where: str, top_level: bool) -> str:
+def problem(model: type[BaseModel], detail: Any, where: str, beside: Iterable[str] = ()) -> str:
     """One of pydantic's error details as a line: where, what was found, what is allowed."""
     found = detail["input"]
     if detail["type"] == "extra_forbidden":
         owner = _model_at(model, detail["loc"])
-        return f"{where}: {_unknown_key(owner, str(detail['loc'][-1]), top_level)}"
+        return f"{where}: {_unknown_key(owner, str(detail['loc'][-1]), beside)}"
     if detail["type"] == "missing" and isinstance(detail["loc"][-1], int):  # of a list that is too short
         return f"{where}: missing; allowed: a value"
     if detail["type"] == "missing":
@@ -76,10 +85,10 @@ def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> Any:
     return inner
 
 
-def _unknown_key(owner: type[Section], key: str, top_level: bool) -> str:
-    reason, allowed = owner.refuse_key(key, top_level)
+def _unknown_key(owner: type[Section], key: str, beside: Iterable[str]) -> str:
+    allowed = [*owner.model_fields, *beside]
     close = difflib.get_close_matches(key, allowed, n=1)
-    return f"{reason}; " + (f"did you mean '{close[0]}'? " if close else "") + f"allowed: {', '.join(allowed)}"
+    return f"{owner.refuse_key(key)}; " + (f"did you mean '{close[0]}'? " if close else "") + f"allowed: {', '.join(allowed)}"
 
 
 def refuse_auto(value: Any, path: str) -> None:

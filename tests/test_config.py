@@ -66,10 +66,10 @@ WRONG_TYPE = {
 }
 
 NOT_A_CHOICE = {
-    "name": ({"name": "sgd"}, "'sgd'", ["muon", "adamw"]),
+    "name": ({"name": "adagrad"}, "'adagrad'", ["muon", "adamw"]),
     "name ": ({"name": ["muon"]}, "['muon']", ["muon", "adamw"]),
-    "roles.embedding.name": (muon(roles={"embedding": {"name": "sgd"}}), "'sgd'", ["muon", "adamw"]),
-    "overrides[0].name": (override(name="sgd"), "'sgd'", ["muon", "adamw"]),
+    "roles.embedding.name": (muon(roles={"embedding": {"name": "adagrad"}}), "'adagrad'", ["muon", "adamw"]),
+    "overrides[0].name": (override(name="adagrad"), "'adagrad'", ["muon", "adamw"]),
     "overrides[0].role": (override(role="head"), "'head'", ["matrix", "embedding", "unembedding", "scalar"]),
     "roles.head": (muon(roles={"head": {}}), "'head'", ["matrix", "embedding", "unembedding", "scalar"]),
     "sharding.mode": (muon(sharding={"mode": "scatter"}), "'scatter'", ["gather", "shard_local"]),

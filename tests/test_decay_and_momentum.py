@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, OptForge, build_optimizer, build_scheduler
+from ds_optforge.optimizer import groups_of
 from tests.layers import linears, matrix, set_gradients
 from tests.oracles import EXACT
 
@@ -73,7 +74,7 @@ def cautious_groups(config: dict[str, Any]) -> dict[str, bool]:
     """Whether each role's decay is cautious."""
     model = nn.ModuleDict({"table": nn.Embedding(50, 24), "layer": nn.Linear(24, 24), "lm_head": nn.Linear(24, 50, bias=False)})
     optimizer = build_optimizer(model, config)
-    settings = {group["optforge_group"]: optimizer.settings_of(group) for group in optimizer.param_groups}
+    settings = {group["optforge_group"]: groups_of(optimizer)[group].settings for group in optimizer.param_groups}
     return {name.split(".")[0]: getattr(chosen, "cautious_weight_decay", False) for name, chosen in settings.items()}
 
 

@@ -5,8 +5,9 @@ from itertools import accumulate, pairwise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_optforge.placement import Placement
-from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
+from ds_optforge.checkpoint.logical import block_cuts
+from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, Per
+from ds_optforge.zero.placement import Placement
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -51,21 +52,21 @@ def test_every_element_is_held_once_and_at_one_place(
 
 
 @unhurried
-@given(SHAPES, st.integers(1, 6), st.booleans())
-def test_every_output_row_is_held_once_where_its_first_element_lies(
-    parameters: list[tuple[list[tuple[int, int]], bool]], world: int, zero3: bool
+@given(SHAPES, st.integers(1, 6), st.booleans(), st.sampled_from(["row", "matrix"]))
+def test_every_value_of_a_statistic_is_held_once_where_the_first_element_of_its_row_or_matrix_lies(
+    parameters: list[tuple[list[tuple[int, int]], bool]], world: int, zero3: bool, per: Per
 ) -> None:
     ranks = placements(parameters, world, zero3)
     for index, (matrices, transposed) in enumerate(parameters):
-        held = [found for p in ranks if (found := p.held_rows(index, p.row_places()))]
-        rows = sum(c if transposed else r for r, c in matrices)
-        assert ranks[0].rows(index) == rows
+        held = [found for p in ranks if (found := p.held_values(index, per, p.value_places(per)))]
+        rows = sum(c if transposed else r for r, c in matrices) if per == "row" else len(matrices)
+        assert ranks[0].values(index, per) == rows
         assert [row for h in held for row in range(h.start, h.start + h.numel)] == list(range(rows))
     for placement in ranks:
-        places = placement.row_places()
-        held = [found for index in range(len(parameters)) if (found := placement.held_rows(index, places))]
+        places = placement.value_places(per)
+        held = [found for index in range(len(parameters)) if (found := placement.held_values(index, per, places))]
         assert [h.offset for h in held] == list(accumulate((h.numel for h in held), initial=0))[:-1]
-        assert sum(h.numel for h in held) == sum(placement.row_counts())
+        assert sum(h.numel for h in held) == sum(placement.value_counts(per))
 
 
 @unhurried
@@ -79,5 +80,5 @@ def test_blocks_restart_where_a_rank_or_a_matrix_begins_inside_one() -> None:
     placement = placements([([(30, 40), (10, 32)], False)], 3, zero3=True)[0]
     numel = 30 * 40 + 10 * 32
     size = -(-numel // 3)
-    assert placement.block_cuts(0) == sorted({size, 2 * size, 1200})
-    assert placements([([(32, 32)], False)], 4, zero3=True)[0].block_cuts(0) == []  # 256 elements a rank: nothing to tell
+    assert block_cuts(placement, 0) == sorted({size, 2 * size, 1200})
+    assert block_cuts(placements([([(32, 32)], False)], 4, zero3=True)[0], 0) == []  # 256 elements a rank: nothing to tell

@@ -31,7 +31,9 @@ from ds_optforge.planning import (
 )
 from ds_optforge.roles import Route
 from ds_optforge.validation import ConfigError
-from ds_optforge.zero.plan import Matrix, exchange_buckets, make_plan
+from ds_optforge.zero.buckets import Kept, exchange_buckets
+from ds_optforge.zero.partition import Matrix
+from ds_optforge.zero.plan import make_plan
 from tests.models import AwkwardNet
 
 MUON = OptimizerConfig({"name": "muon"})
@@ -96,16 +98,16 @@ class TestBytes:
         st.integers(1, 20),
         st.sampled_from([2, 3]),
         st.sampled_from([1, 20, 10_000]),
-        st.sampled_from([0, 1, 2]),
+        st.sampled_from([Kept(), Kept(("row",), 1), Kept(("row", "matrix"), 2)]),
     )
     def test_the_sizes_are_those_of_the_buckets_that_run(
-        self, banks: list[tuple[int, int, int, bool]], world_size: int, stage: int, bucket_numel: int, row_words: int
+        self, banks: list[tuple[int, int, int, bool]], world_size: int, stage: int, bucket_numel: int, kept: Kept
     ) -> None:
         layout, _ = lay_out([bank(index, *shape) for index, shape in enumerate(banks)], world_size, stage)
         plan = make_plan(layout, cubic, bucket_numel)
-        sizes = exchange_sizes(plan, row_words)
+        sizes = exchange_sizes(plan, kept)
         for rank in range(world_size):
-            buckets = exchange_buckets(plan, rank, row_words)
+            buckets = exchange_buckets(plan, rank, kept)
             assert [(size.sends[rank], size.receives[rank]) for size in sizes] == [
                 (bucket.send_numel, bucket.receive_numel) for bucket in buckets
             ]

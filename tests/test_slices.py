@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from ds_optforge.optimizer import scale_to
-from ds_optforge.slices import warn_of_thin_shards
-from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
+from ds_optforge.step.bind import warn_of_thin_fragments
+from ds_optforge.step.group_step import scale_to
+from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout
 
 
 def layout(rows: int, ranks: int) -> PartitionLayout:
@@ -22,7 +22,7 @@ def test_shards_of_few_rows_are_told_once(rows: int, ranks: int, warns: bool, ca
     found = layout(rows, ranks)
     with caplog.at_level(logging.WARNING):
         for rank in range(ranks):
-            warn_of_thin_shards(found, list(found.fragments(rank)), rank)
+            warn_of_thin_fragments(found, list(found.fragments(rank)), rank)
     messages = [record.getMessage() for record in caplog.records]
     expected = f"shard_local: 2 of 2 matrices have fewer than 32 whole rows on this rank (first[0:{10 * rows}]"
     assert [message.startswith(expected) for message in messages] == [True] * warns

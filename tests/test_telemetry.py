@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, OptForge, build_optimizer
-from ds_optforge.telemetry import SAMPLE
+from ds_optforge.step.telemetry import SAMPLE
 from tests import models, oracles
 from tests.layers import linears, matrix, set_gradients, snapshot
 

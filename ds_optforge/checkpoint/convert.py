@@ -17,10 +17,12 @@ from tqdm import tqdm
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
 from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
-from ds_optforge.checkpoint.logical import COUNTERS, absmax_of, add_members, buffer_name, chunks_of, weight_name
-from ds_optforge.optimizer import GROUP
-from ds_optforge.placement import Placement
-from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
+from ds_optforge.checkpoint.logical import COUNTERS, absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
+from ds_optforge.rules.base import Rule
+from ds_optforge.rules.registry import rule_settings
+from ds_optforge.step.groups import GROUP
+from ds_optforge.zero.partition import Per
+from ds_optforge.zero.placement import Placement
 
 
 def convert(source: Path, out: Path) -> None:
@@ -65,9 +67,16 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
             names = placement.layout.names
             tensors = [slices[i] for i in part["tensors"]] if slices else [module[name] for name in names]
             states = [optimizer["state"][i] for i in part["tensors"]]
-            found.chunks += chunks_of(placement, tensors, states, part["buffers"], part["row_buffer"])
+            found.chunks += chunks_of(placement, tensors, states, part["buffers"], _statistics(part))
             if shard == 0:
                 _describe(part, placement, states[0], optimizer["param_groups"], found)
+
+
+def _statistics(part: Mapping[str, Any]) -> list[tuple[str, Per]]:
+    """(name, per) of a rule's statistics. Until version 0.1 a rule had one at most, per row."""
+    if "statistics" not in part:
+        return [(part["row_buffer"], "row")] if part["row_buffer"] else []
+    return [(name, per) for name, per in part["statistics"]]
 
 
 def _describe(
@@ -82,7 +91,7 @@ def _describe(
     add_members(found.groups, part["group"], part["rule"], group, state, placement.layout.names)
     for index, name in enumerate(placement.layout.names):
         found.shapes[name] = part["shapes"][index]
-        if any(absmax_of(buffer) in state for buffer in part["buffers"]) and (cuts := placement.block_cuts(index)):
+        if any(absmax_of(buffer) in state for buffer in part["buffers"]) and (cuts := block_cuts(placement, index)):
             found.block_cuts[name] = cuts
 
 
@@ -187,25 +196,39 @@ def export(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
         if weight_name(name) in checkpoint.tensors:
             saved = checkpoint.tensors[weight_name(name)][1]
             kept = dtype if dtype is not None and name in group_of else saved
-            scalars = group_of.get(name, {}).get("scalars", {})
-            make = _Weight(checkpoint, name, tuple(shape), kept, scalars.get("beta1"))
+            group = group_of.get(name)
+            rule = _rule_of(source, group) if group else None
+            make = _Weight(checkpoint, name, tuple(shape), kept, rule, group["scalars"] if group else {})
             chunks.append(Chunk(name, tuple(shape), (0,) * len(shape), tuple(shape), kept, make))
     with _progress(chunks, "export") as counted:
         files.write_weights(out, counted)
 
 
+def _rule_of(source: Path, group: Mapping[str, Any]) -> type[Rule]:
+    settings = rule_settings(group["rule"])
+    if settings is None:
+        raise CheckpointError(
+            f"{source}: was trained by the rule '{group['rule']}', which nothing here offers, and which knows whether its "
+            "weights are averaged; allowed: install the package of that rule"
+        )
+    return settings.builds
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """Reads one weight; Schedule-Free's average where ``beta1`` is given."""
+    """Reads one weight; the average of a rule that averages and has taken a step."""
 
     checkpoint: Checkpoint
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    beta1: float | None
+    rule: type[Rule] | None
+    scalars: Mapping[str, float]
 
     def __call__(self) -> Tensor:
         weight = self.checkpoint.whole(weight_name(self.name))
-        if self.beta1 is not None:
-            weight = ScheduleFreeAdamW.averaged(weight, self.checkpoint.whole(buffer_name(self.name, "z")), self.beta1)
+        names = {buffer: buffer_name(self.name, buffer) for buffer in (self.rule.averages if self.rule else ())}
+        if self.rule and names and all(name in self.checkpoint.tensors for name in names.values()):
+            buffers = {buffer: self.checkpoint.whole(name) for buffer, name in names.items()}
+            weight = self.rule.averaged(weight, buffers, self.scalars)
         return weight.view(self.shape).to(self.dtype)

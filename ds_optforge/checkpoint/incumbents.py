@@ -16,8 +16,8 @@ from torch import Tensor
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, load
 from ds_optforge.checkpoint.files import CheckpointError, run_of
 from ds_optforge.checkpoint.logical import buffer_name, chunks_of, weight_name
-from ds_optforge.placement import Placement
-from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
+from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, cuts_of_parameters
+from ds_optforge.zero.placement import Placement
 
 _MOMENTUM = "momentum_buffer"
 _TORCH_FILE = '{"model": model.state_dict(), "optimizer": a state dict, or a list of them}'
@@ -46,7 +46,7 @@ def read_deepspeed_muon(checkpoint: EngineCheckpoint, found: Found) -> None:
                 state[_MOMENTUM] = momentum
             step = max(step, int(state.pop("step", 0)))
             buffers = [key for key, value in state.items() if isinstance(value, Tensor) and value.numel() >= tensor.numel()]
-            found.chunks += chunks_of(whole.placement(shard), [tensor], [state], buffers, "")
+            found.chunks += chunks_of(whole.placement(shard), [tensor], [state], buffers, ())
         step = step or int(whole.group.get("step", 0)) or int(checkpoint.model["global_steps"])
         found.groups[f"deepspeed{number}"] = _group("muon" if whole.group.get("use_muon") else "adamw", step, shapes)
 
@@ -94,8 +94,7 @@ class _Slice:
         numels = [torch.Size(shape).numel() for shape in self.shapes.values()]
         world = len(self.checkpoint.shards)
         if self.partitioned:
-            sizes = [-(-numel // world) for numel in numels]
-            cuts = [Cut(0, size, offset) for size, offset in zip(sizes, accumulate(sizes, initial=0), strict=False)]
+            cuts, _ = cuts_of_parameters(numels, world)
         else:
             alignment = self.checkpoint.shards[0].get("param_alignment_paddings")
             paddings = alignment[self.number] if alignment else [0] * len(numels)

@@ -1,7 +1,7 @@
 """Logical tensors: what OptForge's tensors and state hold, by the names of the model's parameters and of their buffers.
 
 All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one); ``optimizer/NAME/BUFFER`` an elementwise
-buffer, the row statistics of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
+buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, run_of
-from ds_optforge.optimizer import GROUP, KEYS_OF_FRAMEWORKS
-from ds_optforge.placement import Held, Placement
-from ds_optforge.rules.base import Buffer, Rule, row_buffer_of
-from ds_optforge.slices import Slices
-from ds_optforge.state import EightBit, block_edges, dequantize, recut
+from ds_optforge.rules.base import Buffer, Rule, statistics_of
+from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
+from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
+from ds_optforge.step.slices import Slices
+from ds_optforge.zero.partition import Per
+from ds_optforge.zero.placement import Held, Placement
 
 State = MutableMapping[str, Any]
 
@@ -62,16 +63,20 @@ def view(tensor: Tensor, held: Held) -> Tensor:
 
 
 def chunks_of(
-    placement: Placement, tensors: Sequence[Tensor], states: Sequence[State], buffers: Sequence[str], row_buffer: str
+    placement: Placement,
+    tensors: Sequence[Tensor],
+    states: Sequence[State],
+    buffers: Sequence[str],
+    statistics: Sequence[tuple[str, Per]],
 ) -> Iterator[Chunk]:
     """What one rank holds of the parameters of one call of ``step()``, as views.
 
     Args:
         tensors, states: what is stepped, and the state of each.
         buffers: names of the rule's elementwise buffers.
-        row_buffer: name of its row statistics, or "".
+        statistics: (name, per) of its statistics.
     """
-    places = placement.row_places()
+    places = {per: placement.value_places(per) for _, per in statistics}
     formats = [EightBit(extents) for extents in placement.extents()]
     for parameter, name in enumerate(placement.layout.names):
         numel = placement.numel(parameter)
@@ -83,21 +88,31 @@ def chunks_of(
                 buffer = key.rpartition("/")[2]
                 yield run_of(key, numel, held.start, view(state[buffer], held))
                 if absmax_of(buffer) in state:
-                    edges = block_edges(numel, placement.block_cuts(parameter))
+                    edges = block_edges(numel, block_cuts(placement, parameter))
                     first = int(torch.searchsorted(edges, held.start))
                     scales = state[absmax_of(buffer)][formats[held.piece].blocks(held.offset, held.numel)]
                     yield run_of(absmax_of(key), len(edges) - 1, first, scales)
-        rows = placement.held_rows(parameter, places) if row_buffer else None
-        if rows is not None and row_buffer in states[rows.piece]:
-            values = view(states[rows.piece][row_buffer], rows)
-            yield run_of(buffer_name(name, row_buffer), placement.rows(parameter), rows.start, values)
+        for statistic, per in statistics:
+            kept = placement.held_values(parameter, per, places[per])
+            if kept is not None and statistic in states[kept.piece]:
+                values = view(states[kept.piece][statistic], kept)
+                yield run_of(buffer_name(name, statistic), placement.values(parameter, per), kept.start, values)
+
+
+def block_cuts(placement: Placement, parameter: int) -> list[int]:
+    """Where fragments of a parameter meet, on any rank, inside a block of 8-bit state."""
+    layout = placement.layout
+    cut, numel = layout.cuts[parameter], placement.numel(parameter)
+    cuts = {layout.matrices[index].start for index in placement.matrices_of(parameter)}
+    cuts |= {at - cut.base for at in range(-(-cut.base // cut.size) * cut.size, cut.base + numel, cut.size)}
+    return sorted(at for at in cuts if 0 < at < numel and at % BLOCK)
 
 
 class Loading:
     """Reads a checkpoint into tensors and state: `requests` first, then `finish`, which makes 8-bit state of what was read.
 
     Args:
-        cuts: by parameter, where the saved blocks of its 8-bit state restart (`Placement.block_cuts`).
+        cuts: by parameter, where the saved blocks of its 8-bit state restart (`block_cuts`).
     """
 
     def __init__(self, checkpoint: Checkpoint, cuts: Mapping[str, Sequence[int]]) -> None:
@@ -128,17 +143,18 @@ class Loading:
 
     def into_state(self, slices: Slices, states: Sequence[State], rule: Rule) -> None:
         """``states`` have been allocated."""
-        placement, places = slices.placement, slices.placement.row_places()
+        placement = slices.placement
+        places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(rule)}
         for parameter, name in enumerate(placement.layout.names):
             held = placement.held(parameter)
             if held is not None:
                 for buffer in rule.buffers:
                     self._into_buffer(slices, states[held.piece], buffer, parameter, held)
-            row_buffer = row_buffer_of(rule)
-            rows = placement.held_rows(parameter, places) if row_buffer else None
-            if rows is not None:
-                values = view(states[rows.piece][row_buffer], rows)
-                self.requests.append(Request(buffer_name(name, row_buffer), rows.start, values))
+            for statistic, found in places.items():
+                kept = placement.held_values(parameter, statistic.per, found)
+                if kept is not None:
+                    values = view(states[kept.piece][statistic.name], kept)
+                    self.requests.append(Request(buffer_name(name, statistic.name), kept.start, values))
 
     def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held) -> None:
         name = slices.placement.layout.names[parameter]
@@ -163,7 +179,7 @@ class Loading:
         if not isinstance(style, EightBit):
             self._conversions.append(lambda: stored.copy_(dequantize(codes, scales, around, buffer.signed)))
             return
-        cuts = slices.placement.block_cuts(parameter)
+        cuts = block_cuts(slices.placement, parameter)
         edges = _within(block_edges(slices.placement.numel(parameter), cuts), held)
         own = state[absmax_of(buffer.name)][style.blocks(held.offset, held.numel)]
         self._conversions.append(lambda: own.copy_(recut(codes, scales, around, edges, buffer.signed)))

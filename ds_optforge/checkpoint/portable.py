@@ -24,14 +24,17 @@ from ds_optforge.checkpoint.logical import (
     Loading,
     State,
     add_members,
+    block_cuts,
     buffer_name,
     chunks_of,
     weight_name,
 )
-from ds_optforge.optimizer import GROUP, OptForge
-from ds_optforge.rules.base import row_buffer_of
+from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
+from ds_optforge.rules.base import statistics_of
+from ds_optforge.rules.registry import rule_settings
 from ds_optforge.schedules import OptForgeSchedule
-from ds_optforge.slices import Members, Slices
+from ds_optforge.step.groups import GROUP
+from ds_optforge.step.slices import Members, Slices
 from ds_optforge.zero.layout import (
     expert_parallel,
     full_shape,
@@ -65,8 +68,8 @@ class _Part:
         return [buffer.name for buffer in self.members.rule.buffers]
 
     def chunks(self) -> Iterator[Chunk]:
-        row_buffer = row_buffer_of(self.members.rule)
-        return chunks_of(self.slices.placement, self.slices.tensors, self.states, self.buffers, row_buffer)
+        statistics = [(statistic.name, statistic.per) for statistic in statistics_of(self.members.rule)]
+        return chunks_of(self.slices.placement, self.slices.tensors, self.states, self.buffers, statistics)
 
 
 class _Run:
@@ -81,7 +84,7 @@ class _Run:
             raise CheckpointError(f"got an engine with {type(self.wrapper).__name__}; allowed: one that OptForge trains")
         self.optimizer: OptForge = base
         self._refuse_model_parallel()
-        base.refuse_while_averaged("a checkpoint")
+        refuse_while_averaged(base, "a checkpoint")
         self.parts = [self._part(group, tensors) for group, tensors in stepped_tensors(self.wrapper, base.param_groups)]
 
     def _refuse_model_parallel(self) -> None:
@@ -97,9 +100,10 @@ class _Run:
             raise CheckpointError(f"got {found}; allowed: data parallelism alone (engine.save_checkpoint saves the others)")
 
     def _part(self, group: dict[str, Any], tensors: list[Tensor]) -> _Part:
-        slices = self.optimizer.slices_of({**group, "params": tensors})
+        groups = groups_of(self.optimizer)
+        slices = groups.slices_of(group, tensors)
         states: list[State] = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
-        return _Part(group, self.optimizer.members_of(group), slices, states)
+        return _Part(group, groups[group], slices, states)
 
     @property
     def untrained(self) -> dict[str, tuple[Tensor, int, int]]:
@@ -157,7 +161,7 @@ class _Run:
         for part in self.parts:
             if part.members.settings.state_dtype == "8bit":
                 placement = part.slices.placement
-                cuts |= {name: placement.block_cuts(index) for index, name in enumerate(placement.layout.names)}
+                cuts |= {name: block_cuts(placement, index) for index, name in enumerate(placement.layout.names)}
         return {name: found for name, found in cuts.items() if found}
 
 
@@ -230,6 +234,8 @@ def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
         if name in saved and saved[name] != shape
     ]
     problems += _other_scheduler(run, checkpoint.manifest["scheduler"])
+    if strict:
+        problems += _missing_rules(checkpoint)
     if problems or not strict:
         return [f"{checkpoint.folder}: {problem}" for problem in problems]
     found = {name: sorted(group["members"]) for name, group in checkpoint.manifest["groups"].items()}
@@ -246,6 +252,15 @@ def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
             if found[name] != sorted(members)
         ]
     return [f"{checkpoint.folder}: {problem}" for problem in problems]
+
+
+def _missing_rules(checkpoint: Checkpoint) -> Iterator[str]:
+    for name, group in checkpoint.manifest["groups"].items():
+        if rule_settings(group["rule"]) is None:
+            yield (
+                f"parameter group '{name}': was trained by the rule '{group['rule']}', which nothing here offers; allowed: "
+                "install the package of that rule, or import it (or strict=False, which starts the group's state afresh)"
+            )
 
 
 def _other_scheduler(run: _Run, saved: Mapping[str, Any] | None) -> list[str]:
@@ -298,7 +313,7 @@ def _fresh_groups(run: _Run, checkpoint: Checkpoint) -> set[str]:
         names = part.slices.placement.layout.names
         sources = [source_of.get(name) for name in names]
         steps = {source["step"] if source else 0 for source in sources}
-        keys = [*part.buffers, *filter(None, [row_buffer_of(part.members.rule)])]
+        keys = [*part.buffers, *(statistic.name for statistic in statistics_of(part.members.rule))]
         missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
         if steps == {0}:
             reasons[part.name] = "no step of it had been taken"

@@ -72,7 +72,7 @@ class Document:
         if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):  # of ours: "field: what is wrong"
             name, _, message = str(detail["ctx"]["error"]).partition(": ")
             return f"{self.at(*place, name)}: {message}"
-        return problem(model, detail, self.at(*place), top_level=False)
+        return problem(model, detail, self.at(*place))
 
     def fail(self, message: str, *location: str | int) -> NoReturn:
         """Raise ConfigError about the value at ``location``."""

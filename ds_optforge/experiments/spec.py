@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, Strict, model_validator
 from ds_optforge.experiments.changes import changed, described, differences, prepared
 from ds_optforge.experiments.documents import Document, Location
 from ds_optforge.integrations.deepspeed import load_config
+from ds_optforge.rules.registry import rule_settings
 from ds_optforge.validation import ConfigError, Section
 
 REQUIRED = ("config", "out", "seed", "steps")
@@ -24,9 +25,6 @@ PLACEHOLDER = re.compile(r"\{(\w*)\}")
 PRIORITIES = ("high", "medium", "low")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")  # of an experiment: it becomes the name of a folder
 CALIBRATION_STEPS = 20
-
-# The rule that needs a schedule of its own: none.
-SCHEDULE_FREE = "schedule_free_adamw"
 
 
 def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -212,7 +210,7 @@ def _contender(document: Document, name: str, value: Any, steps: int) -> Contend
 def _check_fair(document: Document, one: Contender, other: Contender) -> None:
     """Everything but the optimizer must be the same; the schedule too, except for a rule that must have none."""
     free = {"optimizer"}
-    if SCHEDULE_FREE in (_rule(one), _rule(other)):
+    if any(_replaces_schedule(contender) for contender in (one, other)):
         free.add("scheduler")
     for path, ours, theirs in differences(one.config, other.config):
         if path.partition(".")[0] not in free:
@@ -224,11 +222,12 @@ def _check_fair(document: Document, one: Contender, other: Contender) -> None:
             )
 
 
-def _rule(contender: Contender) -> Any:
+def _replaces_schedule(contender: Contender) -> bool:
     match contender.config:
         case {"optimizer": {"params": {"name": name}}}:
-            return name
-    return None
+            settings = rule_settings(name)
+            return settings is not None and settings.builds.replaces_schedule
+    return False
 
 
 def _phase(document: Document, index: int, value: Any, config: Mapping[str, Any], steps: int | None) -> Phase:

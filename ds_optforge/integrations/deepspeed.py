@@ -13,8 +13,9 @@ from torch import nn
 
 from ds_optforge import roles
 from ds_optforge.config import ROLES, OptimizerConfig, schedule_config
-from ds_optforge.optimizer import GROUP, OptForge
+from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, send_telemetry
 from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.step.groups import GROUP
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import refresh_weights
 
@@ -81,7 +82,7 @@ def initialize(
         raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
-    _base_optimizer(result[0])[1].send_telemetry(result[0].monitor)
+    send_telemetry(_base_optimizer(result[0])[1], result[0].monitor)
     return result
 
 
@@ -131,7 +132,7 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
         return
     # DeepSpeed fills the groups to save a checkpoint, and leaves them so when the optimizer refuses.
     stepped = [list(group["params"]) for group in optimizer.param_groups]
-    optimizer.enter_averages()
+    enter_averages(optimizer)
     try:
         with torch.no_grad():
             refresh_weights(wrapper)
@@ -139,7 +140,7 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
     finally:
         for group, tensors in zip(optimizer.param_groups, stepped, strict=True):
             group["params"] = tensors
-        optimizer.leave_averages()
+        leave_averages(optimizer)
         with torch.no_grad():
             refresh_weights(wrapper)
 

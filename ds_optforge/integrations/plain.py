@@ -93,7 +93,8 @@ def explain(model: nn.Module, config: Config) -> str:
         shape = "x".join(map(str, route.shape))
         matrices = f"{len(route.matrices)} of {route.matrices[0][1]}x{route.matrices[0][2]}" if route.matrices else "-"
         settings = route.settings
-        what = (settings.rule, matrices, settings.state_dtype, f"{settings.lr:g}", f"{settings.weight_decay:g}")
+        decay = getattr(settings, "weight_decay", 0.0)
+        what = (settings.rule, matrices, settings.state_dtype, f"{settings.lr:g}", f"{decay:g}")
         table.add_row(route.name, shape, route.role, *what)
     for rule in dict.fromkeys(route.settings.rule for route in routes):
         numel = sum(route.numel for route in routes if route.settings.rule == rule)

@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch.optim.adamw import adamw
 
-from ds_optforge.rules.base import Buffer, Hyperparameters, State, Tensors, decay
+from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors, decay
+from ds_optforge.rules.registry import register_rule
+from ds_optforge.rules.settings import Betas, DecaySettings, Positive, StateDType
 
 
 @dataclass(frozen=True, slots=True)
-class AdamW:
+class AdamW(ElementwiseRule):
     """m, v: moving averages of g and g^2; W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), ^ being bias-corrected."""
 
     eps: float
     cautious: bool = False
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg"), Buffer("exp_avg_sq", signed=False))
+    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True), Buffer("exp_avg_sq", signed=False))
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
     @property
@@ -55,3 +58,31 @@ class AdamW:
             eps=self.eps,
             maximize=False,
         )
+
+
+@register_rule
+class AdamWSettings(DecaySettings):
+    """Fields of ``adamw``."""
+
+    rule = "adamw"
+    title = "AdamW"
+    builds = AdamW
+    decay_rates = ("betas",)
+    summary = ("elementwise", "the baseline, and everything that is no matrix")
+
+    betas: Betas = Field((0.9, 0.95), description="decay rates of the first and second moment")
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+
+    def build(self) -> AdamW:
+        return AdamW(eps=self.eps, cautious=self.cautious_weight_decay)
+
+
+@register_rule
+class AdamW8bitSettings(AdamWSettings):
+    """Fields of ``adamw_8bit``: adamw with 8-bit state."""
+
+    rule = "adamw_8bit"
+    title = "AdamW 8-bit"
+    summary = ("elementwise", "AdamW where state must be small")
+
+    state_dtype: StateDType = Field("8bit", description="how the elementwise state is kept", validate_default=True)

@@ -1,25 +1,23 @@
 """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of an interpolated momentum; one buffer."""
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 
-from ds_optforge.rules.base import Buffer, Hyperparameters, State, Tensors, decay
+from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors, decay
+from ds_optforge.rules.registry import register_rule
+from ds_optforge.rules.settings import Betas, DecaySettings, NonNegative
 
 
 @dataclass(frozen=True, slots=True)
-class Lion:
+class Lion(ElementwiseRule):
     """u = sign(lerp(m, g, 1 - beta1)); W <- (1 - lr wd) W - lr u; m <- lerp(m, g, 1 - beta2)."""
 
     cautious: bool = False
-    in_place: ClassVar[bool] = False
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg"),)
+    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
-
-    def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
-        return group
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
         beta1, beta2 = now["betas"]
@@ -29,3 +27,20 @@ class Lion:
         decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious)
         torch._foreach_add_(list(parameters), updates, alpha=-now["lr"])
         torch._foreach_lerp_(averages, list(gradients), 1.0 - beta2)
+
+
+@register_rule
+class LionSettings(DecaySettings):
+    """Fields of ``lion``."""
+
+    rule = "lion"
+    title = "Lion"
+    builds = Lion
+    decay_rates = ("betas",)
+    summary = ("elementwise", "one buffer, sign updates")
+
+    lr: NonNegative = Field(1e-4, description="learning rate; 3 to 10 times smaller than AdamW's")
+    betas: Betas = Field((0.9, 0.99), description="interpolation of the update, and decay rate of the momentum")
+
+    def build(self) -> Lion:
+        return Lion(cautious=self.cautious_weight_decay)

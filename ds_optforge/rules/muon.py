@@ -4,13 +4,17 @@ import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from ds_optforge.orthogonalize import Method, accurate_method, coefficient_set, flops, orthogonalize
-from ds_optforge.rules.base import Buffer, Hyperparameters, State, Tensors, decay
+from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay
+from ds_optforge.rules.registry import register_rule
+from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative
+from ds_optforge.validation import Section
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
 
@@ -56,7 +60,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Muon:
+class Muon(MatrixRule):
     """m <- lerp(m, g, 1 - momentum); u = lerp(g, m, momentum) (Nesterov) or m; W <- (1 - lr wd) W - lr scale NS(u).
 
     ``momentum_warmup`` (start, steps): the momentum rises linearly from ``start`` over that many steps.
@@ -66,8 +70,7 @@ class Muon:
     orthogonalization: Orthogonalization
     cautious: bool = False
     momentum_warmup: tuple[float, int] | None = None
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer"),)
-    row_buffer: ClassVar[str] = ""
+    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
     def cost(self, rows: int, cols: int) -> int:
@@ -80,20 +83,17 @@ class Muon:
         progress = min((step - 1) / steps, 1.0)
         return {**group, "momentum": start + progress * (group["momentum"] - start)}
 
-    def direction(self, gradients: Tensors, state: State, now: Hyperparameters) -> Tensors:
+    def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
         momentum, averages = now["momentum"], list(state["momentum_buffer"])
         torch._foreach_lerp_(averages, list(gradients), 1.0 - momentum)
         return torch._foreach_lerp(list(gradients), averages, momentum) if self.nesterov else averages
 
-    def update(
-        self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool, watch: Callable[[Tensor], None] | None = None
-    ) -> Tensor:
+    def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
         # Scaled in the wire's precision: the compute dtype may be narrower.
-        orthogonal = self.orthogonalization(matrices).to(matrices.dtype)
-        if watch is not None:
-            watch(orthogonal)
-        scale = self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed)
-        factors = (active.float() * scale).view(-1, 1, 1)
+        orthogonal = self.orthogonalization(batch.matrices).to(batch.matrices.dtype)
+        batch.watch(orthogonal)
+        scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
+        factors = (batch.active.float() * scale).view(-1, 1, 1)
         if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # a power of two, mostly: no mixed dtypes
             factors = factors.to(orthogonal.dtype)
         return orthogonal.mul_(factors)
@@ -101,6 +101,87 @@ class Muon:
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         return self.orthogonalization.scale_of(rows, cols, transposed) / math.sqrt(max(rows, cols))
 
-    def apply(self, parameters: Tensors, updates: Tensors, active: Tensor, now: Hyperparameters) -> None:
+    def apply(
+        self, parameters: Tensors, updates: Tensors, active: Tensor, state: State, sums: Sums, now: Hyperparameters
+    ) -> None:
         decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious, active)
         torch._foreach_add_(list(parameters), list(updates), alpha=-now["lr"])
+
+
+_Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Triple: TypeAlias = tuple[_Finite, _Finite, _Finite]
+
+
+class OrthogonalizationSettings(Section):
+    """How the matrices of a matrix rule are orthogonalized."""
+
+    coefficients: str | tuple[tuple[float, float, float], ...] = Field(
+        "quintic", description="name of a coefficient set, or a list of triples [a, b, c]"
+    )
+    steps: int | None = Field(None, ge=1, description="Newton-Schulz steps; null takes the set's own number (quintic: 5)")
+    method: Method = Field("auto", description="standard, gram, or auto: the one with fewer FLOPs for the shape")
+    dtype: DTypeName = Field("bfloat16", description="of the matrix products")
+    scale: Scale = Field("shape", description="factor of the update, from the matrix's shape")
+    compile: bool = Field(False, description="through torch.compile, once per shape")
+
+    @field_validator("coefficients", mode="wrap")
+    @classmethod
+    def _triples(cls, value: Any, handler: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        try:
+            return TypeAdapter(list[_Triple]).validate_python(value) and tuple(map(tuple, value))
+        except (ValidationError, TypeError):
+            raise ValueError("the name of a set, or a list of triples [a, b, c] of finite numbers") from None
+
+    @model_validator(mode="after")
+    def _known_set(self) -> "OrthogonalizationSettings":
+        chosen = coefficient_set(self.coefficients)
+        accurate_method(self.method, len(chosen.sequence(self.steps)), getattr(torch, self.dtype))
+        return self
+
+    def build(self) -> Orthogonalization:
+        """The orthogonalization that a rule is constructed with."""
+        dtype = getattr(torch, self.dtype)
+        return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile)
+
+
+class MomentumWarmup(Section):
+    """The momentum rises linearly to its value."""
+
+    start: Beta = Field(0.85, alias="from", description="momentum of the first step")
+    steps: int = Field(300, ge=1, description="steps until the full momentum")
+
+
+@register_rule
+class MuonSettings(DecaySettings):
+    """Fields of ``muon``."""
+
+    rule = "muon"
+    title = "Muon"
+    builds = Muon
+    decay_rates = ("momentum",)
+    summary = ("orthogonalized", "hidden matrices of a transformer; half of AdamW's state")
+
+    lr: NonNegative = Field(0.02, description="learning rate")
+    momentum: Beta = Field(0.95, description="decay rate of the gradient's moving average")
+    momentum_warmup: MomentumWarmup | None = Field(None, description='{"from": 0.85, "steps": 300}')
+    nesterov: bool = Field(True, description="orthogonalize lerp(gradient, average, momentum) rather than the average")
+    orthogonalization: OrthogonalizationSettings = OrthogonalizationSettings()
+
+    @property
+    def matches_adamw(self) -> bool:
+        return self.orthogonalization.scale == "match_rms_adamw"
+
+    def build(self) -> Muon:
+        return Muon(**self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """What `Muon` and the rules that derive from it are constructed with."""
+        warmup = self.momentum_warmup
+        return {
+            "nesterov": self.nesterov,
+            "orthogonalization": self.orthogonalization.build(),
+            "cautious": self.cautious_weight_decay,
+            "momentum_warmup": (warmup.start, warmup.steps) if warmup else None,
+        }

@@ -1,13 +1,16 @@
 """NorMuon (Li et al. 2025, arXiv 2510.05491): Muon whose rows are normalised by their own second moment."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ds_optforge.rules.muon import Muon
+from ds_optforge.rules.base import Batch, Hyperparameters, Statistic
+from ds_optforge.rules.muon import Muon, MuonSettings
+from ds_optforge.rules.registry import register_rule
+from ds_optforge.rules.settings import Beta
 
 _EPS = 1e-8
 
@@ -20,21 +23,34 @@ class NorMuon(Muon):
     """
 
     beta2: float = 0.95
-    row_buffer: ClassVar[str] = "row_second_moment"
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("row_second_moment", per="row"),)
 
-    def update(
-        self, matrices: Tensor, active: Tensor, rows: Tensor, transposed: bool, watch: Callable[[Tensor], None] | None = None
-    ) -> Tensor:
-        orthogonal = self.orthogonalization(matrices).float()
-        if watch is not None:
-            watch(orthogonal)
+    def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
+        orthogonal = self.orthogonalization(batch.matrices).float()
+        batch.watch(orthogonal)
+        rows = batch.statistics["row_second_moment"]
         norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
-        into = -2 if transposed else -1
+        into = -2 if batch.transposed else -1
         square = orthogonal.square().mean(into)
         # A row whose statistic is kept elsewhere (shard_local) is normalised by its own square of this step.
         moved = torch.where(rows < 0, square, torch.lerp(rows, square, 1.0 - self.beta2))
-        rows.copy_(torch.where((active != 0).view(-1, 1), moved, rows.clamp(min=0)))
+        rows.copy_(torch.where((batch.active != 0).view(-1, 1), moved, rows.clamp(min=0)))
         orthogonal.div_((rows.sqrt() + _EPS).unsqueeze(into))
         factor = norm / (torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True) + _EPS)
-        factor.mul_(self.orthogonalization.scale_of(matrices.shape[-2], matrices.shape[-1], transposed))
-        return orthogonal.mul_(factor.mul_(active.view(-1, 1, 1)))
+        factor.mul_(self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed))
+        return orthogonal.mul_(factor.mul_(batch.active.view(-1, 1, 1)))
+
+
+@register_rule
+class NorMuonSettings(MuonSettings):
+    """Fields of ``normuon``."""
+
+    rule = "normuon"
+    title = "NorMuon"
+    builds = NorMuon
+    summary = ("orthogonalized, rows normalised", "as Muon, with rows of equal size in every update")
+
+    beta2: Beta = Field(0.95, description="decay rate of the second moment of each output row")
+
+    def build(self) -> NorMuon:
+        return NorMuon(**self.arguments(), beta2=self.beta2)

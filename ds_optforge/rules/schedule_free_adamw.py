@@ -1,18 +1,21 @@
 """Schedule-Free AdamW (Defazio & Mishchenko 2024, arXiv 2405.15682): averaging in place of a learning-rate schedule."""
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field, Strict
 from torch import Tensor
 
-from ds_optforge.rules.base import Buffer, Hyperparameters, State, Tensors
+from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors
+from ds_optforge.rules.registry import register_rule
+from ds_optforge.rules.settings import Beta, NonNegative, Positive, RuleSettings
 
 
 @dataclass(frozen=True, slots=True)
-class ScheduleFreeAdamW:
+class ScheduleFreeAdamW(ElementwiseRule):
     """The weight is y, where gradients are taken; z descends; x = average of z is never stored.
 
     v: moving average of g^2; d = g / (sqrt(v^) + eps) + wd y; c = w / sum w with w = (k + 1)^r lr_max^2;
@@ -22,8 +25,12 @@ class ScheduleFreeAdamW:
     eps: float
     warmup_steps: int
     r: float = 0.0
-    in_place: ClassVar[bool] = False
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg_sq", signed=False), Buffer("z", copies_weight=True))
+    buffers: ClassVar[tuple[Buffer, ...]] = (
+        Buffer("exp_avg_sq", signed=False),
+        Buffer("z", copies_weight=True, full_precision=True),
+    )
+    averages: ClassVar[tuple[str, ...]] = ("z",)
+    replaces_schedule: ClassVar[bool] = True
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
@@ -52,6 +59,28 @@ class ScheduleFreeAdamW:
         torch._foreach_add_(z, directions, alpha=-lr)
 
     @staticmethod
-    def averaged(y: Tensor, z: Tensor, beta1: float) -> Tensor:
-        """x, the weights to evaluate and export, as a new tensor."""
-        return torch.lerp(y, z, 1.0 - 1.0 / beta1)
+    def averaged(weight: Tensor, buffers: Mapping[str, Tensor], scalars: Mapping[str, float]) -> Tensor:
+        """x, of y and z."""
+        return torch.lerp(weight, buffers["z"], 1.0 - 1.0 / scalars["beta1"])
+
+
+@register_rule
+class ScheduleFreeAdamWSettings(RuleSettings):
+    """Fields of ``schedule_free_adamw``."""
+
+    rule = "schedule_free_adamw"
+    title = "Schedule-Free AdamW"
+    builds = ScheduleFreeAdamW
+    decay_rates = ("betas",)
+    summary = ("elementwise", "runs whose length is not known in advance")
+
+    lr: NonNegative = Field(2.5e-3, description="learning rate; no schedule on top")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
+    betas: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Beta], Strict(False)] = Field(
+        (0.9, 0.999), description="interpolation between average and descent point, and decay rate of the second moment"
+    )
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    warmup_steps: int = Field(0, ge=0, description="steps of its own linear warm-up")
+
+    def build(self) -> ScheduleFreeAdamW:
+        return ScheduleFreeAdamW(eps=self.eps, warmup_steps=self.warmup_steps)

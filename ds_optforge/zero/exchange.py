@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optforge.zero.buckets import RankBucket, Section
 from ds_optforge.zero.layout import Binding, LayoutError
-from ds_optforge.zero.plan import ExchangePlan, PartitionLayout, RankBucket, Section
+from ds_optforge.zero.partition import PartitionLayout
+from ds_optforge.zero.plan import ExchangePlan
 
-# In the place of a row's statistic that is kept elsewhere: a shard's first row may begin on another rank.
+# In the place of a statistic that is kept elsewhere: a shard's first row may begin on another rank.
 NO_STATISTIC = -1.0
 
 
@@ -26,13 +28,13 @@ class MatrixBatch:
     Attributes:
         matrices: (n, rows, cols) in the wire dtype.
         active: (n,) 1 for a matrix with any gradient that is not zero, else 0; in the wire dtype.
-        rows: (n, outputs) row statistics in float32, negative where one is kept elsewhere; (n, 0) when the rule has none.
+        statistics: one for each of the rule's: (n, outputs) or (n, 1) in float32, negative where one is kept elsewhere.
         transposed: the matrices are stored (in, out).
     """
 
     matrices: Tensor
     active: Tensor
-    rows: Tensor
+    statistics: tuple[Tensor, ...]
     transposed: bool
 
 
@@ -96,18 +98,19 @@ class BucketExchange:
         """Allocate the send buffer."""
         self._send = torch.empty(self.bucket.send_numel, dtype=self._wire, device=self._binding.device)
 
-    def collect(self, active: Tensor, rows: Sequence[Tensor]) -> None:
+    def collect(self, active: Tensor, statistics: Sequence[Tensor]) -> None:
         """Start sending the elements in ``outgoing`` to the owners of the matrices.
 
         Args:
             active: (fragments,) 1 where the norm of the fragment's gradient is not zero, else 0.
-            rows: float32 statistics of the output rows that begin in each fragment; empty when the rule has none.
+            statistics: the float32 values that are kept with each fragment, statistic by statistic; empty without any.
         """
         bucket = self.bucket
         if bucket.sent:
             self._send[self._flag_index] = active.to(self._send)
-        if rows:
-            torch._foreach_copy_(self._statistics(self._send, bucket.sent), [row.view(self._wire) for row in rows])
+        if statistics:
+            places = self._statistics(self._send, bucket.sent)
+            torch._foreach_copy_(places, [values.view(self._wire) for values in statistics])
         if bucket.travels:
             self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=self._binding.device)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
@@ -136,20 +139,23 @@ class BucketExchange:
             torch._foreach_copy_(_element_places(batch, matrices), self._elements(self._receive, batch.sections))
         active = self._receive.new_zeros(batch.count)
         active.scatter_reduce_(0, batch.slot_index, self._receive[batch.flag_index], "amax")
-        outputs = (batch.cols if batch.transposed else batch.rows) if self.bucket.row_words else 0
-        rows = torch.full((batch.count, outputs), NO_STATISTIC, dtype=torch.float32, device=matrices.device)
-        if outputs:
-            places = _statistic_places(batch, rows, self._wire)
+        outputs = batch.cols if batch.transposed else batch.rows
+        statistics = tuple(
+            torch.full((batch.count, outputs if per == "row" else 1), NO_STATISTIC, dtype=torch.float32, device=matrices.device)
+            for per in self.bucket.kept.per
+        )
+        if statistics:
+            places = _statistic_places(batch, statistics, self._wire)
             torch._foreach_copy_(places, self._statistics(self._receive, batch.sections))
-        return MatrixBatch(matrices, active, rows, batch.transposed)
+        return MatrixBatch(matrices, active, statistics, batch.transposed)
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
         """Put the updates, (n, rows, cols), in the place of the batch ``given`` that `matrices` returned."""
         batch = self._batches[index]
         torch._foreach_copy_(self._elements(self._receive, batch.sections), _element_places(batch, updates))
         self._receive[batch.flag_index] = given.active[batch.slot_index]
-        if self.bucket.row_words:
-            places = _statistic_places(batch, given.rows, self._wire)
+        if given.statistics:
+            places = _statistic_places(batch, given.statistics, self._wire)
             torch._foreach_copy_(self._statistics(self._receive, batch.sections), places)
 
     def give_back(self) -> None:
@@ -163,10 +169,10 @@ class BucketExchange:
         self._wait()
         return self._elements(self._send, self.bucket.sent), self._send[self._flag_index]
 
-    def returned_rows(self, into: Sequence[Tensor]) -> None:
-        """Write the returned statistics of each fragment's rows into float32 tensors, after ``updates``."""
+    def returned_statistics(self, into: Sequence[Tensor]) -> None:
+        """Write the values that came back with each fragment, in the order of `collect`, after ``updates``."""
         if into:
-            torch._foreach_copy_([row.view(self._wire) for row in into], self._statistics(self._send, self.bucket.sent))
+            torch._foreach_copy_([values.view(self._wire) for values in into], self._statistics(self._send, self.bucket.sent))
 
     def release(self) -> None:
         """Free the buffers."""
@@ -190,8 +196,8 @@ class BucketExchange:
 
     def _statistics(self, buffer: Tensor, sections: Sequence[Section]) -> list[Tensor]:
         """Bit patterns: a float32 statistic is two elements of a bfloat16 buffer."""
-        words = self.bucket.row_words
-        return [buffer.narrow(0, section.row_position, section.rows * words) for section in sections]
+        words = self.bucket.kept.words
+        return [buffer.narrow(0, v.position, v.count * words) for section in sections for v in section.statistics]
 
 
 def _element_places(batch: _Batch, matrices: Tensor) -> list[Tensor]:
@@ -200,10 +206,13 @@ def _element_places(batch: _Batch, matrices: Tensor) -> list[Tensor]:
     return [flat[slot].narrow(0, s.start, s.numel) for slot, s in zip(batch.slots, batch.sections, strict=True)]
 
 
-def _statistic_places(batch: _Batch, rows: Tensor, wire: torch.dtype) -> list[Tensor]:
-    """The sections' statistics in (n, outputs) float32 rows, seen as elements of the wire dtype."""
-    places = zip(batch.slots, batch.sections, strict=True)
-    return [rows[slot].narrow(0, section.first_row, section.rows).view(wire) for slot, section in places]
+def _statistic_places(batch: _Batch, statistics: Sequence[Tensor], wire: torch.dtype) -> list[Tensor]:
+    """The sections' values in the (n, outputs) or (n, 1) float32 statistics, seen as elements of the wire dtype."""
+    return [
+        kept[slot].narrow(0, values.first, values.count).view(wire)
+        for slot, section in zip(batch.slots, batch.sections, strict=True)
+        for kept, values in zip(statistics, section.statistics, strict=True)
+    ]
 
 
 def _index(values: Sequence[int], device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.plan import Cut
+from ds_optforge.zero.partition import Cut
 
 SUPPORTED_DEEPSPEED = ">=0.19.8,<0.20"
 

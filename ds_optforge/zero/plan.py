@@ -1,16 +1,16 @@
-"""Who holds what, who orthogonalizes what, and in which order it travels. Pure Python on integers: no tensors, no groups.
+"""Who orthogonalizes which matrix, and in which order matrices travel. Pure Python on integers: no tensors, no groups.
 
-A parameter is row-major, so every matrix is a contiguous range of the flattened parameter, and ZeRO's cuts turn it into
-contiguous fragments. Everything here is a deterministic function of the `PartitionLayout`, so ranks never have to agree
-on a plan by talking.
+Everything here is a deterministic function of the `PartitionLayout`, so ranks never have to agree on a plan by talking.
 """
 
 import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
+from dataclasses import dataclass
+from itertools import chain, pairwise
+
+from ds_optforge.zero.partition import Matrix, PartitionLayout
 
 # Three exchanges are under way at a time: one returns and one is collected, with a send and a receive buffer each, and one
 # is in work, in its receive buffer. They are to fit into two buckets of two buffers.
@@ -18,106 +18,6 @@ _BUFFERS, _BUFFERS_UNDER_WAY = 4, 5
 
 # What does not travel needs no large buckets: smaller ones stay in memory that the processor has at hand.
 _LOCAL_PART = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One (rows, cols) matrix: elements [start, start + rows * cols) of the flattened parameter number ``parameter``.
-
-    ``transposed``: it is stored (in, out), so that its output rows are the columns.
-    """
-
-    parameter: int
-    start: int
-    rows: int
-    cols: int
-    transposed: bool = False
-
-    @property
-    def numel(self) -> int:
-        return self.rows * self.cols
-
-    @property
-    def outputs(self) -> int:
-        return self.cols if self.transposed else self.rows
-
-    def outputs_in(self, start: int, numel: int) -> tuple[int, int]:
-        """(first, count) of the output rows whose first element lies in elements [start, start + numel) of the matrix."""
-        step = 1 if self.transposed else self.cols
-        first, end = -(-start // step), -(-(start + numel) // step)
-        return min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs)
-
-    def rows_touched(self, start: int, numel: int) -> int:
-        """Stored rows that hold any of elements [start, start + numel) of the matrix."""
-        return -(-(start + numel) // self.cols) - start // self.cols
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Where ZeRO put one flattened parameter.
-
-    Element e lives on rank ``(base + e) // size``, at position ``offset + (base + e) % size`` of that rank's slice.
-    ZeRO-1/2 cut the flat group (base: the parameter's position in it; size: the partition); ZeRO-3 cuts each parameter
-    (base 0; offset: its place in the slice); a replicated parameter is one piece (size: its numel).
-    """
-
-    base: int
-    size: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """Elements [start, start + numel) of a matrix, at [offset, offset + numel) of one rank's slice."""
-
-    matrix: int
-    start: int
-    numel: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionLayout:
-    """Where every matrix of one optimizer group lies: the same object on every rank of the process group.
-
-    ``names`` and ``cuts`` are per parameter, in the order in which the parameters lie in the slices; ``matrices`` are
-    ordered likewise, so that a rank's fragments have increasing offsets.
-    """
-
-    world_size: int
-    names: tuple[str, ...]
-    cuts: tuple[Cut, ...]
-    matrices: tuple[Matrix, ...]
-
-    def holders(self, matrix: int) -> range:
-        """The ranks that hold at least one element of the matrix."""
-        piece = self.matrices[matrix]
-        cut = self.cuts[piece.parameter]
-        first = cut.base + piece.start
-        return range(first // cut.size, (first + piece.numel - 1) // cut.size + 1)
-
-    def fragment(self, matrix: int, rank: int) -> Fragment | None:
-        """The part of the matrix that ``rank`` holds; None if it holds nothing."""
-        piece = self.matrices[matrix]
-        cut = self.cuts[piece.parameter]
-        begin = cut.base + piece.start
-        low = max(begin, rank * cut.size)
-        numel = min(begin + piece.numel, (rank + 1) * cut.size) - low
-        if numel <= 0:
-            return None
-        return Fragment(matrix, low - begin, numel, cut.offset + low - rank * cut.size)
-
-    def fragments(self, rank: int) -> Iterator[Fragment]:
-        """All fragments of one rank, with increasing offsets."""
-        for matrix in range(len(self.matrices)):
-            fragment = self.fragment(matrix, rank)
-            if fragment is not None:
-                yield fragment
-
-    def describe(self, matrix: int) -> str:
-        """One line about a matrix, for error messages."""
-        piece = self.matrices[matrix]
-        return f"{self.names[piece.parameter]}[{piece.start}:{piece.start + piece.numel}] {piece.rows}x{piece.cols}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,69 +38,6 @@ class ExchangePlan:
     def local_numel(self) -> int:
         """Elements of a bucket that does not travel; a larger matrix is a bucket of its own."""
         return max(self.bucket_numel // _LOCAL_PART, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Where one fragment lies in a send or receive buffer: its elements, its output rows' statistics, and its flag.
-
-    Attributes:
-        start, numel: the elements [start, start + numel) of its matrix, at ``position`` of the buffer.
-        first_row, rows: the output rows that begin in the fragment, at ``row_position``, ``row_words`` elements each.
-        flag: position of the flag.
-    """
-
-    matrix: int
-    start: int
-    numel: int
-    position: int
-    first_row: int
-    rows: int
-    row_position: int
-    flag: int
-
-
-@dataclass(frozen=True, slots=True)
-class RankBucket:
-    """What one rank does in one bucket.
-
-    The send buffer is a block per destination rank: the fragments that it owns, in matrix order (of what does not travel, by
-    shape), then their row statistics, then their flags. The receive buffer is a block per source rank, built alike.
-
-    Attributes:
-        fragments: this rank's fragments, with increasing slice offsets.
-        sent: where each of them lies in the send buffer.
-        owned: matrices that this rank orthogonalizes, in order.
-        shapes: (rows, cols) of each of them; of a shard, the rows that it touches.
-        received: where their fragments lie in the receive buffer.
-        sends: elements per destination rank; empty when nothing travels (then send and receive buffer are the same).
-        receives: elements per source rank; empty likewise.
-        row_words: elements of the wire dtype per row statistic; 0 when the rule has none.
-    """
-
-    fragments: tuple[Fragment, ...]
-    sent: tuple[Section, ...]
-    owned: tuple[int, ...]
-    shapes: tuple[tuple[int, int], ...]
-    received: tuple[Section, ...]
-    sends: tuple[int, ...]
-    receives: tuple[int, ...]
-    row_words: int
-
-    @property
-    def travels(self) -> bool:
-        return bool(self.sends)
-
-    @property
-    def send_numel(self) -> int:
-        return self._numel(self.sent)
-
-    @property
-    def receive_numel(self) -> int:
-        return self._numel(self.received)
-
-    def _numel(self, sections: Sequence[Section]) -> int:
-        return sum(section.numel + section.rows * self.row_words + 1 for section in sections)
 
 
 def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_numel: int) -> ExchangePlan:
@@ -231,7 +68,7 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         exchanges = _one_or_two_exchanges(shared, owners, layout.matrices, bucket_numel)
     else:
         numel = layout.world_size * bucket_numel * _BUFFERS // _BUFFERS_UNDER_WAY
-        exchanges = list(_runs_of(shared, layout.matrices, max(numel, 1)))
+        exchanges = list(runs_of(shared, layout.matrices, max(numel, 1)))
         clocks = Clocks(load, len(exchanges))
         _own_longest_first(shared, holders, costs, owners, load)
         _swap_equals(exchanges, holders, costs, owners, clocks)
@@ -241,7 +78,7 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
     )
 
 
-def _runs_of(indices: Sequence[int], matrices: Sequence[Matrix], limit: int) -> Iterator[tuple[int, ...]]:
+def runs_of(indices: Sequence[int], matrices: Sequence[Matrix], limit: int) -> Iterator[tuple[int, ...]]:
     """Cut ``indices`` into as few and as equal runs of at most ``limit`` elements as goes (a larger matrix is its own run)."""
     left = sum(matrices[index].numel for index in indices)
     run: list[int] = []
@@ -459,100 +296,3 @@ def _fingerprint(
 ) -> str:
     text = repr((layout, tuple(owners), tuple(exchanges), bucket_numel))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def exchange_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
-    """This rank's part in every exchange, in the order of the collectives."""
-    return [_exchange_bucket(plan, exchange, rank, row_words) for exchange in plan.exchanges]
-
-
-def local_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
-    """The matrices that lie whole on this rank, in runs of at most ``local_numel`` elements."""
-    layout = plan.layout
-    local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    return [_local_bucket(layout, run, rank, row_words) for run in _runs_of(local, layout.matrices, plan.local_numel)]
-
-
-def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, row_words: int) -> RankBucket:
-    layout, owners = plan.layout, plan.owners
-    held = [fragment for matrix in exchange if (fragment := layout.fragment(matrix, rank)) is not None]
-    owned = tuple(matrix for matrix in exchange if owners[matrix] == rank)
-    arriving = [
-        (source, fragment)
-        for matrix in owned
-        for source in layout.holders(matrix)
-        if (fragment := layout.fragment(matrix, source)) is not None
-    ]
-    sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], row_words)
-    receives, received = _blocks(layout, arriving, row_words)
-    return RankBucket(tuple(held), sent, owned, _shapes(layout, owned), received, sends, receives, row_words)
-
-
-def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, row_words: int) -> RankBucket:
-    """Its buffer holds matrices of one shape side by side, so that they are a batch as they lie."""
-    held = [fragment for matrix in run if (fragment := layout.fragment(matrix, rank)) is not None]
-    shapes = _shapes(layout, run)
-    order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
-    _, blocks = _blocks(layout, [(rank, held[index]) for index in order], row_words)
-    sections = tuple(section for _, section in sorted(zip(order, blocks, strict=True)))
-    return RankBucket(tuple(held), sections, tuple(run), shapes, sections, (), (), row_words)
-
-
-def shard_buckets(plan: ExchangePlan, rank: int, row_words: int = 0) -> list[RankBucket]:
-    """This rank's fragments of matrices that lie on several ranks, each as a matrix of its own: the rows that it touches."""
-    layout = plan.layout
-    shared = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
-    held = [fragment for matrix in shared if (fragment := layout.fragment(matrix, rank)) is not None]
-    runs: list[list[Fragment]] = []
-    room = 0
-    for fragment in held:
-        if not runs or fragment.numel > room:
-            runs.append([])
-            room = plan.local_numel
-        runs[-1].append(fragment)
-        room -= fragment.numel
-    return [_shard_bucket(layout, run, rank, row_words) for run in runs]
-
-
-def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, row_words: int) -> RankBucket:
-    _, sections = _blocks(layout, [(rank, fragment) for fragment in held], row_words)
-    shards = tuple(_within_shard(layout.matrices[section.matrix], section) for section in sections)
-    matrices = [layout.matrices[fragment.matrix] for fragment in held]
-    shapes = tuple((m.rows_touched(f.start, f.numel), m.cols) for m, f in zip(matrices, held, strict=True))
-    owned = tuple(fragment.matrix for fragment in held)
-    return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), row_words)
-
-
-def _within_shard(matrix: Matrix, section: Section) -> Section:
-    """The section as a part of the rows that it touches."""
-    first = section.start // matrix.cols
-    row = section.first_row if matrix.transposed else section.first_row - first
-    return replace(section, start=section.start - first * matrix.cols, first_row=row)
-
-
-def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((layout.matrices[m].rows, layout.matrices[m].cols) for m in matrices)
-
-
-def _blocks(
-    layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], row_words: int
-) -> tuple[tuple[int, ...], tuple[Section, ...]]:
-    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's section."""
-    rows = [layout.matrices[f.matrix].outputs_in(f.start, f.numel) if row_words else (0, 0) for _, f in items]
-    data, statistics, flags = ([0] * layout.world_size for _ in range(3))
-    for (peer, fragment), (_, count) in zip(items, rows, strict=True):
-        data[peer] += fragment.numel
-        statistics[peer] += count * row_words
-        flags[peer] += 1
-    sizes = tuple(map(sum, zip(data, statistics, flags, strict=True)))
-    starts = list(accumulate(sizes, initial=0))[:-1]
-    next_data = list(starts)
-    next_row = [start + d for start, d in zip(starts, data, strict=True)]
-    next_flag = [start + s for start, s in zip(next_row, statistics, strict=True)]
-    sections = []
-    for (peer, f), (first, count) in zip(items, rows, strict=True):
-        sections.append(Section(f.matrix, f.start, f.numel, next_data[peer], first, count, next_row[peer], next_flag[peer]))
-        next_data[peer] += f.numel
-        next_row[peer] += count * row_words
-        next_flag[peer] += 1
-    return sizes, tuple(sections)

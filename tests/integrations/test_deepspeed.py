@@ -194,8 +194,8 @@ class TestRegister:
     def test_initialize_refuses_a_bad_configuration_before_anything_else(self) -> None:
         """No process group, no engine, no tags."""
         model = nn.Linear(4, 4)
-        with pytest.raises(ConfigError, match=r"^optimizer\.params\.name: got 'sgd'"):
-            ds_optforge.initialize(model=model, config=config({"name": "sgd"}))
+        with pytest.raises(ConfigError, match=r"^optimizer\.params\.name: got 'adagrad'"):
+            ds_optforge.initialize(model=model, config=config({"name": "adagrad"}))
         assert not torch.distributed.is_initialized()
         assert not hasattr(model.weight, "optforge_name")
 

@@ -9,13 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optforge.orthogonalize import COEFFICIENT_SETS
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule
+from ds_optforge.rules.base import Batch, ElementwiseRule, MatrixRule
 from ds_optforge.rules.muon import Muon, Orthogonalization, Scale
 from tests.oracles import newton_schulz
 
 GROUP = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9}
 ACTIVE, IDLE = torch.ones(1), torch.zeros(1)
-NO_ROWS = torch.empty(0)
 
 
 def rule(nesterov: bool = True, **orthogonalization: Any) -> Muon:
@@ -43,7 +42,7 @@ def test_the_scales_below_are_all_there_are() -> None:
 def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: int, cols: int) -> None:
     """checklist 7; 1e-6: the scale is a float32 number."""
     given = matrices(2, rows, cols)
-    found = rule(scale=scale).update(given.clone(), torch.ones(2), NO_ROWS, transposed=False)
+    found = rule(scale=scale).update(Batch(given.clone(), torch.ones(2)), {})
     expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -52,7 +51,7 @@ def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: i
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_weight_that_is_stored_in_out_has_the_scale_of_its_transpose(scale: str, rows: int, cols: int) -> None:
     given = matrices(2, cols, rows)
-    found = rule(scale=scale).update(given.clone(), torch.ones(2), NO_ROWS, transposed=True)
+    found = rule(scale=scale).update(Batch(given.clone(), torch.ones(2), transposed=True), {})
     expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -60,14 +59,14 @@ def test_a_weight_that_is_stored_in_out_has_the_scale_of_its_transpose(scale: st
 def test_an_update_in_bfloat16_has_the_dtype_of_the_wire() -> None:
     """The scale is applied after the cast: 0.2 sqrt(2048) in bfloat16 products would be off by 0.4%."""
     given = matrices(1, 12, 3).float()
-    plain = rule(dtype=torch.bfloat16, scale="none").update(given, ACTIVE, NO_ROWS, transposed=False)
-    scaled = rule(dtype=torch.bfloat16, scale="match_rms_adamw").update(given, ACTIVE, NO_ROWS, transposed=False)
+    plain = rule(dtype=torch.bfloat16, scale="none").update(Batch(given, ACTIVE), {})
+    scaled = rule(dtype=torch.bfloat16, scale="match_rms_adamw").update(Batch(given, ACTIVE), {})
     assert scaled.dtype == torch.float32
     torch.testing.assert_close(scaled, plain * 0.2 * math.sqrt(12), rtol=1e-6, atol=0)
 
 
 def test_only_active_matrices_have_an_update() -> None:
-    found = rule().update(matrices(3, 4, 6), torch.tensor([1.0, 0.0, 1.0]), NO_ROWS, transposed=False)
+    found = rule().update(Batch(matrices(3, 4, 6), torch.tensor([1.0, 0.0, 1.0])), {})
     assert [one.any().item() for one in found] == [True, False, True]
 
 
@@ -76,7 +75,7 @@ def test_the_direction_is_a_moving_average_with_nesterov_or_without(nesterov: bo
     """checklist 26, 46"""
     gradient, average = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
     state = {"momentum_buffer": [average.clone()]}
-    (found,) = rule(nesterov).direction([gradient], state, GROUP)
+    (found,) = rule(nesterov).direction([gradient], [], state, {}, GROUP)
     moved = 0.9 * average + 0.1 * gradient
     torch.testing.assert_close(state["momentum_buffer"][0], moved)
     torch.testing.assert_close(found, 0.1 * gradient + 0.9 * moved if nesterov else moved)
@@ -85,25 +84,25 @@ def test_the_direction_is_a_moving_average_with_nesterov_or_without(nesterov: bo
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_the_direction_leaves_gradients_unchanged(nesterov: bool) -> None:
     gradient = torch.tensor([1.0, -2.0])
-    rule(nesterov).direction([gradient], {"momentum_buffer": [torch.ones(2)]}, GROUP)
+    rule(nesterov).direction([gradient], [], {"momentum_buffer": [torch.ones(2)]}, {}, GROUP)
     assert torch.equal(gradient, torch.tensor([1.0, -2.0]))
 
 
 def test_a_step_goes_against_the_update_times_the_learning_rate() -> None:
     weight = torch.tensor([1.0, 2.0])
-    rule().apply([weight], [torch.tensor([1.0, -1.0])], ACTIVE, GROUP)
+    rule().apply([weight], [torch.tensor([1.0, -1.0])], ACTIVE, {}, {}, GROUP)
     torch.testing.assert_close(weight, torch.tensor([0.9, 2.1]))
 
 
 def test_decay_is_decoupled_and_times_the_learning_rate() -> None:
     weight = torch.tensor([1.0, 2.0])
-    rule().apply([weight], [torch.zeros(2)], ACTIVE, {**GROUP, "weight_decay": 0.5})
+    rule().apply([weight], [torch.zeros(2)], ACTIVE, {}, {}, {**GROUP, "weight_decay": 0.5})
     torch.testing.assert_close(weight, torch.tensor([0.95, 1.9]))
 
 
 def test_only_active_parameters_decay() -> None:
     weights = [torch.ones(2), torch.ones(3)]
-    rule().apply(weights, [torch.zeros(2), torch.zeros(3)], torch.cat([IDLE, ACTIVE]), {**GROUP, "weight_decay": 0.5})
+    rule().apply(weights, [torch.zeros(2), torch.zeros(3)], torch.cat([IDLE, ACTIVE]), {}, {}, {**GROUP, "weight_decay": 0.5})
     assert torch.equal(weights[0], torch.ones(2))
     torch.testing.assert_close(weights[1], torch.full((3,), 0.95))
 
@@ -112,7 +111,7 @@ def test_decay_of_a_bfloat16_weight_is_rounded_once() -> None:
     """As torch.optim.Muon does it; 1 - lr wd itself has no exact bfloat16, only multiples of 1/256 below 1."""
     weight = torch.arange(1, 200, dtype=torch.bfloat16)
     expected = weight.clone().mul_(1 - 0.02 * 0.1)
-    rule().apply([weight], [torch.zeros_like(weight)], ACTIVE, {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9})
+    rule().apply([weight], [torch.zeros_like(weight)], ACTIVE, {}, {}, {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9})
     assert torch.equal(weight, expected)
 
 
@@ -128,7 +127,7 @@ def test_its_cost_is_that_of_the_form_that_auto_takes(name: str) -> None:
     given = matrices(1, 8, 24).bfloat16()
     chosen = rule(coefficients=name, dtype=torch.bfloat16)
     with FlopCounterMode(display=False) as counter:
-        chosen.update(given, ACTIVE, NO_ROWS, transposed=False)
+        chosen.update(Batch(given, ACTIVE), {})
     assert chosen.cost(8, 24) == counter.get_total_flops()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import build_optimizer
+from ds_optforge.rules.base import Batch
 from ds_optforge.rules.muon import Orthogonalization
 from ds_optforge.rules.normuon import NorMuon
 from tests.layers import linears, matrix, set_gradients
@@ -155,17 +156,21 @@ def test_an_idle_matrix_keeps_its_weight_and_its_row_statistic() -> None:
     assert same == [(True, True), (False, False)]
 
 
+def batch(matrices: Tensor, active: Tensor, rows: Tensor) -> Batch:
+    return Batch(matrices, active, statistics={"row_second_moment": rows})
+
+
 def test_an_idle_matrix_does_not_dilute_its_neighbours_in_the_batch() -> None:
     """1e-6: the same products in a batch of another size."""
     rule = NorMuon(True, Orthogonalization(dtype=torch.float32))
     given = matrix(3, 8, 12)
     given[1] = 0
     rows = torch.zeros(3, 8)
-    together = rule.update(given.clone(), torch.tensor([1.0, 0.0, 1.0]), rows, transposed=False)
+    together = rule.update(batch(given.clone(), torch.tensor([1.0, 0.0, 1.0]), rows), {})
     assert together.isfinite().all()
     for index in (0, 2):
         own_rows = torch.zeros(1, 8)
-        (alone,) = rule.update(given[index : index + 1], torch.ones(1), own_rows, transposed=False)
+        (alone,) = rule.update(batch(given[index : index + 1], torch.ones(1), own_rows), {})
         assert relative_error(together[index], alone) < 1e-6
         assert relative_error(rows[index], own_rows[0]) < 1e-6
 
@@ -175,7 +180,9 @@ def test_the_scale_is_that_of_muon(scale: Any) -> None:
     """checklist 7; 1e-5: float32."""
     given = matrix(1, 12, 3)
     updates = [
-        NorMuon(True, Orthogonalization(dtype=torch.float32, scale=s)).update(given, torch.ones(1), torch.zeros(1, 12), False)
+        NorMuon(True, Orthogonalization(dtype=torch.float32, scale=s)).update(
+            batch(given, torch.ones(1), torch.zeros(1, 12)), {}
+        )
         for s in (scale, "none")
     ]
     factor = {"shape": 2.0, "match_rms_adamw": 0.2 * 12**0.5, "spectral": 2.0, "none": 1.0}[scale]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.zero.layout import SUPPORTED_DEEPSPEED, LayoutError, bind, full_shape
-from ds_optforge.zero.plan import Cut
+from ds_optforge.zero.partition import Cut
 
 NAMES = ["a.weight", "b.weight"]
 

@@ -13,21 +13,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ds_optforge.zero.plan import (
-    Cut,
-    ExchangePlan,
-    Matrix,
-    PartitionLayout,
-    RankBucket,
-    Section,
-    critical_path,
-    exchange_buckets,
-    local_buckets,
-    make_plan,
-)
+from ds_optforge.zero.buckets import NO_STATISTICS, Kept, RankBucket, Section, exchange_buckets, local_buckets
+from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, Per
+from ds_optforge.zero.plan import ExchangePlan, critical_path, make_plan
 
 Element = tuple[int, int]  # (parameter, position within it)
-FLAG, ROW = "flag", "row"
+FLAG = "flag"
 
 
 def holds_for(*arguments: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -114,7 +105,8 @@ def replicated(draw: st.DrawFn) -> World:
 
 worlds = st.one_of(flat_partitions(), parameter_partitions(), replicated())
 bucket_sizes = st.sampled_from([1, 7, 50, 10_000])
-row_words = st.sampled_from([0, 1, 2])  # elements of the wire per row statistic: none, float32 on float32, on bfloat16
+# Elements of the wire per value: 1 for float32 on float32, 2 on bfloat16.
+kept_statistics = st.sampled_from([NO_STATISTICS, Kept(("row",), 1), Kept(("row",), 2), Kept(("row", "matrix"), 2)])
 
 
 def cubic(matrix: Matrix) -> int:
@@ -125,15 +117,16 @@ def plan_of(world: World, bucket_numel: int) -> ExchangePlan:
     return make_plan(world.layout, cubic, bucket_numel)
 
 
-def exchanges(plan: ExchangePlan, words: int = 0) -> list[list[RankBucket]]:
+def exchanges(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[list[RankBucket]]:
     """Per exchange, the buckets of all ranks."""
     ranks = range(plan.layout.world_size)
-    return [list(buckets) for buckets in zip(*(exchange_buckets(plan, rank, words) for rank in ranks), strict=True)]
+    return [list(buckets) for buckets in zip(*(exchange_buckets(plan, rank, kept) for rank in ranks), strict=True)]
 
 
-def beginning_in(matrix: Matrix, start: int, numel: int) -> list[int]:
-    """The output rows of a matrix whose first element is one of [start, start + numel)."""
+def beginning_in(matrix: Matrix, start: int, numel: int, per: Per = "row") -> list[int]:
+    """The output rows of a matrix, or the matrix itself, whose first element is one of [start, start + numel)."""
     first_elements = range(matrix.cols) if matrix.transposed else range(0, matrix.numel, matrix.cols)
+    first_elements = range(1) if per == "matrix" else first_elements
     return [row for row, element in enumerate(first_elements) if start <= element < start + numel]
 
 
@@ -377,9 +370,9 @@ class TestBuckets:
             received = [[buckets[receiver].receives[sender] for receiver in ranks] for sender in ranks]
             assert sent == received
 
-    @holds_for(worlds, bucket_sizes, row_words)
-    def test_the_buffers_are_as_long_as_their_blocks(self, world: World, bucket_numel: int, words: int) -> None:
-        for buckets in exchanges(plan_of(world, bucket_numel), words):
+    @holds_for(worlds, bucket_sizes, kept_statistics)
+    def test_the_buffers_are_as_long_as_their_blocks(self, world: World, bucket_numel: int, kept: Kept) -> None:
+        for buckets in exchanges(plan_of(world, bucket_numel), kept):
             for bucket in buckets:
                 assert (bucket.send_numel, bucket.receive_numel) == (sum(bucket.sends), sum(bucket.receives))
 
@@ -405,36 +398,45 @@ def pack(bucket: RankBucket, piece: tuple[Element | None, ...], rank: int, layou
     for fragment, section in zip(bucket.fragments, bucket.sent, strict=True):
         assert (section.matrix, section.start, section.numel) == (fragment.matrix, fragment.start, fragment.numel)
         put(section.position, piece[fragment.offset : fragment.offset + fragment.numel])
-        put(section.row_position, statistics(bucket, section, layout))
+        for index, values in enumerate(section.statistics):
+            put(values.position, statistics(bucket, section, index, layout))
         put(section.flag, [(FLAG, fragment.matrix, rank)])
     assert None not in buffer  # no gaps
     return buffer
 
 
-def statistics(bucket: RankBucket, section: Section, layout: PartitionLayout) -> list[object]:
-    """Those of the output rows that begin in the section's fragment."""
-    if bucket.row_words == 0:
-        return []
-    rows = beginning_in(layout.matrices[section.matrix], section.start, section.numel)
-    assert rows == list(range(section.first_row, section.first_row + section.rows))
-    return [(ROW, section.matrix, row, word) for row in rows for word in range(bucket.row_words)]
+def statistics(bucket: RankBucket, section: Section, index: int, layout: PartitionLayout) -> list[object]:
+    """The values of one statistic whose first element lies in the section's fragment."""
+    values = section.statistics[index]
+    found = beginning_in(layout.matrices[section.matrix], section.start, section.numel, bucket.kept.per[index])
+    assert found == list(range(values.first, values.first + values.count))
+    return [(index, section.matrix, value, word) for value in found for word in range(bucket.kept.words)]
+
+
+def statistic_positions(bucket: RankBucket, section: Section, index: int) -> range:
+    values = section.statistics[index]
+    return range(values.position, values.position + values.count * bucket.kept.words)
 
 
 def unpack(bucket: RankBucket, buffer: list[object], layout: PartitionLayout) -> None:
     """Check that the owned matrices are whole, elements and statistics in their places, with a flag from every holder."""
     elements: dict[int, list[object]] = {m: [None] * layout.matrices[m].numel for m in bucket.owned}
-    rows: dict[int, list[object]] = {m: [] for m in bucket.owned}
+    kinds = range(len(bucket.kept.per))
+    values: dict[tuple[int, int], list[object]] = {(m, kind): [] for m in bucket.owned for kind in kinds}
     flags: dict[int, list[object]] = {m: [] for m in bucket.owned}
     for section in bucket.received:
         arrived = buffer[section.position : section.position + section.numel]
         elements[section.matrix][section.start : section.start + section.numel] = arrived
-        rows[section.matrix] += buffer[section.row_position : section.row_position + section.rows * bucket.row_words]
+        for kind in kinds:
+            values[section.matrix, kind] += [buffer[at] for at in statistic_positions(bucket, section, kind)]
         flags[section.matrix].append(buffer[section.flag])
     for index in bucket.owned:
         matrix = layout.matrices[index]
-        words = range(bucket.row_words)
+        words = range(bucket.kept.words)
         assert elements[index] == [(matrix.parameter, matrix.start + e) for e in range(matrix.numel)]
-        assert rows[index] == [(ROW, index, row, word) for row in range(matrix.outputs) for word in words]
+        for kind, per in enumerate(bucket.kept.per):
+            count = matrix.outputs if per == "row" else 1
+            assert values[index, kind] == [(kind, index, value, word) for value in range(count) for word in words]
         assert flags[index] == [(FLAG, index, holder) for holder in layout.holders(index)]
 
 
@@ -443,8 +445,8 @@ def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
     marked: list[object] = [None] * len(buffer)
     for section in bucket.received:
         elements = range(section.position, section.position + section.numel)
-        rows = range(section.row_position, section.row_position + section.rows * bucket.row_words)
-        for position in (*elements, *rows, section.flag):
+        values = [at for kind in range(len(bucket.kept.per)) for at in statistic_positions(bucket, section, kind)]
+        for position in (*elements, *values, section.flag):
             marked[position] = ("updated", buffer[position])
     return marked
 
@@ -452,11 +454,11 @@ def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
 class TestExchange:
     """The way out and back, simulated for all ranks with lists."""
 
-    @holds_for(worlds, bucket_sizes, row_words)
+    @holds_for(worlds, bucket_sizes, kept_statistics)
     def test_travelling_matrices_arrive_whole_and_their_updates_return(
-        self, world: World, bucket_numel: int, words: int
+        self, world: World, bucket_numel: int, kept: Kept
     ) -> None:
-        for buckets in exchanges(plan_of(world, bucket_numel), words):
+        for buckets in exchanges(plan_of(world, bucket_numel), kept):
             sent = [pack(bucket, world.slices[rank], rank, world.layout) for rank, bucket in enumerate(buckets)]
             received = all_to_all(sent, [bucket.sends for bucket in buckets])
             for bucket, buffer in zip(buckets, received, strict=True):
@@ -465,11 +467,11 @@ class TestExchange:
             returned = all_to_all(updates, [bucket.receives for bucket in buckets])
             assert returned == [[("updated", item) for item in buffer] for buffer in sent]
 
-    @holds_for(worlds, bucket_sizes, row_words)
-    def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int, words: int) -> None:
+    @holds_for(worlds, bucket_sizes, kept_statistics)
+    def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int, kept: Kept) -> None:
         plan = plan_of(world, bucket_numel)
         for rank, piece in enumerate(world.slices):
-            for bucket in local_buckets(plan, rank, words):
+            for bucket in local_buckets(plan, rank, kept):
                 buffer = pack(bucket, piece, rank, world.layout)
                 unpack(bucket, buffer, world.layout)
                 assert update(bucket, buffer) == [("updated", item) for item in buffer]

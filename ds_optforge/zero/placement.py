@@ -1,6 +1,6 @@
 """Where the parameters of one call of ``step()`` lie in its tensors, element by element, output row by output row.
 
-Pure Python on integers, and so a function of the layout alone: `slices` steps by it, `checkpoint` names by it what the
+Pure Python on integers, and so a function of the layout alone: a step is cut by it, and a checkpoint names by it what the
 tensors hold, on every rank and without a model.
 """
 
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_optforge.state import BLOCK, Extent
-from ds_optforge.zero.plan import Cut, Matrix, PartitionLayout
+from ds_optforge.zero.partition import Cut, Extent, Matrix, PartitionLayout, Per
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Placement:
 
     def numel(self, parameter: int) -> int:
         """Elements of a parameter, which its matrices cover."""
-        return sum(self.layout.matrices[index].numel for index in self._matrices(parameter))
+        return sum(self.layout.matrices[index].numel for index in self.matrices_of(parameter))
 
     def held(self, parameter: int) -> Held | None:
         """What this rank holds of a parameter, which is one range; None if it holds nothing."""
@@ -58,52 +57,44 @@ class Placement:
             extents[piece].append(Extent(offset, fragment.numel, begin))
         return extents
 
-    def row_places(self) -> dict[int, tuple[int, int, int]]:
-        """By held matrix: (tensor, start, count) of its output rows in the tensors' row buffers."""
+    def value_places(self, per: Per) -> dict[int, tuple[int, int, int]]:
+        """By held matrix: (tensor, start, count) of the values of a statistic in that tensor's buffer of it."""
         filled = [0] * len(self.starts)
         places = {}
         for fragment in self.layout.fragments(self.rank):
             piece, _ = self.place(fragment.offset)
-            _, count = self.layout.matrices[fragment.matrix].outputs_in(fragment.start, fragment.numel)
+            _, count = self.layout.matrices[fragment.matrix].values_in(per, fragment.start, fragment.numel)
             places[fragment.matrix] = (piece, filled[piece], count)
             filled[piece] += count
         return places
 
-    def row_counts(self) -> list[int]:
-        """Output rows that begin in each tensor."""
+    def value_counts(self, per: Per) -> list[int]:
+        """Values of a statistic that are kept with each tensor."""
         counts = [0] * len(self.starts)
-        for piece, _, count in self.row_places().values():
+        for piece, _, count in self.value_places(per).values():
             counts[piece] += count
         return counts
 
-    def rows(self, parameter: int) -> int:
-        """Output rows of all of a parameter's matrices."""
-        return sum(self.layout.matrices[index].outputs for index in self._matrices(parameter))
+    def values(self, parameter: int, per: Per) -> int:
+        """Values of a statistic for all of a parameter's matrices."""
+        return sum(self.layout.matrices[index].values(per) for index in self.matrices_of(parameter))
 
-    def held_rows(self, parameter: int, places: Mapping[int, tuple[int, int, int]]) -> Held | None:
-        """What this rank keeps of a parameter's row statistics, counted through its matrices. ``places``: `row_places`."""
+    def held_values(self, parameter: int, per: Per, places: Mapping[int, tuple[int, int, int]]) -> Held | None:
+        """What this rank keeps of a parameter's statistic, counted through its matrices. ``places``: `value_places`."""
         before, ranges = 0, []
-        for index in self._matrices(parameter):
+        for index in self.matrices_of(parameter):
             matrix = self.layout.matrices[index]
             fragment = self.layout.fragment(index, self.rank)
             if fragment is not None and places[index][2]:
-                first, count = matrix.outputs_in(fragment.start, fragment.numel)
+                first, count = matrix.values_in(per, fragment.start, fragment.numel)
                 ranges.append((*places[index][:2], before + first, count))
-            before += matrix.outputs
+            before += matrix.values(per)
         if not ranges:
             return None
         piece, offset, start, _ = ranges[0]
         return Held(piece, offset, start, sum(count for *_, count in ranges))
 
-    def block_cuts(self, parameter: int) -> list[int]:
-        """Where fragments of a parameter meet, on any rank, inside a block of 8-bit state."""
-        cut = self.layout.cuts[parameter]
-        numel = self.numel(parameter)
-        cuts = {self.layout.matrices[index].start for index in self._matrices(parameter)}
-        cuts |= {at - cut.base for at in range(-(-cut.base // cut.size) * cut.size, cut.base + numel, cut.size)}
-        return sorted(at for at in cuts if 0 < at < numel and at % BLOCK)
-
-    def _matrices(self, parameter: int) -> range:
+    def matrices_of(self, parameter: int) -> range:
         """The numbers of a parameter's matrices, which follow each other."""
         matrices = self.layout.matrices
         first = bisect_left(matrices, parameter, key=lambda matrix: matrix.parameter)

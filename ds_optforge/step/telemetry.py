@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ds_optforge.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
-from ds_optforge.slices import Members, Run, Slices, chunk_numel
-from ds_optforge.state import Extent
+from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
 from ds_optforge.zero.exchange import BucketExchange, sum_over_ranks
 from ds_optforge.zero.layout import Binding
+from ds_optforge.zero.partition import Extent
 
 # Of each group's matrices, so many are looked at for the orthogonality error, the same ones in every step and layout.
 SAMPLE = 8
@@ -129,23 +129,23 @@ class Watch:
         self._found: dict[str, list[Tensor]] = {name: [] for name in _SUMS}
         self._held = [_merged(extents) for extents in slices.placement.extents()]
         buffers = members.rule.buffers
-        self._momentum = next((buffer.name for buffer in buffers if buffer.signed and not buffer.copies_weight), "")
+        self._momentum = next((buffer.name for buffer in buffers if buffer.momentum), "")
         layout = slices.placement.layout
         self._sample = {
             index for index, matrix in enumerate(layout.matrices) if (layout.names[matrix.parameter], matrix.start) in sample
         }
 
     @property
-    def chunks(self) -> Iterator[tuple[Run, ...]]:
-        """The slices' chunks for an elementwise rule, those cut up that are larger than what is copied at a time."""
+    def spans(self) -> Iterator[tuple[Span, ...]]:
+        """The slices' spans for an elementwise rule, those cut up that are larger than what is copied at a time."""
         limit = chunk_numel(self.slices.tensors[0].device)
-        for runs in self.slices.chunks:
-            yield from _cut(runs, limit)
+        for spans in self.slices.spans:
+            yield from _cut(spans, limit)
 
     @contextmanager
-    def changes(self, runs: Sequence[Run], views: Tensors) -> Iterator[None]:
-        """Inside, the rule changes the parameters, of which ``views`` are the given runs."""
-        parameters = self._without_padding(runs, views)
+    def changes(self, spans: Sequence[Span], views: Tensors) -> Iterator[None]:
+        """Inside, the rule changes the parameters, of which ``views`` are the given spans."""
+        parameters = self._without_padding(spans, views)
         before = self._copies(parameters)
         self._add("weight", before, before)
         yield
@@ -153,18 +153,18 @@ class Watch:
             torch._foreach_sub_(before, parameters)
         self._add("change", before, before)
 
-    def _without_padding(self, runs: Sequence[Run], views: Tensors) -> list[Tensor]:
+    def _without_padding(self, spans: Sequence[Span], views: Tensors) -> list[Tensor]:
         """ZeRO-3 leaves whatever was in memory between the parameters of a slice."""
         found = []
-        for run, view in zip(runs, views, strict=True):
-            held = self._held[run.piece]
-            first = max(bisect_right(held, (run.start, math.inf)) - 1, 0)
+        for span, view in zip(spans, views, strict=True):
+            held = self._held[span.tensor]
+            first = max(bisect_right(held, (span.start, math.inf)) - 1, 0)
             for start, end in held[first:]:
-                if start >= run.start + run.numel:
+                if start >= span.start + span.numel:
                     break
-                low, high = max(start, run.start), min(end, run.start + run.numel)
+                low, high = max(start, span.start), min(end, span.start + span.numel)
                 if low < high:
-                    found.append(view.narrow(0, low - run.start, high - low))
+                    found.append(view.narrow(0, low - span.start, high - low))
         return found
 
     def _copies(self, parameters: Tensors) -> list[Tensor]:
@@ -179,11 +179,11 @@ class Watch:
         torch._foreach_copy_(copies, list(parameters))
         return copies
 
-    def momentum(self, runs: Sequence[Run], views: Tensors, state: State) -> None:
-        """The rule has advanced its state by the gradients, of which ``views`` are the given runs."""
+    def momentum(self, spans: Sequence[Span], views: Tensors, state: State) -> None:
+        """The rule has advanced its state by the gradients, of which ``views`` are the given spans."""
         if self._momentum:
-            gradients = self._without_padding(runs, views)
-            averages = self._without_padding(runs, state[self._momentum])
+            gradients = self._without_padding(spans, views)
+            averages = self._without_padding(spans, state[self._momentum])
             self._add("product", averages, gradients)
             self._add("momentum", averages, averages)
             self._add("gradient", gradients, gradients)
@@ -243,17 +243,17 @@ def _merged(extents: Sequence[Extent]) -> list[tuple[int, int]]:
     return stretches
 
 
-def _cut(runs: Sequence[Run], limit: int) -> Iterator[tuple[Run, ...]]:
-    """The runs in groups of at most ``limit`` elements."""
-    packed: list[Run] = []
+def _cut(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
+    """The spans in groups of at most ``limit`` elements."""
+    packed: list[Span] = []
     room = limit
-    for run in runs:
-        for start in range(0, run.numel, limit):
-            numel = min(limit, run.numel - start)
+    for span in spans:
+        for start in range(0, span.numel, limit):
+            numel = min(limit, span.numel - start)
             if numel > room:
                 yield tuple(packed)
                 packed, room = [], limit
-            packed.append(Run(run.piece, run.start + start, [numel]))
+            packed.append(Span(span.tensor, span.start + start, [numel]))
             room -= numel
     if packed:
         yield tuple(packed)

@@ -1,0 +1,37 @@
+"""The update rules, and what a rule of another package is made of: see docs/adding_a_rule.md."""
+
+from ds_optforge.rules.base import (
+    Batch,
+    Buffer,
+    ElementwiseRule,
+    Hyperparameters,
+    MatrixRule,
+    State,
+    Statistic,
+    Sum,
+    Sums,
+    Tensors,
+    decay,
+)
+from ds_optforge.rules.registry import RuleError, register_rule, rule_names, rule_settings
+from ds_optforge.rules.settings import DecaySettings, RuleSettings
+
+__all__ = [
+    "Batch",
+    "Buffer",
+    "DecaySettings",
+    "ElementwiseRule",
+    "Hyperparameters",
+    "MatrixRule",
+    "RuleError",
+    "RuleSettings",
+    "State",
+    "Statistic",
+    "Sum",
+    "Sums",
+    "Tensors",
+    "decay",
+    "register_rule",
+    "rule_names",
+    "rule_settings",
+]

@@ -1,0 +1,110 @@
+"""The settings that every rule reads from the configuration, and the types of their fields.
+
+A rule's own settings are beside its math: a subclass with ``@register_rule``.
+"""
+
+import importlib.util
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Field, Strict, field_validator, model_validator
+
+from ds_optforge.rules import registry
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
+from ds_optforge.validation import Section
+
+DTypeName: TypeAlias = Literal["float32", "bfloat16"]
+StateDType: TypeAlias = Literal["float32", "bfloat16", "8bit"]
+DecaySchedule: TypeAlias = Literal["constant", "linear", "cosine"]
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Strict(False)]
+
+# A moving average stops short of a constant by 2**-9 / (1 - rate) of it, where a step is less than half the spacing of
+# bfloat16: by 4% at 0.95, 20% at 0.99, and it would stand still at 0.999.
+_SLOWEST_IN_BFLOAT16 = 0.99
+
+
+class RuleSettings(Section):
+    """What every rule reads. A subclass adds the rule's own fields, with defaults, and declares:
+
+    Attributes:
+        rule: its name in the configuration.
+        title: its name for people.
+        builds: the class of the rule that `build` returns.
+        decay_rates: names of the fields that are decay rates of elementwise buffers, a number or numbers each; slow ones
+            are refused where the state is bfloat16.
+        summary: what it does to a matrix, and when to use it, in a few words each: for the table of all rules.
+    """
+
+    rule: ClassVar[str]
+    title: ClassVar[str]
+    builds: ClassVar[type[Rule]]
+    decay_rates: ClassVar[tuple[str, ...]]
+    summary: ClassVar[tuple[str, str]] = ("", "")
+
+    lr: NonNegative = Field(1e-3, description="learning rate")
+    state_dtype: StateDType = Field("float32", description="how the elementwise state is kept; 8bit needs bitsandbytes")
+
+    @field_validator("state_dtype")
+    @classmethod
+    def _installed(cls, state_dtype: str) -> str:
+        if state_dtype == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("'float32' or 'bfloat16', or install bitsandbytes: pip install 'ds-optforge[8bit]'")
+        return state_dtype
+
+    @model_validator(mode="after")
+    def _representable(self) -> "RuleSettings":
+        rates = [rate for name in self.decay_rates for rate in _numbers(getattr(self, name))]
+        if self.state_dtype == "bfloat16" and rates and max(rates) > _SLOWEST_IN_BFLOAT16:
+            raise ValueError(
+                f"state_dtype: got 'bfloat16' with a moving average of decay rate {max(rates):g}, which would stand still in "
+                f"its 8 bits; allowed: rates up to {_SLOWEST_IN_BFLOAT16}, or 'float32' or '8bit'"
+            )
+        return self
+
+    @classmethod
+    def needs_matrix(cls) -> bool:
+        """Whether the rule takes whole matrices, and leaves the other parameters to AdamW."""
+        return issubclass(cls.builds, MatrixRule)
+
+    @property
+    def needs_schedule(self) -> str:
+        """The decay schedule that only an OptForgeSchedule can follow, or ""."""
+        return ""
+
+    @property
+    def matches_adamw(self) -> bool:
+        """Whether a matrix rule's updates are as large as AdamW's, so that one learning rate serves both."""
+        return False
+
+    @classmethod
+    def refuse_key(cls, key: str) -> str:
+        """Why ``key`` is not one of the rule's."""
+        readers = registry.readers_of(key)
+        return f"'{cls.rule}' does not read it" + (f" (read by {', '.join(readers)})" if readers else "")
+
+    def build(self) -> ElementwiseRule | MatrixRule:
+        """The rule with everything that no schedule may change."""
+        raise NotImplementedError
+
+    def scheduled(self) -> dict[str, Any]:
+        """The values that live in the parameter group."""
+        return {name: getattr(self, name) for name in self.builds.scheduled}
+
+
+class DecaySettings(RuleSettings):
+    """How the rules that decay towards zero do it."""
+
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
+    cautious_weight_decay: bool = Field(False, description="decay only where the update points towards zero too")
+    weight_decay_schedule: DecaySchedule = Field("constant", description="over the run: linear is 1 - progress")
+
+    @property
+    def needs_schedule(self) -> str:
+        return "" if self.weight_decay_schedule == "constant" else self.weight_decay_schedule
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)

@@ -1,0 +1,189 @@
+"""From a plan of matrices to buckets, portions and spans of one call's tensors, once per call."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_optforge.config import THIN_ROWS, ShardingSettings
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
+from ds_optforge.state import EightBit, Plain, StateFormat, chunks
+from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
+from ds_optforge.step.sums import BucketSums
+from ds_optforge.zero.buckets import Kept, RankBucket
+from ds_optforge.zero.exchange import BucketExchange
+from ds_optforge.zero.group_plan import GroupPlan, Wanted, plan_group
+from ds_optforge.zero.partition import Extent, Fragment, PartitionLayout
+
+logger = logging.getLogger("ds_optforge")
+
+
+def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingSettings, routing: str) -> Slices:
+    """Plan with the other ranks, and cut the tensors accordingly.
+
+    Args:
+        members: of the parameter group.
+        tensors: ``group["params"]``.
+        routing: a text with a line per parameter of the whole optimizer, on which ranks must agree.
+
+    Raises:
+        LayoutError: see `plan_group`.
+    """
+    rule = members.rule
+    agreed = f"sharding {sharding}\n{routing}"
+    found = plan_group(members.parameters, members.routes, tensors, _wanted(rule, sharding), agreed)
+    extents = found.placement.extents()
+    state_dtype = members.settings.state_dtype
+    formats = tuple(_format(state_dtype, tensor, extent) for tensor, extent in zip(tensors, extents, strict=True))
+    counts = {statistic.name: found.placement.value_counts(statistic.per) for statistic in statistics_of(rule)}
+    travelling: tuple[Bucket, ...] = ()
+    local: tuple[Bucket, ...] = ()
+    alone: tuple[Bucket, ...] = ()
+    spans: tuple[tuple[Span, ...], ...] = ()
+    if isinstance(rule, MatrixRule):
+        builder = _BucketBuilder(found, rule, sharding, in_blocks=state_dtype == "8bit")
+        travelling, local = builder.build(found.travelling), builder.build(found.local)
+        alone = builder.build(found.alone, alone=True)
+        fragments = [fragment for bucket in found.alone for fragment in bucket.fragments]
+        warn_of_thin_fragments(found.placement.layout, fragments, found.binding.rank)
+    else:
+        spans = _elementwise_spans(extents, tensors, rule, state_dtype)
+    return Slices(found.binding, sharding, tuple(tensors), found.placement, formats, counts, travelling, local, alone, spans)
+
+
+def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> Wanted:
+    if not isinstance(rule, MatrixRule):
+        return Wanted(sharding.bucket_numel)
+    wire: torch.dtype = getattr(torch, sharding.wire_dtype)
+    kept = Kept(tuple(statistic.per for statistic in rule.statistics), torch.float32.itemsize // wire.itemsize)
+    return Wanted(sharding.bucket_numel, rule.cost, kept, sharding.travels, sharding.mode == "shard_local")
+
+
+def _format(name: str, tensor: Tensor, extents: Sequence[Extent]) -> StateFormat:
+    """float32 is what ZeRO's slices have; in plain PyTorch full precision is that of the parameter, as in torch.optim."""
+    if name == "8bit":
+        return EightBit(extents)
+    return Plain(tensor.dtype if name == "float32" else getattr(torch, name))
+
+
+def _elementwise_spans(
+    extents: Sequence[Sequence[Extent]], tensors: Sequence[Tensor], rule: ElementwiseRule, state_dtype: str
+) -> tuple[tuple[Span, ...], ...]:
+    """A kernel that works in place on full-precision state takes everything in one call; others a bounded part at a time."""
+    if state_dtype == "float32" and rule.in_place:
+        return (tuple(Span(index, 0, [tensor.numel()]) for index, tensor in enumerate(tensors)),)
+    calls: list[list[Span]] = []
+    room = 0
+    limit = chunk_numel(tensors[0].device)
+    for index, extent in enumerate(extents):
+        for offset, numel in (span for chunk in chunks(extent, limit) for span in chunk):
+            if numel > room:
+                calls.append([])
+                room = limit
+            calls[-1].append(Span(index, offset, [numel]))
+            room -= numel
+    return tuple(map(tuple, calls))
+
+
+def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
+    """Log a line on the first rank where few rows would be orthogonalized alone: that is little more than normalising them."""
+    rows = {f.matrix: f.numel // layout.matrices[f.matrix].cols for f in fragments}
+    thin = [matrix for matrix, count in rows.items() if count < min(THIN_ROWS, layout.matrices[matrix].rows)]
+    if thin and rank == 0:
+        least = min(thin, key=lambda matrix: rows[matrix])
+        logger.warning(
+            "shard_local: %d of %d matrices have fewer than %d whole rows on this rank (%s: %d), which makes their update "
+            "row normalisation rather than Muon; mode 'gather', or gather_every, or fewer ranks, avoid it",
+            len(thin),
+            len(rows),
+            THIN_ROWS,
+            layout.describe(least),
+            rows[least],
+        )
+
+
+class _BucketBuilder:
+    """Turns one rank's buckets of the plan into buckets of its tensors."""
+
+    def __init__(self, found: GroupPlan, rule: MatrixRule, sharding: ShardingSettings, in_blocks: bool) -> None:
+        self._found, self._rule = found, rule
+        self._layout, self._placement = found.placement.layout, found.placement
+        self._wire: torch.dtype = getattr(torch, sharding.wire_dtype)
+        self._value_places = [(s.name, found.placement.value_places(s.per)) for s in rule.statistics]
+        self._in_blocks = in_blocks
+
+    def build(self, buckets: Sequence[RankBucket], alone: bool = False) -> tuple[Bucket, ...]:
+        """``alone``: the buckets' fragments are orthogonalized separately."""
+        batch_numel = self._found.plan.local_numel  # as in buckets that do not travel
+        binding = self._found.binding
+        return tuple(
+            Bucket(
+                BucketExchange(self._layout, bucket, binding, self._wire, batch_numel),
+                tuple((*self._placement.place(f.offset), f.numel) for f in bucket.fragments),
+                self._portions(bucket),
+                tuple((name, *places[f.matrix]) for f in bucket.fragments for name, places in self._value_places),
+                self._norms(bucket) if alone else None,
+                BucketSums(self._rule.sums, self._layout, bucket, binding) if self._rule.sums else None,
+            )
+            for bucket in buckets
+        )
+
+    def _norms(self, bucket: RankBucket) -> Tensor:
+        """So that a fragment's update has the root mean square that its whole matrix's would have."""
+        norms = []
+        for fragment in bucket.fragments:
+            matrix = self._layout.matrices[fragment.matrix]
+            norms.append(self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) * math.sqrt(fragment.numel))
+        return torch.tensor(norms, dtype=torch.float32, device=self._found.binding.device)
+
+    def _portions(self, bucket: RankBucket) -> tuple[Portion, ...]:
+        """Cut the bucket's fragments into portions of a bounded number of elements."""
+        limit = chunk_numel(self._found.binding.device)
+        portions: list[list[_Item]] = []
+        room = 0
+        for index, (fragment, place) in enumerate(zip(bucket.fragments, bucket.sent, strict=True)):
+            begin = self._layout.matrices[fragment.matrix].start + fragment.start if self._in_blocks else 0
+            extent = Extent(fragment.offset, fragment.numel, begin)
+            for offset, numel in (part for chunk in chunks([extent], limit) for part in chunk):
+                if numel > room:
+                    portions.append([])
+                    room = limit
+                done = offset - fragment.offset
+                portions[-1].append(_Item(offset, numel, index, place.position + done, fragment.matrix, fragment.start + done))
+                room -= numel
+        return tuple(self._portion(items) for items in portions)
+
+    def _portion(self, items: Sequence["_Item"]) -> Portion:
+        """Merge what lies side by side in one tensor into spans."""
+        spans: list[Span] = []
+        for item in items:
+            tensor, start = self._placement.place(item.offset)
+            if spans and spans[-1].tensor == tensor and spans[-1].start + spans[-1].numel == start:
+                spans[-1].sizes.append(item.numel)
+            else:
+                spans.append(Span(tensor, start, [item.numel]))
+        fragments = torch.tensor([item.fragment for item in items], device=self._found.binding.device)
+        return Portion(
+            tuple(spans),
+            fragments,
+            tuple(item.position for item in items),
+            tuple((item.matrix, item.start) for item in items),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A fragment or a part of it: ``numel`` elements at ``offset`` of the tensors and at ``position`` of the send buffer.
+
+    ``fragment`` is its number within the bucket, ``start`` counts from the first element of ``matrix``.
+    """
+
+    offset: int
+    numel: int
+    fragment: int
+    position: int
+    matrix: int
+    start: int

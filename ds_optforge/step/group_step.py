@@ -1,0 +1,302 @@
+"""One call of ``step()`` for one parameter group: elementwise, or matrices in buckets to their owners and back."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, State, Sums, Tensors, buffers_of
+from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
+from ds_optforge.step.telemetry import Telemetry, Watch
+
+
+class GroupStep:
+    """Made for one call: `check`, then `run`.
+
+    Args:
+        group: its dict in ``param_groups``.
+        name: the group's identifier.
+        members, slices: of the group.
+        states: the optimizer's state of each of the slices' tensors.
+        telemetry: of the optimizer, if it records.
+    """
+
+    def __init__(
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        members: Members,
+        slices: Slices,
+        states: Sequence[MutableMapping[str, Any]],
+        telemetry: Telemetry | None,
+    ) -> None:
+        self._group, self._name, self._members, self._slices, self._states = group, name, members, slices, states
+        self._telemetry = telemetry
+        slices.binding.discard_left_overs(slices.tensors)
+        self._gradients = [_flat_gradient(tensor) for tensor in slices.tensors]
+
+    def check(self) -> None:
+        """Refuse gradients that are not finite, where no DeepSpeed wrapper has skipped the step. Raises RuntimeError."""
+        if self._slices.binding.process_group is not None:
+            return
+        norms = torch.stack(torch._foreach_norm(self._gradients))
+        suspects = norms.isfinite().logical_not().nonzero().flatten().tolist()  # or the square of a value overflows
+        index = next((index for index in suspects if not self._gradients[index].isfinite().all()), None)
+        if index is not None:
+            route = self._members.routes[self._slices.binding.indices[index]]
+            raise RuntimeError(f"{route.name}: its gradient is not finite; nothing was changed")
+
+    def run(self) -> None:
+        """Update the group's tensors and their state. All ranks that share its parameters take part."""
+        fresh, rule = not self._states[0], self._members.rule
+        self._slices.allocate(rule, self._states)
+        if fresh and self._is_rehearsal():
+            return
+        now = self._begin()
+        watch = self._telemetry.watch(self._name, self._slices, self._states) if self._telemetry else None
+        call = _Call(self._slices, self._states, self._gradients, now, watch)
+        if isinstance(rule, ElementwiseRule):
+            _step_elements(call, rule)
+        else:
+            _MatrixStep(call, rule).run()
+        if self._telemetry and watch:
+            self._telemetry.add(self._name, watch, now, call.step)
+        self._slices.binding.clear_spent_gradients(self._slices.tensors)
+
+    def _is_rehearsal(self) -> bool:
+        """DeepSpeed's stage 0 in fp16 and bf16 steps its clones once with zero gradients, only to allocate state."""
+        clones = self._slices.tensors[0] is not self._members.parameters[0] and self._slices.binding.process_group is None
+        return clones and not any(gradient.any() for gradient in self._gradients)
+
+    def _begin(self) -> Hyperparameters:
+        """Count the step, the same for all of the group's tensors."""
+        for state in self._states:
+            state["step"] += 1
+        step = int(self._states[0]["step"])
+        scalars = {key: value for key, value in self._states[0].items() if isinstance(value, float)}
+        now = self._members.rule.begin(self._group, scalars, step)
+        for state in self._states:
+            state.update(scalars)
+        return now
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What a rule works on: the slices, their state and flat gradients, and the step's hyperparameters."""
+
+    slices: Slices
+    states: Sequence[MutableMapping[str, Any]]
+    gradients: Sequence[Tensor]
+    now: Hyperparameters
+    watch: Watch | None
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        """The slices, flat."""
+        return [tensor.detach().view(-1) for tensor in self.slices.tensors]
+
+    @property
+    def step(self) -> int:
+        """The number of the step, from 1."""
+        return int(self.states[0]["step"])
+
+    def changes(self, spans: Sequence[Span], parameters: Tensors) -> AbstractContextManager[None]:
+        """Inside, the rule changes the parameters."""
+        return self.watch.changes(spans, parameters) if self.watch else nullcontext()
+
+
+def _step_elements(call: _Call, rule: ElementwiseRule) -> None:
+    for spans in call.watch.spans if call.watch else call.slices.spans:
+        parameters, gradients = ([span.of(tensors) for span in spans] for tensors in (call.parameters, call.gradients))
+        with call.slices.opened(rule.buffers, call.states, spans) as state:
+            with call.changes(spans, parameters):
+                rule.step(parameters, gradients, state, call.now)
+            if call.watch:
+                call.watch.momentum(spans, gradients, state)
+
+
+class _MatrixStep:
+    """The step of a matrix rule: each bucket is collected, updated and applied."""
+
+    def __init__(self, call: _Call, rule: MatrixRule) -> None:
+        self._call, self._rule = call, rule
+        self._by_gradient, self._by_update = buffers_of(rule, of_update=False), buffers_of(rule, of_update=True)
+
+    def run(self) -> None:
+        slices = self._call.slices
+        if slices.sharding.gathers(self._call.step):
+            self._run_exchanges()
+        else:
+            self._run_alone((*slices.local, *slices.alone))
+
+    def _run_exchanges(self) -> None:
+        """Keep one exchange returning and one travelling out while another is orthogonalized; local matrices fill the gaps.
+
+        The order of the collectives is the same on every rank: those of collect(k + 1) are issued before give_back(k).
+        """
+        travelling, local = self._call.slices.travelling, self._call.slices.local
+        last = len(travelling) - 1
+        shares = [local[k :: last + 2] for k in range(last + 2)]
+        if travelling:
+            self._collect(travelling[0])
+        for k, bucket in enumerate(travelling):
+            bucket.exchange.arrive()
+            if k < last:
+                self._collect(travelling[k + 1])
+            self._run_alone(shares[k])
+            self._update(bucket)
+            if k > 0:
+                self._apply(travelling[k - 1])
+            bucket.exchange.give_back()
+        self._run_alone(shares[-1])
+        if travelling:
+            self._apply(travelling[-1])
+
+    def _run_alone(self, buckets: Sequence[Bucket]) -> None:
+        """Step buckets that do not travel."""
+        for bucket in buckets:
+            self._collect(bucket)
+            self._update(bucket)
+            self._apply(bucket)
+
+    def _collect(self, bucket: Bucket) -> None:
+        call, rule = self._call, self._rule
+        self._sum_gradients(bucket)
+        bucket.exchange.open()
+        for portion in bucket.portions:
+            gradients, weights = portion.views(call.gradients), self._weights(portion)
+            with call.slices.opened(self._by_gradient, call.states, portion.spans) as state:
+                if bucket.sums:  # then no tensor may span two matrices
+                    sums = self._sums(bucket, portion, gradients[0].device, (False,))
+                    given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
+                    directions = rule.direction(*given, sums, call.now)
+                else:
+                    directions = portion.split(rule.direction(gradients, weights, state, {}, call.now))
+                torch._foreach_copy_(portion.in_buffer(bucket.exchange.outgoing), list(directions))
+                if call.watch:
+                    call.watch.momentum(portion.spans, gradients, state)
+        active = _nonzero([call.gradients[tensor].narrow(0, start, numel) for tensor, start, numel in bucket.fragments])
+        bucket.exchange.collect(active, self._kept(bucket))
+
+    def _weights(self, portion: Portion) -> list[Tensor]:
+        return portion.views(self._call.parameters) if self._rule.reads_weights else []
+
+    def _split_weights(self, portion: Portion) -> list[Tensor]:
+        return portion.split(portion.views(self._call.parameters)) if self._rule.reads_weights else []
+
+    def _update(self, bucket: Bucket) -> None:
+        watch = self._call.watch
+        for index in bucket.exchange.batches:
+            found = bucket.exchange.matrices(index)
+            names = (statistic.name for statistic in self._rule.statistics)
+            batch = Batch(
+                found.matrices,
+                found.active,
+                found.transposed,
+                dict(zip(names, found.statistics, strict=True)),
+                bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
+                watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
+            )
+            bucket.exchange.put(index, self._rule.update(batch, self._call.now), found)
+
+    def _apply(self, bucket: Bucket) -> None:
+        call, rule = self._call, self._rule
+        updates, active = bucket.exchange.updates()
+        if bucket.norms is not None:
+            scale_to(updates, bucket.norms)
+        bucket.exchange.returned_statistics(self._kept(bucket))
+        self._sum_updates(bucket)
+        for portion in bucket.portions:
+            views = portion.views(call.parameters)
+            parameters = portion.split(views)
+            device = parameters[0].device  # with offload not where the buckets are
+            returned = [update.to(device) for update in portion.in_buffer(bucket.exchange.outgoing)]
+            sums = self._sums(bucket, portion, device, (False, True))
+            chosen = active[portion.fragments].to(device)
+            with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
+                rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
+        bucket.exchange.release()
+        if bucket.sums:
+            bucket.sums.release()
+
+    def _sum_gradients(self, bucket: Bucket) -> None:
+        call = self._call
+
+        def given(portion: Portion) -> tuple[list[Tensor], list[Tensor]]:
+            return self._split_weights(portion), portion.split(portion.views(call.gradients))
+
+        self._sum(bucket, False, self._by_gradient, given)
+
+    def _sum_updates(self, bucket: Bucket) -> None:
+        call = self._call
+
+        def given(portion: Portion) -> tuple[list[Tensor], list[Tensor]]:
+            parameters = portion.split(portion.views(call.parameters))
+            returned = portion.in_buffer(bucket.exchange.outgoing)
+            return parameters, [update.to(parameters[0].device) for update in returned]
+
+        self._sum(bucket, True, self._by_update, given)
+
+    def _sum(
+        self,
+        bucket: Bucket,
+        of_update: bool,
+        buffers: Sequence[Any],
+        given: Callable[[Portion], tuple[list[Tensor], list[Tensor]]],
+    ) -> None:
+        """Sum what the rule makes of each portion's elements, over all ranks that hold some of a matrix."""
+        wanted = bucket.sums.of(of_update) if bucket.sums else ()
+        if not bucket.sums or not wanted:
+            return
+        bucket.sums.begin(of_update)
+        for portion in bucket.portions:
+            weights, values = given(portion)
+            with self._call.slices.opened(buffers, self._call.states, portion.spans, store=False) as state:
+                for item in wanted:
+                    terms = self._rule.summand(item.name, weights, values, _split(portion, state), self._call.now)
+                    bucket.sums.add(item, portion.places, terms)
+        bucket.sums.finish(of_update)
+
+    def _sums(self, bucket: Bucket, portion: Portion, device: torch.device, of_update: tuple[bool, ...]) -> Sums:
+        if not bucket.sums:
+            return {}
+        return bucket.sums.given(portion.places, [size for span in portion.spans for size in span.sizes], device, of_update)
+
+    def _kept(self, bucket: Bucket) -> list[Tensor]:
+        """The statistics that are kept with the bucket's fragments, as views."""
+        states = self._call.states
+        return [states[tensor][name].narrow(0, start, count) for name, tensor, start, count in bucket.kept]
+
+
+def _split(portion: Portion, state: State) -> State:
+    """State by span as state by item."""
+    return {name: portion.split(values) for name, values in state.items()}
+
+
+def _ignore(orthogonal: Tensor) -> None:
+    """Watch nothing."""
+
+
+def _flat_gradient(tensor: Tensor) -> Tensor:
+    if tensor.grad is None:
+        return torch.zeros_like(tensor).view(-1)
+    gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+    return gradient.reshape(-1).to(tensor.dtype)
+
+
+def _nonzero(fragments: Sequence[Tensor]) -> Tensor:
+    """(fragments,) 1 where the norm in float32 is not zero (NaN is not), else 0."""
+    if not fragments:
+        return torch.empty(0)
+    return (torch.stack(torch._foreach_norm(list(fragments))) != 0).float()
+
+
+def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:
+    """Give each update its element of ``norms``; zeros stay zeros."""
+    found = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
+    factors = torch.where(found > 0, norms / found, torch.zeros_like(found))
+    torch._foreach_mul_(list(updates), list(factors.view(-1, 1).unbind()))

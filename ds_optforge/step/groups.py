@@ -1,0 +1,135 @@
+"""The parameter groups of an OptForge: which parameters and rule each stands for, and where ZeRO put its tensors."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ds_optforge.config import OptimizerConfig
+from ds_optforge.roles import Route, log_routing, route, routing_table
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
+from ds_optforge.rules.settings import RuleSettings
+from ds_optforge.step.bind import bind_slices
+from ds_optforge.step.slices import Members, Slices
+from ds_optforge.validation import ConfigError
+from ds_optforge.zero.layout import expert_group_name, full_shape
+
+GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
+KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
+
+
+class Groups:
+    """Routes parameters to groups; binds each group's tensors when they are first asked for.
+
+    Args:
+        params: the model's parameters, or groups of them.
+        config: of the optimizer.
+
+    Attributes:
+        dicts: what torch's optimizer is to get as its ``param_groups``.
+
+    Raises:
+        ConfigError: parameters that were not registered, or nothing to train.
+    """
+
+    def __init__(self, params: Iterable[Any], config: OptimizerConfig) -> None:
+        self._config = config
+        routed = [item for index, group in enumerate(_as_groups(params)) for item in self._routed(index, group)]
+        log_routing([item[1] for item in routed], config)
+        # What ranks must agree on.
+        self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
+        self._members: dict[str, Members] = {}
+        self._bound: dict[Tensor, Slices] = {}
+        self._rules: dict[Tensor, Rule] = {}
+        self.dicts = self._build(routed)
+
+    def _routed(self, index: int, group: dict[str, Any]) -> Iterator[tuple[Tensor, Route, str, dict[str, Any]]]:
+        """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
+        own = {key: value for key, value in group.items() if key not in KEYS_OF_FRAMEWORKS}
+        kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
+        prefix = f"group{index}." if own else ""
+        for position, parameter in enumerate(group["params"]):
+            if not (parameter.requires_grad and parameter.is_floating_point() and full_shape(parameter).numel()):
+                continue
+            decided = route(parameter, self._config, own, f"param_groups[{index}].params[{position}]")
+            experts = expert_group_name(parameter)
+            keys = {**kept, "moe": True, "name": experts} if experts else kept
+            yield parameter, decided, prefix + decided.group + (f".{experts}" if experts else ""), keys
+
+    def _build(self, routed: Sequence[tuple[Tensor, Route, str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        if not routed:
+            raise ConfigError("params: got no trainable floating-point parameter; allowed: at least one")
+        members: dict[str, list[tuple[Tensor, Route]]] = {}
+        kept: dict[str, dict[str, Any]] = {}
+        for parameter, decided, identifier, keys in routed:
+            members.setdefault(identifier, []).append((parameter, decided))
+            kept[identifier] = keys
+        groups = []
+        for identifier, group in members.items():
+            parameters, routes = zip(*group, strict=True)
+            settings = routes[0].settings
+            self._members[identifier] = Members(parameters, routes, settings, built(settings))
+            groups.append({"params": list(parameters), GROUP: identifier, **kept[identifier], **settings.scheduled()})
+        return groups
+
+    def __getitem__(self, group: Mapping[str, Any]) -> Members:
+        """Members of one of ``param_groups``."""
+        return self._members[group[GROUP]]
+
+    @property
+    def members(self) -> Mapping[str, Members]:
+        """All members, by the identifier of their group."""
+        return self._members
+
+    def slices_of(self, group: Mapping[str, Any], tensors: Sequence[Tensor] | None = None) -> Slices:
+        """The group's tensors (or those given in their place), bound to their places. The first call is collective."""
+        tensors = group["params"] if tensors is None else tensors
+        bound = self._bound.get(tensors[0])
+        if bound is None or len(bound.tensors) != len(tensors):
+            bound = bind_slices(self[group], tensors, self._config.common.sharding, self._routing)
+            self._bound[tensors[0]] = bound
+            self.remember(group, tensors)
+        return bound
+
+    def remember(self, group: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
+        """Note whose tensors these are: ZeRO-3 empties the groups between steps."""
+        self._rules |= dict.fromkeys(tensors, self[group].rule)
+
+    def rule_of(self, tensor: Tensor) -> Rule:
+        """The rule that steps a tensor which has state."""
+        return self._rules[tensor]
+
+    @property
+    def bound(self) -> Iterable[Slices]:
+        """What has been bound so far."""
+        return self._bound.values()
+
+    def members_with(self, name: str) -> tuple[str, Members]:
+        """(identifier, members) of the group of a parameter."""
+        return next(item for item in self._members.items() if any(route.name == name for route in item[1].routes))
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors are the model's own parameters, not slices or clones of them."""
+        own = {id(parameter) for members in self._members.values() for parameter in members.parameters}
+        return bool(tensors) and all(id(tensor) in own for tensor in tensors)
+
+
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Parameters, or groups of them, as groups."""
+    items = list(params)
+    if items and all(isinstance(item, Mapping) for item in items):
+        return [
+            {**item, "params": [item["params"]] if isinstance(item["params"], Tensor) else list(item["params"])}
+            for item in items
+        ]
+    if items and all(isinstance(item, tuple) for item in items):  # model.named_parameters()
+        items = [parameter for _, parameter in items]
+    return [{"params": items}]
+
+
+def built(settings: RuleSettings) -> ElementwiseRule | MatrixRule:
+    """The rule of its settings. Raises TypeError where `build` returns something else than it declares."""
+    rule = settings.build()
+    if not isinstance(rule, settings.builds):
+        raise TypeError(f"{type(settings).__qualname__}.build: got {rule!r}; allowed: a {settings.builds.__qualname__}")
+    return rule

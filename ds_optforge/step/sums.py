@@ -1,0 +1,113 @@
+"""Sums over whole matrices and whole output rows, of which ranks hold fragments.
+
+Each rank adds up its fragments in float64, one all-reduce a bucket adds up the ranks, and the result is rounded to
+float32: what a rule gets does not depend on where ZeRO has cut. Of matrices that do not travel nothing is sent.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_optforge.rules.base import Sum
+from ds_optforge.zero.buckets import RankBucket
+from ds_optforge.zero.exchange import sum_over_ranks
+from ds_optforge.zero.layout import Binding
+from ds_optforge.zero.partition import Matrix, PartitionLayout
+
+
+class BucketSums:
+    """The sums of one bucket: `begin`, then `add` for everything that this rank holds, then `finish`, for each kind.
+
+    Args:
+        sums: of the rule.
+        layout, bucket, binding: whose.
+    """
+
+    def __init__(self, sums: Sequence[Sum], layout: PartitionLayout, bucket: RankBucket, binding: Binding) -> None:
+        self._layout, self._binding, self._travels = layout, binding, bucket.travels
+        self.sums = tuple(sums)
+        self._starts: dict[str, dict[int, int]] = {}  # by sum and matrix: where its values begin in the kind's vector
+        self._numel = {False: 0, True: 0}  # of the vector, by kind
+        for item in sums:
+            self._starts[item.name] = {}
+            for index in bucket.matrices:
+                self._starts[item.name][index] = self._numel[item.of_update]
+                self._numel[item.of_update] += layout.matrices[index].values(item.per)
+        self._totals = torch.empty(0, dtype=torch.float64)
+        self._found: dict[bool, Tensor] = {}
+
+    def of(self, of_update: bool) -> tuple[Sum, ...]:
+        """The sums of the updates, or of the gradients."""
+        return tuple(item for item in self.sums if item.of_update == of_update)
+
+    def begin(self, of_update: bool) -> None:
+        """Start with zeros."""
+        self._totals = torch.zeros(self._numel[of_update], dtype=torch.float64, device=self._binding.device)
+
+    def add(self, item: Sum, places: Sequence[tuple[int, int]], terms: Sequence[Tensor]) -> None:
+        """Add up ``terms``, (elements,) each: elements of a matrix from a start on, as ``places`` say."""
+        for (index, start), term in zip(places, terms, strict=True):
+            matrix = self._layout.matrices[index]
+            first = self._starts[item.name][index]
+            if item.per == "matrix":
+                self._totals[first] += term.sum(dtype=torch.float64)
+                continue
+            rows, low = _in_rows(matrix, start, term)
+            if matrix.transposed:
+                self._totals[first : first + matrix.cols] += rows.sum(0).to(self._totals.device)
+            else:
+                self._totals[first + low : first + low + len(rows)] += rows.sum(1).to(self._totals.device)
+
+    def finish(self, of_update: bool) -> None:
+        """Add up the ranks. All of them take part, in the order of the buckets that travel."""
+        if self._travels:
+            sum_over_ranks(self._totals, self._binding)
+        self._found[of_update] = self._totals.float()
+
+    def given(
+        self, places: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, of_update: Sequence[bool]
+    ) -> dict[str, list[Tensor]]:
+        """By sum, a tensor for each place that broadcasts with its elements: (1,) per matrix, (elements,) per row."""
+        found: dict[str, list[Tensor]] = {}
+        for item in self.sums:
+            if item.of_update in of_update:
+                values = self._found[item.of_update].to(device)
+                found[item.name] = [
+                    self._of_elements(item, values, index, start, numel)
+                    for (index, start), numel in zip(places, sizes, strict=True)
+                ]
+        return found
+
+    def of_matrices(self, matrices: Sequence[int]) -> Mapping[str, Tensor]:
+        """By sum of the gradients, (matrices, outputs) or (matrices, 1) of matrices of one shape."""
+        found = {}
+        for item in self.of(False):
+            count = self._layout.matrices[matrices[0]].values(item.per)
+            starts = [self._starts[item.name][index] for index in matrices]
+            found[item.name] = torch.stack([self._found[False].narrow(0, start, count) for start in starts])
+        return found
+
+    def release(self) -> None:
+        """Forget the values."""
+        self._found.clear()
+
+    def _of_elements(self, item: Sum, values: Tensor, index: int, start: int, numel: int) -> Tensor:
+        matrix = self._layout.matrices[index]
+        first = self._starts[item.name][index]
+        if item.per == "matrix":
+            return values.narrow(0, first, 1)
+        low, touched = start // matrix.cols, matrix.rows_touched(start, numel)
+        if matrix.transposed:
+            by_element = values.narrow(0, first, matrix.cols).repeat(touched)
+        else:
+            by_element = values.narrow(0, first + low, touched).repeat_interleave(matrix.cols)
+        return by_element.narrow(0, start - low * matrix.cols, numel)
+
+
+def _in_rows(matrix: Matrix, start: int, term: Tensor) -> tuple[Tensor, int]:
+    """Elements of a matrix from ``start`` on as (stored rows touched, cols) in float64, zeros elsewhere; the first row."""
+    low, touched = start // matrix.cols, matrix.rows_touched(start, term.numel())
+    rows = term.new_zeros(touched * matrix.cols, dtype=torch.float64)
+    rows.narrow(0, start - low * matrix.cols, term.numel()).copy_(term)
+    return rows.view(touched, matrix.cols), low

@@ -1,0 +1,199 @@
+"""Where fragments lie in the buffers of one rank's buckets. Pure Python on integers: no tensors, no process groups."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per
+from ds_optforge.zero.plan import ExchangePlan, runs_of
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The float32 statistics that a rule keeps, which travel with the fragments.
+
+    Attributes:
+        per: what each of them has a value for.
+        words: elements of the wire dtype per value.
+    """
+
+    per: tuple[Per, ...] = ()
+    words: int = 1
+
+
+NO_STATISTICS = Kept()
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The values [first, first + count) of one statistic of a matrix, at ``position`` of a buffer."""
+
+    first: int
+    count: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Where one fragment lies in a send or receive buffer: its elements, the statistics that are kept with it, and its flag.
+
+    Attributes:
+        start, numel: the elements [start, start + numel) of its matrix, at ``position`` of the buffer.
+        statistics: one entry per statistic of the rule.
+        flag: position of the flag.
+    """
+
+    matrix: int
+    start: int
+    numel: int
+    position: int
+    statistics: tuple[Values, ...]
+    flag: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankBucket:
+    """What one rank does in one bucket.
+
+    The send buffer is a block per destination rank: the fragments that it owns, in matrix order (of what does not travel, by
+    shape), then their statistics, then their flags. The receive buffer is a block per source rank, built alike.
+
+    Attributes:
+        fragments: this rank's fragments, with increasing slice offsets.
+        sent: where each of them lies in the send buffer.
+        owned: matrices that this rank orthogonalizes, in order.
+        shapes: (rows, cols) of each of them; of a shard, the rows that it touches.
+        received: where their fragments lie in the receive buffer.
+        sends: elements per destination rank; empty when nothing travels (then send and receive buffer are the same).
+        receives: elements per source rank; empty likewise.
+        kept: the rule's statistics.
+        matrices: all of the bucket's, of whichever rank: of one that travels, the same on all ranks.
+    """
+
+    fragments: tuple[Fragment, ...]
+    sent: tuple[Section, ...]
+    owned: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+    received: tuple[Section, ...]
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+    kept: Kept
+    matrices: tuple[int, ...]
+
+    @property
+    def travels(self) -> bool:
+        return bool(self.sends)
+
+    @property
+    def send_numel(self) -> int:
+        return self._numel(self.sent)
+
+    @property
+    def receive_numel(self) -> int:
+        return self._numel(self.received)
+
+    def _numel(self, sections: Sequence[Section]) -> int:
+        return sum(s.numel + self.kept.words * sum(v.count for v in s.statistics) + 1 for s in sections)
+
+
+def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+    """This rank's part in every exchange, in the order of the collectives."""
+    return [_exchange_bucket(plan, exchange, rank, kept) for exchange in plan.exchanges]
+
+
+def local_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+    """The matrices that lie whole on this rank, in runs of at most ``local_numel`` elements."""
+    layout = plan.layout
+    local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
+    return [_local_bucket(layout, run, rank, kept) for run in runs_of(local, layout.matrices, plan.local_numel)]
+
+
+def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
+    layout, owners = plan.layout, plan.owners
+    held = [fragment for matrix in exchange if (fragment := layout.fragment(matrix, rank)) is not None]
+    owned = tuple(matrix for matrix in exchange if owners[matrix] == rank)
+    arriving = [
+        (source, fragment)
+        for matrix in owned
+        for source in layout.holders(matrix)
+        if (fragment := layout.fragment(matrix, source)) is not None
+    ]
+    sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], kept)
+    receives, received = _blocks(layout, arriving, kept)
+    return RankBucket(tuple(held), sent, owned, _shapes(layout, owned), received, sends, receives, kept, tuple(exchange))
+
+
+def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, kept: Kept) -> RankBucket:
+    """Its buffer holds matrices of one shape side by side, so that they are a batch as they lie."""
+    held = [fragment for matrix in run if (fragment := layout.fragment(matrix, rank)) is not None]
+    shapes = _shapes(layout, run)
+    order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
+    _, blocks = _blocks(layout, [(rank, held[index]) for index in order], kept)
+    sections = tuple(section for _, section in sorted(zip(order, blocks, strict=True)))
+    return RankBucket(tuple(held), sections, tuple(run), shapes, sections, (), (), kept, tuple(run))
+
+
+def shard_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+    """This rank's fragments of matrices that lie on several ranks, each as a matrix of its own: the rows that it touches."""
+    layout = plan.layout
+    shared = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
+    held = [fragment for matrix in shared if (fragment := layout.fragment(matrix, rank)) is not None]
+    runs: list[list[Fragment]] = []
+    room = 0
+    for fragment in held:
+        if not runs or fragment.numel > room:
+            runs.append([])
+            room = plan.local_numel
+        runs[-1].append(fragment)
+        room -= fragment.numel
+    return [_shard_bucket(layout, run, rank, kept) for run in runs]
+
+
+def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
+    _, sections = _blocks(layout, [(rank, fragment) for fragment in held], kept)
+    shards = tuple(_within_shard(layout.matrices[section.matrix], section, kept) for section in sections)
+    matrices = [layout.matrices[fragment.matrix] for fragment in held]
+    shapes = tuple((m.rows_touched(f.start, f.numel), m.cols) for m, f in zip(matrices, held, strict=True))
+    owned = tuple(fragment.matrix for fragment in held)
+    return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), kept, owned)
+
+
+def _within_shard(matrix: Matrix, section: Section, kept: Kept) -> Section:
+    """The section as a part of the rows that it touches."""
+    before = section.start // matrix.cols  # stored rows
+    statistics = tuple(
+        replace(values, first=values.first - before) if per == "row" and not matrix.transposed else values
+        for per, values in zip(kept.per, section.statistics, strict=True)
+    )
+    return replace(section, start=section.start - before * matrix.cols, statistics=statistics)
+
+
+def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((layout.matrices[m].rows, layout.matrices[m].cols) for m in matrices)
+
+
+def _blocks(
+    layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], kept: Kept
+) -> tuple[tuple[int, ...], tuple[Section, ...]]:
+    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's section."""
+    ranges = [[layout.matrices[f.matrix].values_in(per, f.start, f.numel) for per in kept.per] for _, f in items]
+    data, statistics, flags = ([0] * layout.world_size for _ in range(3))
+    for (peer, fragment), found in zip(items, ranges, strict=True):
+        data[peer] += fragment.numel
+        statistics[peer] += kept.words * sum(count for _, count in found)
+        flags[peer] += 1
+    sizes = tuple(map(sum, zip(data, statistics, flags, strict=True)))
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    next_data = list(starts)
+    next_value = [start + d for start, d in zip(starts, data, strict=True)]
+    next_flag = [start + s for start, s in zip(next_value, statistics, strict=True)]
+    sections = []
+    for (peer, f), found in zip(items, ranges, strict=True):
+        values = []
+        for first, count in found:
+            values.append(Values(first, count, next_value[peer]))
+            next_value[peer] += count * kept.words
+        sections.append(Section(f.matrix, f.start, f.numel, next_data[peer], tuple(values), next_flag[peer]))
+        next_data[peer] += f.numel
+        next_flag[peer] += 1
+    return sizes, tuple(sections)

@@ -1,0 +1,152 @@
+"""What ZeRO's cuts make of matrices. Pure Python on integers: no tensors, no process groups.
+
+A parameter is row-major, so every matrix is a contiguous range of the flattened parameter, and ZeRO's cuts turn it into
+contiguous fragments.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, TypeAlias
+
+Per: TypeAlias = Literal["row", "matrix"]  # output row
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One (rows, cols) matrix: elements [start, start + rows * cols) of the flattened parameter number ``parameter``.
+
+    ``transposed``: it is stored (in, out), so that its output rows are the columns.
+    """
+
+    parameter: int
+    start: int
+    rows: int
+    cols: int
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def outputs(self) -> int:
+        return self.cols if self.transposed else self.rows
+
+    def outputs_in(self, start: int, numel: int) -> tuple[int, int]:
+        """(first, count) of the output rows whose first element lies in elements [start, start + numel) of the matrix."""
+        step = 1 if self.transposed else self.cols
+        first, end = -(-start // step), -(-(start + numel) // step)
+        return min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs)
+
+    def values(self, per: Per) -> int:
+        """How many values a statistic or sum per output row, or per matrix, has."""
+        return self.outputs if per == "row" else 1
+
+    def values_in(self, per: Per, start: int, numel: int) -> tuple[int, int]:
+        """(first, count) of the values whose row's, or matrix's, first element lies in elements [start, start + numel)."""
+        if per == "row":
+            return self.outputs_in(start, numel)
+        return min(start, 1), int(start == 0 and numel > 0)
+
+    def rows_touched(self, start: int, numel: int) -> int:
+        """Stored rows that hold any of elements [start, start + numel) of the matrix."""
+        return -(-(start + numel) // self.cols) - start // self.cols
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where ZeRO put one flattened parameter.
+
+    Element e lives on rank ``(base + e) // size``, at position ``offset + (base + e) % size`` of that rank's slice.
+    ZeRO-1/2 cut the flat group (base: the parameter's position in it; size: the partition); ZeRO-3 cuts each parameter
+    (base 0; offset: its place in the slice); a replicated parameter is one piece (size: its numel).
+    """
+
+    base: int
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Elements [start, start + numel) of a matrix, at [offset, offset + numel) of one rank's slice."""
+
+    matrix: int
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A fragment as the blocks of 8-bit state see it: where it lies in the slice, and where it starts in its parameter."""
+
+    offset: int
+    numel: int
+    parameter_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionLayout:
+    """Where every matrix of one optimizer group lies: the same object on every rank of the process group.
+
+    ``names`` and ``cuts`` are per parameter, in the order in which the parameters lie in the slices; ``matrices`` are
+    ordered likewise, so that a rank's fragments have increasing offsets.
+    """
+
+    world_size: int
+    names: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    matrices: tuple[Matrix, ...]
+
+    def holders(self, matrix: int) -> range:
+        """The ranks that hold at least one element of the matrix."""
+        piece = self.matrices[matrix]
+        cut = self.cuts[piece.parameter]
+        first = cut.base + piece.start
+        return range(first // cut.size, (first + piece.numel - 1) // cut.size + 1)
+
+    def fragment(self, matrix: int, rank: int) -> Fragment | None:
+        """The part of the matrix that ``rank`` holds; None if it holds nothing."""
+        piece = self.matrices[matrix]
+        cut = self.cuts[piece.parameter]
+        begin = cut.base + piece.start
+        low = max(begin, rank * cut.size)
+        numel = min(begin + piece.numel, (rank + 1) * cut.size) - low
+        if numel <= 0:
+            return None
+        return Fragment(matrix, low - begin, numel, cut.offset + low - rank * cut.size)
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """All fragments of one rank, with increasing offsets."""
+        for matrix in range(len(self.matrices)):
+            fragment = self.fragment(matrix, rank)
+            if fragment is not None:
+                yield fragment
+
+    def describe(self, matrix: int) -> str:
+        """One line about a matrix, for error messages."""
+        piece = self.matrices[matrix]
+        return f"{self.names[piece.parameter]}[{piece.start}:{piece.start + piece.numel}] {piece.rows}x{piece.cols}"
+
+
+def cuts_of_group(numels: Sequence[int], world_size: int) -> tuple[list[Cut], int]:
+    """As ZeRO-1 and ZeRO-2 cut a parameter group: its flat buffer evenly over the ranks.
+
+    Returns each parameter's cut and the elements of a rank's slice, padding included: DeepSpeed aligns the group to two
+    elements per rank.
+    """
+    *bases, numel = accumulate(numels, initial=0)
+    size = 2 * -(-numel // (2 * world_size))
+    return [Cut(base, size, 0) for base in bases], size
+
+
+def cuts_of_parameters(numels: Sequence[int], world_size: int) -> tuple[list[Cut], int]:
+    """As ZeRO-3 cuts a sub-group: each parameter evenly over the ranks, its partitions in a row in a rank's slice.
+
+    Returns each parameter's cut and the elements of a rank's slice, padding included.
+    """
+    sizes = [-(-numel // world_size) for numel in numels]
+    *offsets, total = accumulate(sizes, initial=0)
+    return [Cut(0, size, offset) for size, offset in zip(sizes, offsets, strict=True)], total
