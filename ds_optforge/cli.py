@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from ds_optforge import model_shapes
 from ds_optforge.checkpoint.convert import convert, export
 from ds_optforge.checkpoint.files import CheckpointError
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.integrations.deepspeed import check, load_config, optimizer_section
+from ds_optforge.config.deepspeed import check, load_config, optimizer_section
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.forecast import catalog as model_shapes
+from ds_optforge.forecast.forecast import SUB_GROUP_SIZE, Hardware, Topology, forecast_routes
+from ds_optforge.forecast.report import report
 from ds_optforge.integrations.plain import explain
-from ds_optforge.plan_report import report
-from ds_optforge.planning import SUB_GROUP_SIZE, Hardware, Topology, forecast_routes
-from ds_optforge.roles import routes_of
+from ds_optforge.routing.roles import routes_of
 from ds_optforge.validation import ConfigError
-from ds_optforge.workload.gpt import PRESETS, build_model
+from workload.gpt import PRESETS, build_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from ds_optforge.config import OptimizerConfig, ScheduleConfig, schedule_config
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.schedule import ScheduleConfig, schedule_config
 from ds_optforge.validation import ConfigError
 
 Section = dict[str, Any]

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds_optforge import model_shapes, roles
-from ds_optforge.config import OptimizerConfig, ShardingSettings
-from ds_optforge.model_shapes import MODEL_SHAPES
-from ds_optforge.planning import (
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.forecast import catalog as model_shapes
+from ds_optforge.forecast.catalog import MODEL_SHAPES
+from ds_optforge.forecast.forecast import (
     AFFORDABLE,
     Forecast,
     Hardware,
@@ -29,7 +30,8 @@ from ds_optforge.planning import (
     modes,
     zero_seconds,
 )
-from ds_optforge.roles import Route
+from ds_optforge.routing import roles, tags
+from ds_optforge.routing.roles import Route
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.buckets import Kept, exchange_buckets
 from ds_optforge.zero.partition import Matrix
@@ -41,7 +43,7 @@ ONE_SUB_GROUP = 10**15
 
 
 def routed(model: nn.Module, config: OptimizerConfig = MUON) -> list[Route]:
-    roles.tag(model)
+    tags.tag(model)
     return [roles.route(parameter, config) for parameter in model.parameters()]
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.roles import Route, route, tag
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.routing.roles import Route, route
+from ds_optforge.routing.tags import tag
 from tests import models
 
 MUON = {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ds_optforge import ConfigError, build_optimizer, build_scheduler
-from ds_optforge.config import ScheduleConfig, schedule_config
+from ds_optforge.config.schedule import ScheduleConfig, schedule_config
 from ds_optforge.schedules import learning_rate_factor
 
 MAIN = ["constant", "linear", "cosine", "rex"]

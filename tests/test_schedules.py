@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ds_optforge import ConfigError, OptForge, OptForgeSchedule, build_optimizer
-from ds_optforge.config import schedule_config
+from ds_optforge.config.schedule import schedule_config
 from ds_optforge.schedules import learning_rate_factor
 
 CURVES = ["linear", "cosine"]

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
 from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
-from ds_optforge.checkpoint.logical import COUNTERS, absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
 from ds_optforge.rules.base import Rule
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.groups import GROUP
+from ds_optforge.zero.engine import COUNTERS
 from ds_optforge.zero.partition import Per
 from ds_optforge.zero.placement import Placement
 

@@ -20,7 +20,6 @@ from ds_optforge.zero.placement import Held, Placement
 
 State = MutableMapping[str, Any]
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 _NO_HYPERPARAMETERS = (GROUP, *KEYS_OF_FRAMEWORKS)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_optforge.config import THIN_ROWS, ShardingSettings
+from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
 from ds_optforge.state import EightBit, Plain, StateFormat, chunks
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import ShardingSettings
-from ds_optforge.roles import Route
+from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, statistics_of
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat

@@ -15,7 +15,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ds_optforge.roles import Route
+from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
 from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
 from ds_optforge.zero.exchange import BucketExchange, sum_over_ranks

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ds_optforge.config import schedule_config
+from ds_optforge.config.schedule import schedule_config
 from ds_optforge.schedules import learning_rate_factor
 from tests.distributed import cases
 from tests.distributed.conftest import Pools

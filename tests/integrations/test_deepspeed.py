@@ -10,7 +10,7 @@ from torch import nn
 
 import ds_optforge
 from ds_optforge import ConfigError
-from ds_optforge.integrations.deepspeed import check, load_config
+from ds_optforge.config.deepspeed import check, load_config
 
 MUON = {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}}
 

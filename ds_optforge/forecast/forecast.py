@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ds_optforge.config import OptimizerConfig, ShardingSettings
-from ds_optforge.roles import Route, routes_of
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
