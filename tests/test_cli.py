@@ -21,9 +21,9 @@ def write(folder: Path, config: Any) -> str:
     return str(path)
 
 
+@pytest.mark.promise("one-config")
 @pytest.mark.parametrize("name", SHIPPED)
 def test_check_accepts_the_shipped_configurations(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """checklist 25"""
     status = main(["check", str(CONFIGS / name)])
     output = capsys.readouterr()
     assert output.err == ""
@@ -44,8 +44,9 @@ def test_explain_prints_the_routing_of_the_shipped_configurations(
     assert rows["final_norm.weight"][1:3] == ["scalar", "adamw"]
 
 
+@pytest.mark.promise("muon-counts")
 def test_explain_counts_parameters_by_rule(capsys: pytest.CaptureFixture[str]) -> None:
-    """checklist 9; a width of 128: 4 layers of 4 projections and 2 in the MLP are Muon's."""
+    """Of a width of 128, 4 layers of 4 projections and 2 in the MLP are Muon's."""
     main(["explain", "--config", str(CONFIGS / "muon_zero2.json"), "--model", "tiny"])
     assert f"muon: {4 * 12 * 128 * 128:,} params" in capsys.readouterr().out
 

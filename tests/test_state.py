@@ -293,9 +293,10 @@ def section(name: str, state_dtype: str) -> dict[str, Any]:
     return {"name": name, "state_dtype": state_dtype, **betas}
 
 
+@pytest.mark.promise("state-buffers", "8bit-size")
 @pytest.mark.parametrize(("name", "state_dtype"), BYTES)
 def test_bytes_per_parameter(name: str, state_dtype: str) -> None:
-    """checklist 19, 49; 0.001: the step counters."""
+    """0.001: the step counters."""
     assert bytes_per_parameter(section(name, state_dtype)) == pytest.approx(BYTES[name, state_dtype], abs=1e-3)
 
 

@@ -149,6 +149,7 @@ def test_nameless_parameters_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.promise("averaged-evaluation")
 def test_weights_are_exported_in_shape_and_averaged(pools: Pools, tmp_path: Path) -> None:
     config = configuration(SAVED, OPTIMIZERS["schedule_free_adamw"])
     averages = pools[2].run(checkpoints.save_and_average, config, str(tmp_path / "portable"))[0]
