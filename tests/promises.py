@@ -7,8 +7,7 @@ new one comes together with its test.
 # By heading, in the order of the page: a key for the marker, and the promise itself.
 BY_SUBJECT: dict[str, dict[str, str]] = {
     "Choosing an optimizer": {
-        "choose-by-name": "One field, `name`, chooses the optimizer: `muon`, `normuon`, `adamw`, `adamw_8bit`, `lion` or "
-        "`schedule_free_adamw`.",
+        "choose-by-name": "One field, `name`, chooses the optimizer.",
         "unknown-name": "A name that is unknown is an error that lists the known ones.",
         "validated-fields": "Every field is validated, and a message says which one is wrong, what was found there and what is "
         "allowed.",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ds_optforge.workload import build_model, load_corpus
 from safetensors.torch import load_file
 
 from ds_optforge.checkpoint.convert import export
-from ds_optforge.workload import build_model, load_corpus
 from tests.distributed.checkpoints import logical_tensors
 from tests.launch.commands import DEEPSPEED, STEPS, TORCHRUN, Launches, Process, Run, on_this_machine
 
