@@ -17,9 +17,10 @@ import report
 from tqdm import tqdm
 
 from ds_optforge.config import OptimizerConfig
-from ds_optforge.model_shapes import MODEL_SHAPES, load
+from ds_optforge.model_shapes import MODEL_SHAPES
 from ds_optforge.planning import SUB_GROUP_SIZE, Topology, forecast_routes
 from ds_optforge.roles import routes_of
+from ds_optforge.skeletons import load
 
 RANKS = (8, 32, 64, 256, 1024, 4096)
 ONE_SUB_GROUP = 10**15

@@ -1,11 +1,13 @@
 """The ``ds-optforge`` command: what it prints and how it exits."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ds_optforge
 from ds_optforge.cli import main
 from tests.oracles import table_rows
 
@@ -218,3 +220,59 @@ def test_wrong_usage_exits_with_2_and_shows_the_usage(arguments: list[str], caps
         main(arguments)
     assert error.value.code == 2
     assert "usage: ds-optforge" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"ds-optforge {ds_optforge.__version__}\n"
+
+
+class TestConfigs:
+    def test_each_is_listed_with_what_is_in_its_file(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["configs"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split("  ")[0] == "name"
+        listed = {line.split()[0]: re.split(r" {2,}", line)[1:] for line in lines[1:]}
+        assert list(listed) == [name.removesuffix(".json") for name in SHIPPED]
+        assert listed["muon_zero3_offload"] == ["muon", "3", "cpu"]
+        assert listed["adamw_zero2"] == ["adamw", "2", "none"]
+        assert listed["normuon_8bit_zero2"] == ["normuon, state 8bit", "2", "none"]
+
+    @pytest.mark.parametrize("name", ["muon_zero2", "muon_zero2.json"])
+    def test_one_is_written_as_it_is(self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["configs", name, "--out", str(tmp_path)]) == 0
+        written = tmp_path / "muon_zero2.json"
+        assert capsys.readouterr().out == f"{written}: written\n"
+        assert written.read_bytes() == (CONFIGS / "muon_zero2.json").read_bytes()
+
+    def test_the_current_folder_is_the_default(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(["configs", "muon_zero1"]) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["muon_zero1.json"]
+
+    def test_a_file_is_never_overwritten(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "muon_zero2.json").write_text("mine")
+        assert main(["configs", "muon_zero2", "--out", str(tmp_path)]) == 2
+        assert f"{tmp_path / 'muon_zero2.json'}: is there already" in capsys.readouterr().err
+        assert (tmp_path / "muon_zero2.json").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["muon_zero", "muon-zero2", "../config"])
+    def test_an_unknown_name_is_answered_with_those_that_are_there(
+        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["configs", name, "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"configuration: got '{name}'; ")
+        assert ("did you mean 'muon_zero" in said) == name.startswith("muon")
+        assert f"allowed: {', '.join(path.removesuffix('.json') for path in SHIPPED)}" in said
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["configs", "muon_zero2", "--out", str(tmp_path / "none")]) == 2
+        assert f"--out: got '{tmp_path / 'none'}' (No such file or directory)" in capsys.readouterr().err
+
+    def test_out_without_a_name(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["configs", "--out", "."]) == 2
+        assert "--out: got '.' without a NAME" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds_optforge import model_shapes, roles
+from ds_optforge import roles, skeletons
 from ds_optforge.config import OptimizerConfig, ShardingSettings
 from ds_optforge.model_shapes import MODEL_SHAPES
 from ds_optforge.planning import (
@@ -45,7 +45,7 @@ def routed(model: nn.Module, config: OptimizerConfig = MUON) -> list[Route]:
 
 @cache
 def routes_of(model: str) -> tuple[Route, ...]:
-    return tuple(routed(model_shapes.load(model)))
+    return tuple(routed(skeletons.load(model)))
 
 
 @cache
@@ -86,7 +86,7 @@ class TestModelShapes:
 
     def test_an_unknown_model_is_named_with_what_is_allowed(self) -> None:
         with pytest.raises(ConfigError, match=r"model: got 'gpt5'; allowed: gpt2, .*kimi-k2, or the path of .* config\.json"):
-            model_shapes.load("gpt5")
+            skeletons.load("gpt5")
 
 
 class TestBytes:
@@ -126,9 +126,7 @@ class TestBytes:
     def test_normuon_adds_one_float_a_row(self) -> None:
         """4 bytes per output row, where the row's first element does not lie with the owner, each way."""
         muon, normuon = (
-            forecast_routes(
-                routed(model_shapes.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3)
-            )
+            forecast_routes(routed(skeletons.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3))
             for name in ("muon", "normuon")
         )
         rows = sum(rows for route in routes_of("gpt2") for _, rows, _ in route.matrices)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ds_optforge.model_shapes import WORKLOAD_SIZES
+
 INIT_STD = 0.02  # GPT-2's
 
 
@@ -31,11 +33,7 @@ class GPTConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
 
-PRESETS: dict[str, tuple[int, int, int]] = {  # layers, width, heads
-    "tiny": (4, 128, 4),
-    "small": (6, 384, 6),
-    "gpt2": (12, 768, 12),  # the blocks of GPT-2 124M
-}
+PRESETS = WORKLOAD_SIZES
 
 
 class Linear(nn.Linear):
