@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import ShardingSettings
-from ds_optforge.forecast import catalog as model_shapes
+from ds_optforge.forecast import skeletons
 from ds_optforge.forecast.catalog import MODEL_SHAPES
 from ds_optforge.forecast.forecast import (
     AFFORDABLE,
@@ -49,7 +49,7 @@ def routed(model: nn.Module, config: OptimizerConfig = MUON) -> list[Route]:
 
 @cache
 def routes_of(model: str) -> tuple[Route, ...]:
-    return tuple(routed(model_shapes.load(model)))
+    return tuple(routed(skeletons.load(model)))
 
 
 @cache
@@ -90,7 +90,7 @@ class TestModelShapes:
 
     def test_an_unknown_model_is_named_with_what_is_allowed(self) -> None:
         with pytest.raises(ConfigError, match=r"model: got 'gpt5'; allowed: gpt2, .*kimi-k2, or the path of .* config\.json"):
-            model_shapes.load("gpt5")
+            skeletons.load("gpt5")
 
 
 class TestBytes:
@@ -130,9 +130,7 @@ class TestBytes:
     def test_normuon_adds_one_float_a_row(self) -> None:
         """4 bytes per output row, where the row's first element does not lie with the owner, each way."""
         muon, normuon = (
-            forecast_routes(
-                routed(model_shapes.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3)
-            )
+            forecast_routes(routed(skeletons.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3))
             for name in ("muon", "normuon")
         )
         rows = sum(rows for route in routes_of("gpt2") for _, rows, _ in route.matrices)

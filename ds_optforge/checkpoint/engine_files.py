@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.checkpoint.files import CheckpointError, Chunk
+from ds_optforge.checkpoint.chunks import Chunk
+from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
 
 _MODEL_FILES, _OPTIMIZER_FILES = "*_model_states.pt", "*_optim_states.pt"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, run_of
+from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
+from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.rules.base import Buffer, Rule, statistics_of
 from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
 from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
@@ -81,21 +82,21 @@ def chunks_of(
         numel = placement.numel(parameter)
         held = placement.held(parameter)
         if held is not None:
-            yield run_of(weight_name(name), numel, held.within.start, view(tensors[held.tensor], held))
+            yield flat_chunk(weight_name(name), numel, held.within.start, view(tensors[held.tensor], held))
             state = states[held.tensor]
             for key in (buffer_name(name, buffer) for buffer in buffers if buffer in state):
                 buffer = key.rpartition("/")[2]
-                yield run_of(key, numel, held.within.start, view(state[buffer], held))
+                yield flat_chunk(key, numel, held.within.start, view(state[buffer], held))
                 if absmax_of(buffer) in state:
                     edges = block_edges(numel, block_cuts(placement, parameter))
                     first = int(torch.searchsorted(edges, held.within.start))
                     scales = state[absmax_of(buffer)][formats[held.tensor].blocks(held.tensor_start, held.numel)]
-                    yield run_of(absmax_of(key), len(edges) - 1, first, scales)
+                    yield flat_chunk(absmax_of(key), len(edges) - 1, first, scales)
         for statistic, per in statistics:
             kept = placement.held_values(parameter, per, places[per])
             if kept is not None and statistic in states[kept.tensor]:
                 values = view(states[kept.tensor][statistic], kept)
-                yield run_of(buffer_name(name, statistic), placement.values(parameter, per), kept.within.start, values)
+                yield flat_chunk(buffer_name(name, statistic), placement.values(parameter, per), kept.within.start, values)
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint import files
-from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
+from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
+from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import (
     Loading,
     State,
@@ -28,6 +29,7 @@ from ds_optforge.checkpoint.logical import (
     chunks_of,
     weight_name,
 )
+from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
@@ -118,9 +120,9 @@ class _Run:
         chunks = list(chain.from_iterable(part.chunks() for part in self.parts))
         for name, (values, start, numel) in self.untrained.items():
             if values.numel():
-                chunks.append(run_of(weight_name(name), numel, start, values.reshape(-1)))
+                chunks.append(flat_chunk(weight_name(name), numel, start, values.reshape(-1)))
         for kind, state in _random_states().items():
-            chunks.append(run_of(f"random/{_rank()}/{kind}", state.numel(), 0, state))
+            chunks.append(flat_chunk(f"random/{_rank()}/{kind}", state.numel(), 0, state))
         return chunks
 
     def manifest(self, client_state: Mapping[str, Any] | None) -> dict[str, Any]:

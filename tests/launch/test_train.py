@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_optforge.workload import build_model, load_corpus
 from safetensors.torch import load_file
 
 from ds_optforge.checkpoint.convert import export
 from tests.distributed.checkpoints import logical_tensors
 from tests.launch.commands import DEEPSPEED, STEPS, TORCHRUN, Launches, Process, Run, on_this_machine
+from workload import build_model, load_corpus
 
 COMMANDS = {  # tests/distributed/test_presets.py trains with every config
     "muon_zero1": "python train.py --ds_config ds_configs/muon_zero1.json",
