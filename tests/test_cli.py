@@ -39,7 +39,7 @@ def test_explain_prints_the_routing_of_the_shipped_configurations(name: str, cap
     rows = table_rows(capsys.readouterr().out)
     assert rows["layers.0.mlp.up.weight"][1:3] == ["matrix", RULES[name]]
     assert rows["token_embedding.weight"][1:3] == ["embedding", "adamw"]
-    assert rows["layers.0.norm1.weight"][1:3] == ["scalar", "adamw"]
+    assert rows["layers.0.mlp_norm.weight"][1:3] == ["scalar", "adamw"]
 
 
 def test_explain_and_plan_mean_the_same_model(capsys: pytest.CaptureFixture[str]) -> None:
