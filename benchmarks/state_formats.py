@@ -17,7 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import ds_optforge
-from ds_optforge.workload import Corpus, build_model, load_corpus
+from workload import Corpus, build_model, load_corpus
 
 BATCH, LENGTH, WINDOWS = 16, 128, 256
 RULES: dict[str, dict[str, Any]] = {

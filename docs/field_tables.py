@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from ds_optforge import config
+from ds_optforge.config import schedule, sections
 from ds_optforge.orthogonalize import COEFFICIENT_SETS, orthogonalize
 from ds_optforge.orthogonalize.coefficients import CoefficientSet
 from ds_optforge.rules import muon, rule_names, rule_settings
@@ -25,11 +25,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     **{name: settings for name in rule_names() if (settings := rule_settings(name))},
     "orthogonalization": muon.OrthogonalizationSettings,
     "momentum_warmup": muon.MomentumWarmup,
-    "common": config.CommonSettings,
-    "sharding": config.ShardingSettings,
-    "telemetry": config.TelemetrySettings,
-    "overrides": config.Override,
-    "schedule": config.ScheduleConfig,
+    "common": sections.CommonSettings,
+    "sharding": sections.ShardingSettings,
+    "telemetry": sections.TelemetrySettings,
+    "overrides": sections.Override,
+    "schedule": schedule.ScheduleConfig,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import OptimizerConfig
+from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.group_step import GroupStep

@@ -1,4 +1,4 @@
-"""The generated tables of docs/optimizers.md are those of the code."""
+"""The generated tables of docs/optimizers.md are those of the code; what docs/lr_transfer.md measured is what it says."""
 
 import json
 import re
@@ -49,6 +49,17 @@ def test_a_changed_default_would_be_noticed() -> None:
 def test_every_rule_has_its_section_and_its_line(name: str) -> None:
     assert f"\n## {name}\n" in PAGE
     assert f"\n| `{name}` | " in PAGE
+
+
+@pytest.mark.promise("lr-transfer")
+@pytest.mark.parametrize("scale", ["shape", "spectral"])
+def test_the_measured_best_rate_stays_put_over_eight_times_the_width(scale: str) -> None:
+    """Two steps of the grid would be a factor of 4, and a rate that goes with the width a factor of 8."""
+    (row,) = re.findall(rf"^\| `{scale}` \|(.*)\|$", (DOCS / "lr_transfer.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    *best, _, loss, loss_at_the_narrowest_models_rate = numbers(row)
+    assert len(best) == 4
+    assert max(best) / min(best) < 2
+    assert loss_at_the_narrowest_models_rate - loss < 0.02
 
 
 def test_its_example_is_a_configuration() -> None:

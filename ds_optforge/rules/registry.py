@@ -4,8 +4,6 @@ Another package offers a rule by an entry point of the group ``ds_optforge.rules
 names the module that registers it. It is imported when a configuration asks for the rule.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil
@@ -13,19 +11,16 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Per, Rule, Statistic, Sum
+from ds_optforge.rules.settings import REGISTERED, RuleSettings
 from ds_optforge.validation import ConfigError
-
-if TYPE_CHECKING:
-    from ds_optforge.rules.settings import RuleSettings
 
 ENTRY_POINTS = "ds_optforge.rules"
 _RESERVED = ("step",)  # keys of the state that are no rule's
-_RULES: dict[str, type[RuleSettings]] = {}
 _IMPORTED: set[str] = set()  # rules whose entry point has been imported
-S = TypeVar("S", bound="type[RuleSettings]")
+S = TypeVar("S", bound=type[RuleSettings])
 T = TypeVar("T")
 
 
@@ -43,19 +38,19 @@ def register_rule(settings: S) -> S:
     problems = list(_problems(settings))
     if problems:
         raise RuleError("\n".join(f"{_place(settings)}: {problem}" for problem in problems))
-    known = _RULES.get(settings.rule)
+    known = REGISTERED.get(settings.rule)
     if known is not None and _place(known) != _place(settings):
         raise RuleError(
             f"{_place(settings)}: the name '{settings.rule}' is taken by {_place(known)}; allowed: another value of 'rule'"
         )
-    _RULES[settings.rule] = settings
+    REGISTERED[settings.rule] = settings
     return settings
 
 
 def rule_names() -> tuple[str, ...]:
     """All rules that a configuration can name, in alphabetical order."""
     _import_own()
-    return tuple(sorted({*_RULES, *_offers()}))
+    return tuple(sorted({*REGISTERED, *_offers()}))
 
 
 def rule_settings(name: Any) -> type[RuleSettings] | None:
@@ -68,19 +63,13 @@ def rule_settings(name: Any) -> type[RuleSettings] | None:
     if not isinstance(name, str):
         return None
     offers = _offers().get(name, ())
-    of_another = offers and name in _RULES and name not in _IMPORTED and not _is_from(offers[0], _RULES[name])
+    of_another = offers and name in REGISTERED and name not in _IMPORTED and not _is_from(offers[0], REGISTERED[name])
     if len(offers) > 1 or of_another:
-        places = [offer.value for offer in offers] + ([_place(_RULES[name])] if name in _RULES else [])
+        places = [offer.value for offer in offers] + ([_place(REGISTERED[name])] if name in REGISTERED else [])
         raise ConfigError(f"rule '{name}': offered by {' and by '.join(places)}; allowed: one of them installed")
-    if name not in _RULES and offers:
+    if name not in REGISTERED and offers:
         _import_offer(name, offers[0])
-    return _RULES.get(name)
-
-
-def readers_of(field: str) -> list[str]:
-    """The rules that have been imported and read a setting."""
-    _import_own()
-    return sorted(name for name, settings in _RULES.items() if field in settings.model_fields)
+    return REGISTERED.get(name)
 
 
 @cache
@@ -105,7 +94,7 @@ def _import_offer(name: str, offer: EntryPoint) -> None:
         offer.load()
     except Exception as error:  # whatever another package's import raises
         raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
-    if name not in _RULES:
+    if name not in REGISTERED:
         raise ConfigError(f"{where}: was imported but registers no rule of this name; allowed: @register_rule on its settings")
     _IMPORTED.add(name)  # its package may keep the settings in another one
 
@@ -121,8 +110,6 @@ def _place(thing: Any) -> str:
 
 def _problems(settings: Any) -> Iterator[str]:
     """What keeps a class from being a rule's settings, a sentence each."""
-    from ds_optforge.rules.settings import RuleSettings
-
     if not (isinstance(settings, type) and issubclass(settings, RuleSettings)):
         yield "is no rule; allowed: a subclass of RuleSettings"
         return

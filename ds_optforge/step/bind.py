@@ -4,19 +4,21 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from ds_optforge.config import THIN_ROWS, ShardingSettings
+from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
-from ds_optforge.state import EightBit, Plain, StateFormat, chunks
+from ds_optforge.state import EightBit, Plain, StateFormat, portions
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.buckets import Kept, RankBucket
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.group_plan import GroupPlan, Wanted, plan_group
-from ds_optforge.zero.partition import Extent, Fragment, PartitionLayout
+from ds_optforge.zero.partition import Fragment, PartitionLayout, Range
+from ds_optforge.zero.placement import Held, TensorRange
 
 logger = logging.getLogger("ds_optforge")
 
@@ -35,9 +37,9 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     rule = members.rule
     agreed = f"sharding {sharding}\n{routing}"
     found = plan_group(members.parameters, members.routes, tensors, _wanted(rule, sharding), agreed)
-    extents = found.placement.extents()
+    held = found.placement.held_fragments()
     state_dtype = members.settings.state_dtype
-    formats = tuple(_format(state_dtype, tensor, extent) for tensor, extent in zip(tensors, extents, strict=True))
+    formats = tuple(_format(state_dtype, tensor, held[index]) for index, tensor in enumerate(tensors))
     counts = {statistic.name: found.placement.value_counts(statistic.per) for statistic in statistics_of(rule)}
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
@@ -50,7 +52,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
         fragments = [fragment for bucket in found.alone for fragment in bucket.fragments]
         warn_of_thin_fragments(found.placement.layout, fragments, found.binding.rank)
     else:
-        spans = _elementwise_spans(extents, tensors, rule, state_dtype)
+        spans = _elementwise_spans(held, tensors, rule, state_dtype)
     return Slices(found.binding, sharding, tuple(tensors), found.placement, formats, counts, travelling, local, alone, spans)
 
 
@@ -62,28 +64,28 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
     return Wanted(sharding.bucket_numel, rule.cost, kept, sharding.travels, sharding.mode == "shard_local")
 
 
-def _format(name: str, tensor: Tensor, extents: Sequence[Extent]) -> StateFormat:
+def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
     """float32 is what ZeRO's slices have; in plain PyTorch full precision is that of the parameter, as in torch.optim."""
     if name == "8bit":
-        return EightBit(extents)
+        return EightBit(fragments)
     return Plain(tensor.dtype if name == "float32" else getattr(torch, name))
 
 
 def _elementwise_spans(
-    extents: Sequence[Sequence[Extent]], tensors: Sequence[Tensor], rule: ElementwiseRule, state_dtype: str
+    held: Sequence[Sequence[Held]], tensors: Sequence[Tensor], rule: ElementwiseRule, state_dtype: str
 ) -> tuple[tuple[Span, ...], ...]:
     """A kernel that works in place on full-precision state takes everything in one call; others a bounded part at a time."""
     if state_dtype == "float32" and rule.in_place:
-        return (tuple(Span(index, 0, [tensor.numel()]) for index, tensor in enumerate(tensors)),)
+        return (tuple(Span(index, Range(0, tensor.numel()), (tensor.numel(),)) for index, tensor in enumerate(tensors)),)
     calls: list[list[Span]] = []
     room = 0
     limit = chunk_numel(tensors[0].device)
-    for index, extent in enumerate(extents):
-        for offset, numel in (span for chunk in chunks(extent, limit) for span in chunk):
+    for index, fragments in enumerate(held):
+        for start, numel in chain.from_iterable(portions(fragments, limit)):
             if numel > room:
                 calls.append([])
                 room = limit
-            calls[-1].append(Span(index, offset, [numel]))
+            calls[-1].append(Span(index, Range(start, numel), (numel,)))
             room -= numel
     return tuple(map(tuple, calls))
 
@@ -122,14 +124,18 @@ class _BucketBuilder:
         return tuple(
             Bucket(
                 BucketExchange(self._layout, bucket, binding, self._wire, batch_numel),
-                tuple((*self._placement.place(f.offset), f.numel) for f in bucket.fragments),
+                tuple(self._in_tensor(fragment) for fragment in bucket.fragments),
                 self._portions(bucket),
-                tuple((name, *places[f.matrix]) for f in bucket.fragments for name, places in self._value_places),
+                tuple((name, places[f.matrix]) for f in bucket.fragments for name, places in self._value_places),
                 self._norms(bucket) if alone else None,
                 BucketSums(self._rule.sums, self._layout, bucket, binding) if self._rule.sums else None,
             )
             for bucket in buckets
         )
+
+    def _in_tensor(self, fragment: Fragment) -> TensorRange:
+        tensor, start = self._placement.place(fragment.slice_start)
+        return TensorRange(tensor, Range(start, fragment.numel))
 
     def _norms(self, bucket: RankBucket) -> Tensor:
         """So that a fragment's update has the root mean square that its whole matrix's would have."""
@@ -142,32 +148,34 @@ class _BucketBuilder:
     def _portions(self, bucket: RankBucket) -> tuple[Portion, ...]:
         """Cut the bucket's fragments into portions of a bounded number of elements."""
         limit = chunk_numel(self._found.binding.device)
-        portions: list[list[_Item]] = []
+        found: list[list[_Item]] = []
         room = 0
         for index, (fragment, place) in enumerate(zip(bucket.fragments, bucket.sent, strict=True)):
-            begin = self._layout.matrices[fragment.matrix].start + fragment.start if self._in_blocks else 0
-            extent = Extent(fragment.offset, fragment.numel, begin)
-            for offset, numel in (part for chunk in chunks([extent], limit) for part in chunk):
+            begin = self._layout.matrices[fragment.matrix].start + fragment.within.start if self._in_blocks else 0
+            held = Held(0, fragment.slice_start, Range(begin, fragment.numel))
+            for slice_start, numel in chain.from_iterable(portions([held], limit)):
                 if numel > room:
-                    portions.append([])
+                    found.append([])
                     room = limit
-                done = offset - fragment.offset
-                portions[-1].append(_Item(offset, numel, index, place.position + done, fragment.matrix, fragment.start + done))
+                done = slice_start - fragment.slice_start
+                start = fragment.within.start + done
+                found[-1].append(_Item(slice_start, numel, index, place.position + done, fragment.matrix, start))
                 room -= numel
-        return tuple(self._portion(items) for items in portions)
+        return tuple(self._portion(items) for items in found)
 
     def _portion(self, items: Sequence["_Item"]) -> Portion:
         """Merge what lies side by side in one tensor into spans."""
-        spans: list[Span] = []
+        spans: list[tuple[int, int, list[int]]] = []  # tensor, start, sizes
+        end = (-1, -1)
         for item in items:
-            tensor, start = self._placement.place(item.offset)
-            if spans and spans[-1].tensor == tensor and spans[-1].start + spans[-1].numel == start:
-                spans[-1].sizes.append(item.numel)
-            else:
-                spans.append(Span(tensor, start, [item.numel]))
+            tensor, start = self._placement.place(item.slice_start)
+            if (tensor, start) != end:
+                spans.append((tensor, start, []))
+            spans[-1][2].append(item.numel)
+            end = tensor, start + item.numel
         fragments = torch.tensor([item.fragment for item in items], device=self._found.binding.device)
         return Portion(
-            tuple(spans),
+            tuple(Span(tensor, Range(start, sum(sizes)), tuple(sizes)) for tensor, start, sizes in spans),
             fragments,
             tuple(item.position for item in items),
             tuple((item.matrix, item.start) for item in items),
@@ -176,12 +184,12 @@ class _BucketBuilder:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A fragment or a part of it: ``numel`` elements at ``offset`` of the tensors and at ``position`` of the send buffer.
+    """A fragment or a part of it: elements at ``slice_start`` of all tensors and at ``position`` of the send buffer.
 
     ``fragment`` is its number within the bucket, ``start`` counts from the first element of ``matrix``.
     """
 
-    offset: int
+    slice_start: int
     numel: int
     fragment: int
     position: int

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, State, Sums, Tensors, buffers_of
-from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
+from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, view_of
 from ds_optforge.step.telemetry import Telemetry, Watch
 
 
@@ -179,7 +179,7 @@ class _MatrixStep:
                 torch._foreach_copy_(portion.in_buffer(bucket.exchange.outgoing), list(directions))
                 if call.watch:
                     call.watch.momentum(portion.spans, gradients, state)
-        active = _nonzero([call.gradients[tensor].narrow(0, start, numel) for tensor, start, numel in bucket.fragments])
+        active = _nonzero([view_of(call.gradients, fragment) for fragment in bucket.fragments])
         bucket.exchange.collect(active, self._kept(bucket))
 
     def _weights(self, portion: Portion) -> list[Tensor]:
@@ -269,7 +269,7 @@ class _MatrixStep:
     def _kept(self, bucket: Bucket) -> list[Tensor]:
         """The statistics that are kept with the bucket's fragments, as views."""
         states = self._call.states
-        return [states[tensor][name].narrow(0, start, count) for name, tensor, start, count in bucket.kept]
+        return [states[place.tensor][name].narrow(0, place.within.start, place.within.numel) for name, place in bucket.kept]
 
 
 def _split(portion: Portion, state: State) -> State:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per, Range
 from ds_optforge.zero.plan import ExchangePlan, runs_of
 
 
@@ -26,26 +26,24 @@ NO_STATISTICS = Kept()
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """The values [first, first + count) of one statistic of a matrix, at ``position`` of a buffer."""
+    """Values ``within`` one statistic of a matrix, at ``position`` of a buffer and following."""
 
-    first: int
-    count: int
+    within: Range
     position: int
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class BufferPlace:
     """Where one fragment lies in a send or receive buffer: its elements, the statistics that are kept with it, and its flag.
 
     Attributes:
-        start, numel: the elements [start, start + numel) of its matrix, at ``position`` of the buffer.
+        within: elements of its matrix, at ``position`` of the buffer and following.
         statistics: one entry per statistic of the rule.
         flag: position of the flag.
     """
 
     matrix: int
-    start: int
-    numel: int
+    within: Range
     position: int
     statistics: tuple[Values, ...]
     flag: int
@@ -71,10 +69,10 @@ class RankBucket:
     """
 
     fragments: tuple[Fragment, ...]
-    sent: tuple[Section, ...]
+    sent: tuple[BufferPlace, ...]
     owned: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...]
-    received: tuple[Section, ...]
+    received: tuple[BufferPlace, ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
     kept: Kept
@@ -92,8 +90,9 @@ class RankBucket:
     def receive_numel(self) -> int:
         return self._numel(self.received)
 
-    def _numel(self, sections: Sequence[Section]) -> int:
-        return sum(s.numel + self.kept.words * sum(v.count for v in s.statistics) + 1 for s in sections)
+    def _numel(self, places: Sequence[BufferPlace]) -> int:
+        values = sum(values.within.numel for place in places for values in place.statistics)
+        return sum(place.within.numel + 1 for place in places) + self.kept.words * values
 
 
 def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
@@ -129,8 +128,8 @@ def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, kept: 
     shapes = _shapes(layout, run)
     order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
     _, blocks = _blocks(layout, [(rank, held[index]) for index in order], kept)
-    sections = tuple(section for _, section in sorted(zip(order, blocks, strict=True)))
-    return RankBucket(tuple(held), sections, tuple(run), shapes, sections, (), (), kept, tuple(run))
+    places = tuple(place for _, place in sorted(zip(order, blocks, strict=True), key=lambda pair: pair[0]))
+    return RankBucket(tuple(held), places, tuple(run), shapes, places, (), (), kept, tuple(run))
 
 
 def shard_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
@@ -150,22 +149,25 @@ def shard_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> 
 
 
 def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
-    _, sections = _blocks(layout, [(rank, fragment) for fragment in held], kept)
-    shards = tuple(_within_shard(layout.matrices[section.matrix], section, kept) for section in sections)
+    _, places = _blocks(layout, [(rank, fragment) for fragment in held], kept)
+    shards = tuple(_within_shard(layout.matrices[place.matrix], place, kept) for place in places)
     matrices = [layout.matrices[fragment.matrix] for fragment in held]
-    shapes = tuple((m.rows_touched(f.start, f.numel), m.cols) for m, f in zip(matrices, held, strict=True))
+    shapes = tuple((m.rows_touched(f.within).numel, m.cols) for m, f in zip(matrices, held, strict=True))
     owned = tuple(fragment.matrix for fragment in held)
     return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), kept, owned)
 
 
-def _within_shard(matrix: Matrix, section: Section, kept: Kept) -> Section:
-    """The section as a part of the rows that it touches."""
-    before = section.start // matrix.cols  # stored rows
+def _within_shard(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
+    """The fragment's place as a part of the rows that it touches."""
+    before = matrix.rows_touched(place.within).start
     statistics = tuple(
-        replace(values, first=values.first - before) if per == "row" and not matrix.transposed else values
-        for per, values in zip(kept.per, section.statistics, strict=True)
+        replace(values, within=Range(values.within.start - before, values.within.numel))
+        if per == "row" and not matrix.transposed
+        else values
+        for per, values in zip(kept.per, place.statistics, strict=True)
     )
-    return replace(section, start=section.start - before * matrix.cols, statistics=statistics)
+    within = Range(place.within.start - before * matrix.cols, place.within.numel)
+    return replace(place, within=within, statistics=statistics)
 
 
 def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -174,26 +176,26 @@ def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int
 
 def _blocks(
     layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], kept: Kept
-) -> tuple[tuple[int, ...], tuple[Section, ...]]:
-    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's section."""
-    ranges = [[layout.matrices[f.matrix].values_in(per, f.start, f.numel) for per in kept.per] for _, f in items]
+) -> tuple[tuple[int, ...], tuple[BufferPlace, ...]]:
+    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's place."""
+    ranges = [[layout.matrices[f.matrix].values_in(per, f.within) for per in kept.per] for _, f in items]
     data, statistics, flags = ([0] * layout.world_size for _ in range(3))
     for (peer, fragment), found in zip(items, ranges, strict=True):
         data[peer] += fragment.numel
-        statistics[peer] += kept.words * sum(count for _, count in found)
+        statistics[peer] += kept.words * sum(values.numel for values in found)
         flags[peer] += 1
     sizes = tuple(map(sum, zip(data, statistics, flags, strict=True)))
     starts = list(accumulate(sizes, initial=0))[:-1]
     next_data = list(starts)
     next_value = [start + d for start, d in zip(starts, data, strict=True)]
     next_flag = [start + s for start, s in zip(next_value, statistics, strict=True)]
-    sections = []
+    places = []
     for (peer, f), found in zip(items, ranges, strict=True):
         values = []
-        for first, count in found:
-            values.append(Values(first, count, next_value[peer]))
-            next_value[peer] += count * kept.words
-        sections.append(Section(f.matrix, f.start, f.numel, next_data[peer], tuple(values), next_flag[peer]))
+        for within in found:
+            values.append(Values(within, next_value[peer]))
+            next_value[peer] += within.numel * kept.words
+        places.append(BufferPlace(f.matrix, f.within, next_data[peer], tuple(values), next_flag[peer]))
         next_data[peer] += f.numel
         next_flag[peer] += 1
-    return sizes, tuple(sections)
+    return sizes, tuple(places)

@@ -73,7 +73,7 @@ from ds_optforge.cli import main
 assert "{RULE}" not in sys.modules
 statuses = [
     main(["check", {config!r}]),
-    main(["explain", "--config", {config!r}, "--model", "tiny"]),
+    main(["explain", "--config", {config!r}, "--model", "gpt2"]),
     main(["plan", "gpt2", "--world-size", "8", "--stage", "3", "--config", {config!r}]),
 ]
 print(statuses)
@@ -83,7 +83,7 @@ print(statuses)
     assert f"{config}: valid" in finished.stdout
     assert "[0, 0, 0]" in finished.stdout
     rows = table_rows(finished.stdout)
-    assert rows["blocks.0.mlp.up.weight"][2] == RULE
+    assert rows["layers.0.mlp.up.weight"][2] == RULE
     assert rows["token_embedding.weight"][2] == "adamw"
     assert "48 matrices with 84,934,656 of 124,439,808 parameters" in finished.stdout
 

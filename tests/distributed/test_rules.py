@@ -42,6 +42,7 @@ def reference(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     return one_process(RULES[rule])
 
 
+@pytest.mark.promise("world-size", "zero-stages")
 @pytest.mark.parametrize(("stage", "offload"), STAGES)
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_equals_one_process(rule: str, stage: int, offload: str, pools: Pools) -> None:
@@ -51,6 +52,7 @@ def test_rule_equals_one_process(rule: str, stage: int, offload: str, pools: Poo
         assert_same(result["parameters"], reference(rule)[1], TOLERANCE.get(rule, 1e-5))
 
 
+@pytest.mark.promise("world-size")
 @pytest.mark.parametrize(("stage", "world"), [(2, 1), (2, 4), (3, 4)])
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_does_not_depend_on_world_size(rule: str, stage: int, world: int, pools: Pools) -> None:
@@ -58,6 +60,7 @@ def test_rule_does_not_depend_on_world_size(rule: str, stage: int, world: int, p
         assert_same(result["parameters"], reference(rule)[1], TOLERANCE.get(rule, 1e-5))
 
 
+@pytest.mark.promise("muon-convolutions")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_expert_banks_and_convolutions(stage: int, pools: Pools) -> None:
     """Three matrices of 24x17, and one of 24x72, whatever the cuts."""
@@ -70,6 +73,7 @@ def one_process_of_shapes() -> dict[str, torch.Tensor]:
     return one_process(RULES["normuon"], shapes=True)[1]
 
 
+@pytest.mark.promise("normuon-rows", "world-size")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_normuon_statistics_do_not_depend_on_world_size(stage: int, pools: Pools) -> None:
     """Rows that a cut goes through, and buckets smaller than a matrix, included."""
@@ -79,6 +83,7 @@ def test_normuon_statistics_do_not_depend_on_world_size(stage: int, pools: Pools
         assert_same(result["parameters"], reference("normuon")[1])
 
 
+@pytest.mark.promise("8bit-loss")
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
 @pytest.mark.parametrize(("stage", "offload"), [(1, "none"), (2, "cpu"), (3, "none"), (3, "cpu")])
 @pytest.mark.parametrize("name", ["muon", "normuon", "adamw", "lion", "schedule_free_adamw"])

@@ -412,14 +412,14 @@ def test_the_command_line_checks_explains_and_plans_with_it(packages: Packages, 
         f"""
         from ds_optforge.cli import main
         print(main(["check", {str(config)!r}]))
-        print(main(["explain", "--config", {str(config)!r}, "--model", "tiny"]))
+        print(main(["explain", "--config", {str(config)!r}, "--model", "gpt2"]))
         print(main(["plan", "gpt2", "--world-size", "2", "--stage", "2", "--config", {str(config)!r}]))
         print(main(["check", {str(bad)!r}]))
         """
     )
     assert lines[:2] == [f"{config}: valid", "0"]
     rows = table_rows("\n".join(lines))
-    assert rows["blocks.0.mlp.up.weight"][2] == "good"
+    assert rows["layers.0.mlp.up.weight"][2] == "good"
     assert [line for line in lines if line in ("0", "2")] == ["0", "0", "0", "2"]
     assert any("none of them a matrix" in line for line in lines)
 
