@@ -23,7 +23,7 @@ BLOCK = 256
 class StateFormat(Protocol):
     """How one slice keeps its elementwise buffers. ``state`` is the slice's entry in the optimizer's state."""
 
-    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, tensor: Tensor) -> None:
         """Enter the buffer, holding zeros or a copy of the weight, as it is declared."""
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
@@ -39,9 +39,9 @@ class Plain:
 
     dtype: torch.dtype
 
-    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, tensor: Tensor) -> None:
         copied = buffer.copies_weight
-        state[buffer.name] = piece.to(self.dtype, copy=True) if copied else torch.zeros_like(piece, dtype=self.dtype)
+        state[buffer.name] = tensor.to(self.dtype, copy=True) if copied else torch.zeros_like(tensor, dtype=self.dtype)
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         stored: Tensor = state[buffer.name]
@@ -59,12 +59,12 @@ class EightBit:
         self._blocks = _whole_blocks(fragments)
         self._starts = [block.offset for block in self._blocks]
 
-    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, tensor: Tensor) -> None:
         blocks = self._blocks[-1].first_block + self._blocks[-1].blocks if self._blocks else 0
-        state[buffer.name] = torch.full_like(piece, _zero(buffer.signed), dtype=torch.uint8)
-        state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=piece.device)
+        state[buffer.name] = torch.full_like(tensor, _zero(buffer.signed), dtype=torch.uint8)
+        state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)
         if buffer.copies_weight:
-            self.write(state, buffer, 0, piece.reshape(-1))
+            self.write(state, buffer, 0, tensor.reshape(-1))
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise

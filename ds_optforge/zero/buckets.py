@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per, Range
-from ds_optforge.zero.plan import ExchangePlan, runs_of
+from ds_optforge.zero.plan import ExchangePlan, split_evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +101,10 @@ def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) 
 
 
 def local_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
-    """The matrices that lie whole on this rank, in runs of at most ``local_numel`` elements."""
+    """The matrices that lie whole on this rank, at most ``local_numel`` elements in a bucket."""
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    return [_local_bucket(layout, run, rank, kept) for run in runs_of(local, layout.matrices, plan.local_numel)]
+    return [_local_bucket(layout, matrices, rank, kept) for matrices in split_evenly(local, layout.matrices, plan.local_numel)]
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
@@ -122,42 +122,42 @@ def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kep
     return RankBucket(tuple(held), sent, owned, _shapes(layout, owned), received, sends, receives, kept, tuple(exchange))
 
 
-def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, kept: Kept) -> RankBucket:
+def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:
     """Its buffer holds matrices of one shape side by side, so that they are a batch as they lie."""
-    held = [fragment for matrix in run if (fragment := layout.fragment(matrix, rank)) is not None]
-    shapes = _shapes(layout, run)
+    held = [fragment for matrix in matrices if (fragment := layout.fragment(matrix, rank)) is not None]
+    shapes = _shapes(layout, matrices)
     order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
     _, blocks = _blocks(layout, [(rank, held[index]) for index in order], kept)
     places = tuple(place for _, place in sorted(zip(order, blocks, strict=True), key=lambda pair: pair[0]))
-    return RankBucket(tuple(held), places, tuple(run), shapes, places, (), (), kept, tuple(run))
+    return RankBucket(tuple(held), places, tuple(matrices), shapes, places, (), (), kept, tuple(matrices))
 
 
-def shard_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+def lone_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
     """This rank's fragments of matrices that lie on several ranks, each as a matrix of its own: the rows that it touches."""
     layout = plan.layout
-    shared = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
-    held = [fragment for matrix in shared if (fragment := layout.fragment(matrix, rank)) is not None]
-    runs: list[list[Fragment]] = []
+    straddling = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
+    held = [fragment for matrix in straddling if (fragment := layout.fragment(matrix, rank)) is not None]
+    found: list[list[Fragment]] = []
     room = 0
     for fragment in held:
-        if not runs or fragment.numel > room:
-            runs.append([])
+        if not found or fragment.numel > room:
+            found.append([])
             room = plan.local_numel
-        runs[-1].append(fragment)
+        found[-1].append(fragment)
         room -= fragment.numel
-    return [_shard_bucket(layout, run, rank, kept) for run in runs]
+    return [_lone_bucket(layout, fragments, rank, kept) for fragments in found]
 
 
-def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
+def _lone_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
     _, places = _blocks(layout, [(rank, fragment) for fragment in held], kept)
-    shards = tuple(_within_shard(layout.matrices[place.matrix], place, kept) for place in places)
+    places_alone = tuple(_within_rows(layout.matrices[place.matrix], place, kept) for place in places)
     matrices = [layout.matrices[fragment.matrix] for fragment in held]
     shapes = tuple((m.rows_touched(f.within).numel, m.cols) for m, f in zip(matrices, held, strict=True))
     owned = tuple(fragment.matrix for fragment in held)
-    return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), kept, owned)
+    return RankBucket(tuple(held), places_alone, owned, shapes, places_alone, (), (), kept, owned)
 
 
-def _within_shard(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
+def _within_rows(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
     """The fragment's place as a part of the rows that it touches."""
     before = matrix.rows_touched(place.within).start
     statistics = tuple(

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_optforge.zero.buckets import NO_STATISTICS, Kept, RankBucket, exchange_buckets, local_buckets, shard_buckets
+from ds_optforge.zero.buckets import NO_STATISTICS, Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
 from ds_optforge.zero.exchange import require_agreement
 from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.partition import Matrix, PartitionLayout
@@ -99,7 +99,7 @@ def plan_group(
         plan,
         tuple(exchange_buckets(plan, rank, wanted.kept)) if wanted.gathers else (),
         tuple(local_buckets(plan, rank, wanted.kept)),
-        tuple(shard_buckets(plan, rank, wanted.kept)) if wanted.alone else (),
+        tuple(lone_buckets(plan, rank, wanted.kept)) if wanted.alone else (),
     )
 
 

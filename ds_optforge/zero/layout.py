@@ -54,9 +54,9 @@ class Binding:
         (DeepSpeed looks for an overflow in the gradients that arrived, so nothing else that is not finite gets here.)
         """
         if self.keeps_gradients:
-            for piece in slices:
-                if piece.grad is not None:
-                    piece.grad.nan_to_num_(0.0, 0.0, 0.0)
+            for tensor in slices:
+                if tensor.grad is not None:
+                    tensor.grad.nan_to_num_(0.0, 0.0, 0.0)
 
     def clear_spent_gradients(self, slices: Sequence[Tensor]) -> None:
         """Zero the gradients that DeepSpeed keeps, after the step has used them.
@@ -65,9 +65,9 @@ class Binding:
         of an earlier step: that is what ZeRO-3 and CPU offload hand to every optimizer, and not what ZeRO-1/2 do.
         """
         if self.keeps_gradients:
-            for piece in slices:
-                if piece.grad is not None:
-                    piece.grad.zero_()
+            for tensor in slices:
+                if tensor.grad is not None:
+                    tensor.grad.zero_()
         if self.gradient_buffer is not None:
             buffer, start, numel = self.gradient_buffer
             buffer.narrow(0, start, numel).zero_()
@@ -130,8 +130,8 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     records in `_hp_mapping` ignore the reordering of round_robin_gradients.) Every fragment that this rank holds is checked
     against the weight's values.
     """
-    piece = _only(slices)
-    size = piece.numel()
+    tensor = _only(slices)
+    size = tensor.numel()
     group = require_attribute(parameters[0], "_dp_group")
     rank = dist.get_rank(group)
     storage = parameters[0].untyped_storage().data_ptr()
@@ -142,7 +142,7 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
         if parameter.untyped_storage().data_ptr() != storage:
             raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
         cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
-        problem = problem or _wrong_values(parameter, name, cut, rank, piece)
+        problem = problem or _wrong_values(parameter, name, cut, rank, tensor)
         cuts.append(cut)
     mappings = [mapping for parameter in parameters if (mapping := require_attribute(parameter, "_hp_mapping")) is not None]
     offload = any(require_attribute(mapping, "use_offload") for mapping in mappings)
@@ -150,12 +150,12 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, offload, problem=problem)
 
 
-def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> str:
+def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, tensor: Tensor) -> str:
     """What is wrong if this rank's fragment does not hold the weight's values, else ""."""
     low, high = max(cut.base, rank * cut.size), min(cut.base + parameter.numel(), (rank + 1) * cut.size)
     if low >= high:
         return ""
-    master = piece.detach().narrow(0, low - rank * cut.size, high - low).to(parameter)
+    master = tensor.detach().narrow(0, low - rank * cut.size, high - low).to(parameter)
     weight = parameter.detach().view(-1).narrow(0, low - cut.base, high - low)
     if torch.equal(master.nan_to_num(), weight.nan_to_num()):
         return ""
@@ -167,11 +167,11 @@ def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tens
 
 def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Binding:
     """ZeRO-3: each parameter is cut evenly over the ranks; a sub-group's slice is its parameters' partitions in a row."""
-    piece = _only(slices)
+    tensor = _only(slices)
     zero = require_attribute(parameters[0], "_z3_optimizer")
     _refuse_hidden_slices(zero)
     flats = require_attribute(zero, "fp32_partitioned_groups_flat")
-    sub_group = next((i for i, flat in enumerate(flats) if flat is piece), None)
+    sub_group = next((i for i, flat in enumerate(flats) if flat is tensor), None)
     if sub_group is None:
         raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {_versions()}")
     group = require_attribute(zero, "_get_sub_group_process_group")(sub_group)
@@ -184,9 +184,9 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
         indices.append(position[id(parameter)])
         cuts.append(Cut(base=0, size=partition, offset=offset))
         offset += partition
-    if offset != piece.numel():
+    if offset != tensor.numel():
         raise LayoutError(
-            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {piece.numel()}. {_versions()}"
+            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {tensor.numel()}. {_versions()}"
         )
     return Binding(
         tuple(indices),
