@@ -311,7 +311,10 @@ def _fresh_groups(run: _Run, checkpoint: Checkpoint) -> set[str]:
         steps = {source["step"] if source else 0 for source in sources}
         keys = [*part.buffers, *(statistic.name for statistic in statistics_of(part.members.rule))]
         missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
-        if steps == {0}:
+        unknown = {source["rule"] for source in sources if source and rule_settings(source["rule"]) is None}
+        if unknown:  # its buffers may have the names of this rule's, and mean something else
+            reasons[part.name] = f"it was trained by '{min(unknown)}', which nothing here offers"
+        elif steps == {0}:
             reasons[part.name] = "no step of it had been taken"
         elif len(steps) > 1:
             reasons[part.name] = f"its parameters had taken {sorted(steps)} steps"
