@@ -1,4 +1,4 @@
-"""Checks in plain PyTorch: odd gradients (all zero, not finite), what a step leaves of them; the state's size and its way to a file.
+"""Checks in plain PyTorch: odd gradients (all zero, not finite), what a step leaves of them, the state's size and its file.
 
 Each yields a sentence for every failure. (Under ZeRO, DeepSpeed skips a step whose gradients are not finite.)
 """
