@@ -6,10 +6,12 @@ names the module that registers it. It is imported when a configuration asks for
 
 import importlib
 import inspect
+import os
 import pkgutil
 import re
-from collections.abc import Generator, Iterator, Sequence
-from functools import cache
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, get_args
 
@@ -80,8 +82,25 @@ def _import_own() -> None:
         importlib.import_module(module.name)
 
 
-def _offers() -> dict[str, tuple[EntryPoint, ...]]:
-    """What installed packages offer, by the rule's name. (One package that is found twice on the path counts once.)"""
+def _offers() -> Mapping[str, tuple[EntryPoint, ...]]:
+    """What installed packages offer, by the rule's name."""
+    return _offers_on(tuple((place, _changed_at(place)) for place in sys.path))
+
+
+def _changed_at(place: str) -> int:
+    """When something was last installed in a folder, or removed from it."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _offers_on(path: tuple[tuple[str, int], ...]) -> Mapping[str, tuple[EntryPoint, ...]]:
+    """Reads every installed package's metadata, which takes longer than a configuration with dozens of look-ups may.
+
+    One package that is found twice on the path counts once.
+    """
     found: dict[str, dict[str, EntryPoint]] = {}
     for offer in entry_points(group=ENTRY_POINTS):
         found.setdefault(offer.name, {})[offer.value] = offer
