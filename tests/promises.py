@@ -93,6 +93,11 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "accelerate-launch": "`accelerate launch` gives the losses that the deepspeed launcher gives.",
         "mpi": "MPI jobs, on one host or several, give the losses that the other launchers give.",
     },
+    "Installing, and rules of one's own": {
+        "wheel": "The package installs from a wheel, and starts without the checkout.",
+        "any-rule": "Every registered rule passes one suite of checks on real engines.",
+        "external-rule": "A rule of another package works by import or by entry point, and passes the same suite.",
+    },
     "Comparisons and sweeps": {
         "fair-comparison": "Optimizers are compared on the same seeds, data, steps and batch, each with its own learning rate.",
         "steady-loss": "The steady-state loss is the mean after 200 steps, or after three times the warm-up if that is longer.",

@@ -10,12 +10,14 @@ from tests.distributed.conftest import Pools
 NEEDS_NO_ENGINE = {check.__name__ for check in IN_ONE_PROCESS}
 
 
+@pytest.mark.promise("zero-stages", "8bit-loss", "any-rule")
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("rule", rule_names())
 def test_conformance(rule: str, check: str, pools: Pools) -> None:
     pools[1 if check in NEEDS_NO_ENGINE else 2].run(run_check, check, rule, timeout_s=300.0)
 
 
+@pytest.mark.promise("world-size")
 @pytest.mark.parametrize(("check", "ranks"), [("parity", 4), ("small_buckets", 4), ("small_buckets", 1)])
 @pytest.mark.parametrize("rule", rule_names())
 def test_conformance_of_other_numbers_of_ranks(rule: str, check: str, ranks: int, pools: Pools) -> None:

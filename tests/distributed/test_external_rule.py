@@ -96,6 +96,14 @@ def in_one_process(installed: Installed) -> tuple[list[float], dict[str, torch.T
     return losses, parameters
 
 
+@pytest.mark.promise("external-rule", "any-rule")
+def test_the_suite_for_authors_passes(installed: Installed) -> None:
+    """It starts ranks of its own, and exits with an error if any check fails."""
+    finished = installed.run("-c", f"from ds_optforge.testing import check_rule\ncheck_rule({RULE!r})")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.promise("external-rule")
 @pytest.mark.parametrize(("stage", "offload"), STAGES)
 def test_every_stage_equals_plain_pytorch(stage: int, offload: str, installed: Installed, in_one_process: Any) -> None:
     losses, parameters = in_one_process
@@ -169,9 +177,11 @@ def test_its_portable_checkpoint_goes_on_anywhere(
 def engine_checkpoints(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """One for each of `ENGINES`, and the runs that went on from it."""
     folder = tmp_path_factory.mktemp("engines")
-    return folder, installed.pools[2].run(
-        cases.save_and_load_each, [configuration(stage) for stage in ENGINES], str(folder), {}
-    )
+    runs = [
+        installed.pools[2].run(cases.save_and_load, configuration(stage), str(folder / str(number)), {})
+        for number, stage in enumerate(ENGINES)
+    ]
+    return folder, [list(of_rank) for of_rank in zip(*runs, strict=True)]
 
 
 @pytest.mark.parametrize("number", range(len(ENGINES)), ids=[f"ZeRO-{stage}" for stage in ENGINES])

@@ -68,9 +68,10 @@ def test_it_is_an_elementwise_rule_with_two_buffers() -> None:
     assert AdamW.scheduled == ("lr", "weight_decay", "betas")
 
 
+@pytest.mark.promise("state-buffers", "8bit-size")
 @pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 8.0), ("bfloat16", 4.0), ("8bit", 2.031)])
 def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
-    """checklist 19, 49; two buffers, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
+    """Two buffers, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes")
     config = {"name": "adamw", "state_dtype": state_dtype}

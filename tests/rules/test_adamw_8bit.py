@@ -87,8 +87,9 @@ def test_the_loss_tracks_float32() -> None:
     assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.01)
 
 
+@pytest.mark.promise("state-buffers", "8bit-size")
 def test_bytes_of_state_per_parameter() -> None:
-    """checklist 19, 49; two buffers, and 4 bytes of scale for 256 values. 0.001: the step counters."""
+    """Two buffers, and 4 bytes of scale for 256 values. 0.001: the step counters."""
     assert bytes_per_parameter({"name": "adamw_8bit"}) == pytest.approx(2.031, abs=1e-3)
 
 

@@ -91,9 +91,10 @@ def test_it_is_an_elementwise_rule() -> None:
     assert not isinstance(Lion(), MatrixRule)
 
 
+@pytest.mark.promise("state-buffers", "8bit-size")
 @pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 4.0), ("bfloat16", 2.0), ("8bit", 1.016)])
 def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
-    """checklist 19, 49; one buffer, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
+    """One buffer, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes")
     config = {"name": "lion", "state_dtype": state_dtype}

@@ -194,9 +194,10 @@ def test_the_scale_is_that_of_muon(scale: Any) -> None:
     assert relative_error(updates[0], factor * updates[1]) < 1e-5
 
 
+@pytest.mark.promise("state-buffers", "8bit-size")
 @pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 4.007), ("bfloat16", 2.007), ("8bit", 1.022)])
 def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
-    """checklist 19, 49; as muon, and 4 bytes for each row of about 600 elements. 0.001: the step counters."""
+    """As muon, and 4 bytes for each row of about 600 elements. 0.001: the step counters."""
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes")
     config = {"name": "normuon", "state_dtype": state_dtype}

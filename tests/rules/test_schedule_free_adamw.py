@@ -213,9 +213,10 @@ def test_it_is_an_elementwise_rule() -> None:
     assert not isinstance(rule, MatrixRule)
 
 
+@pytest.mark.promise("state-buffers", "8bit-size")
 @pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 8.0), ("bfloat16", 6.0), ("8bit", 5.016)])
 def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
-    """checklist 19, 49; two buffers, but z is a weight: 4 bytes. 0.001: the step counters."""
+    """Two buffers, but z is a weight: 4 bytes. 0.001: the step counters."""
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes")
     config = {"name": "schedule_free_adamw", "state_dtype": state_dtype, "betas": (0.9, 0.99)}
