@@ -38,8 +38,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import ds_optforge
-from ds_optforge.run_files import read_rows, replace_text
-from ds_optforge.workload import PRESETS, Corpus, DataError, build_model, load_corpus, micro_batch_rows
+from ds_optforge.experiments.run_files import read_rows, replace_text
+from workload import PRESETS, Corpus, DataError, build_model, load_corpus, micro_batch_rows
 
 VALIDATION_WINDOWS = 512
 VALIDATION_BATCH = 16  # windows in one forward pass

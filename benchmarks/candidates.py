@@ -7,13 +7,13 @@ import torch
 from deepspeed import comm
 
 import ds_optforge
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.planning import lay_out
-from ds_optforge.roles import routes_of
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.forecast.forecast import lay_out
+from ds_optforge.routing.roles import routes_of
 from ds_optforge.rules.base import MatrixRule
-from ds_optforge.workload import Corpus, micro_batch_rows
-from ds_optforge.workload.gpt import GPT, GPTConfig
 from ds_optforge.zero.plan import ExchangePlan, make_plan
+from workload import Corpus, micro_batch_rows
+from workload.gpt import GPT, GPTConfig
 
 LENGTH = 16  # bytes of a sequence: short, so that the optimizer dominates
 ADAMW = "AdamW"

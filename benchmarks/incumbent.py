@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ds_optforge
-from ds_optforge.workload import Corpus, build_model, load_corpus, micro_batch_rows
+from workload import Corpus, build_model, load_corpus, micro_batch_rows
 
 BATCH, LENGTH, TURN = 16, 128, 10
 MUON_LR, ADAM_LR = 0.02, 0.003

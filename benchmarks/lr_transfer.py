@@ -25,8 +25,8 @@ from report import DEFAULT_OUT, Column, save, show, write
 
 from ds_optforge import build_optimizer, build_scheduler
 from ds_optforge.rules.muon import Scale
-from ds_optforge.workload import Corpus, load_corpus
-from ds_optforge.workload.gpt import GPT, GPTConfig
+from workload import Corpus, load_corpus
+from workload.gpt import GPT, GPTConfig
 
 WIDTHS = (64, 128, 256, 512)
 SCALES: tuple[Scale, ...] = get_args(Scale)

@@ -32,7 +32,7 @@ from report import DEFAULT_OUT, Column, figure, save, show, write
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ds_optforge.orthogonalize import orthogonalize
-from ds_optforge.workload import Corpus, load_corpus
+from workload import Corpus, load_corpus
 
 MB = 1e6
 LIBC = ctypes.CDLL(None)

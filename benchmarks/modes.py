@@ -17,7 +17,7 @@ from deepspeed import comm
 from report import DEFAULT_OUT, Column, figure, save, show, write
 
 import ds_optforge
-from ds_optforge.workload import Corpus, build_model, load_corpus, micro_batch_rows
+from workload import Corpus, build_model, load_corpus, micro_batch_rows
 
 BATCH, LENGTH, WINDOWS = 16, 128, 32
 MODES: dict[str, dict[str, Any]] = {

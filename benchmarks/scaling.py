@@ -16,10 +16,11 @@ from typing import Any
 import report
 from tqdm import tqdm
 
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.model_shapes import MODEL_SHAPES, load
-from ds_optforge.planning import SUB_GROUP_SIZE, Topology, forecast_routes
-from ds_optforge.roles import routes_of
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.forecast.catalog import MODEL_SHAPES
+from ds_optforge.forecast.forecast import SUB_GROUP_SIZE, Topology, forecast_routes
+from ds_optforge.forecast.skeletons import load
+from ds_optforge.routing.roles import routes_of
 
 RANKS = (8, 32, 64, 256, 1024, 4096)
 ONE_SUB_GROUP = 10**15

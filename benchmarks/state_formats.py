@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import ds_optforge
 from ds_optforge.rules import rule_names, rule_settings
-from ds_optforge.workload import Corpus, build_model, load_corpus
+from workload import Corpus, build_model, load_corpus
 
 BATCH, LENGTH, WINDOWS = 16, 128, 256
 FORMATS = ("float32", "bfloat16", "8bit")

@@ -43,7 +43,7 @@ from orthogonalization import STEPS, gram_products, standard_products
 from report import DEFAULT_OUT, Column, figure, save, show, write
 
 from ds_optforge.orthogonalize import uses_gram
-from ds_optforge.workload import Corpus, load_corpus
+from workload import Corpus, load_corpus
 
 MODELS = {512: 4, 1024: 2}  # layers of each width
 SECONDS = 60  # wall time for the rounds of one width and stage

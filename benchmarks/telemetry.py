@@ -22,8 +22,8 @@ from candidates import LENGTH, Section, adamw, engine_of, muon
 from deepspeed import comm
 from report import DEFAULT_OUT, Column, figure, save, show, write
 
-from ds_optforge.workload import Corpus, load_corpus, micro_batch_rows
-from ds_optforge.workload.gpt import GPT, GPTConfig
+from workload import Corpus, load_corpus, micro_batch_rows
+from workload.gpt import GPT, GPTConfig
 
 MODELS = {512: 4, 1024: 2}  # layers of each width
 SECONDS = 20  # wall time for the rounds of one row

@@ -45,8 +45,8 @@ from deepspeed import comm
 from hosts import Host, missing, traffic, two_hosts
 from report import DEFAULT_OUT, Column, figure, save, show, write
 
-from ds_optforge.workload import load_corpus
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept, exchange_buckets
+from workload import load_corpus
 
 PORT = 29500
 LINKS = {"1gbit": "1 Gbit/s", "100mbit": "100 Mbit/s"}  # by tc's name

@@ -1,4 +1,7 @@
-"""The ``ds-optforge`` command."""
+"""The ``ds-optforge`` command.
+
+The parser is built without torch, which takes seconds to import: each command imports what does its work.
+"""
 
 import argparse
 import logging
@@ -7,19 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from ds_optforge import __version__, shipped_configs
+from ds_optforge.errors import CheckpointError, ConfigError
+from ds_optforge.forecast.catalog import MODEL_SHAPES
 
-from ds_optforge import model_shapes
-from ds_optforge.checkpoint.convert import convert, export
-from ds_optforge.checkpoint.files import CheckpointError
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.integrations.deepspeed import check, load_config, optimizer_section
-from ds_optforge.integrations.plain import explain
-from ds_optforge.plan_report import report
-from ds_optforge.planning import SUB_GROUP_SIZE, Hardware, Topology, forecast_routes
-from ds_optforge.roles import routes_of
-from ds_optforge.validation import ConfigError
-from ds_optforge.workload.gpt import PRESETS, build_model
+_MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,16 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds-optforge", description="Optimizers that know where ZeRO put each matrix.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("explain", help="print which rule each parameter of a model gets")
     command.add_argument("--config", required=True, help="a DeepSpeed configuration file")
-    command.add_argument("--model", choices=sorted(PRESETS), default="tiny", help="a model of the shipped workload")
+    command.add_argument("--model", default="gpt2", help=f"{_MODELS}; default: gpt2")
     command.set_defaults(run=_explain)
 
     command = commands.add_parser("check", help="validate a DeepSpeed configuration file")
     command.add_argument("config", help="a DeepSpeed configuration file")
     command.set_defaults(run=_check)
+
+    command = commands.add_parser("configs", help="list the configurations that are shipped, or write one into a folder")
+    command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.json; default: the current one")
+    command.set_defaults(run=_configs, config=None)
     _add_convert(commands)
     _add_experiments(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
@@ -66,8 +67,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    shipped = ", ".join(model_shapes.MODEL_SHAPES)
-    command.add_argument("model", metavar="MODEL", help=f"{shipped}; or the path of a Hugging Face config.json")
+    command.add_argument("model", metavar="MODEL", help=_MODELS)
     command.add_argument("--world-size", type=int, required=True, help="ranks that ZeRO cuts the parameters over")
     command.add_argument("--stage", type=int, required=True, help="of ZeRO: 1, 2 or 3")
     command.add_argument("--config", help="a DeepSpeed configuration file; default: muon as it is configured by default")
@@ -108,14 +108,27 @@ def _experiments(options: argparse.Namespace) -> int:
     return status
 
 
+def _configs(options: argparse.Namespace) -> int:
+    if options.name is not None:
+        print(f"{shipped_configs.write(options.name, options.out or Path())}: written")
+    elif options.out is not None:
+        raise ConfigError(f"--out: got '{options.out}' without a NAME; allowed: ds-optforge configs NAME --out FOLDER")
+    else:
+        print(shipped_configs.listing(), end="")
+    return 0
+
+
 def _explain(options: argparse.Namespace) -> int:
-    with torch.device("meta"):
-        model = build_model(options.model, sequence_length=1024)
-    print(explain(model, options.config))
+    from ds_optforge.forecast.skeletons import load
+    from ds_optforge.integrations.plain import explain
+
+    print(explain(load(options.model), options.config))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
+    from ds_optforge.config.deepspeed import check, load_config
+
     config = load_config(options.config)
     check(config, filled=False)
     print(f"{options.config}: valid")
@@ -123,23 +136,36 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from ds_optforge.checkpoint.convert import convert
+
     convert(options.source, options.out)
     print(f"{options.out}: written")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from ds_optforge.checkpoint.convert import export
+
     export(options.source, options.out, getattr(torch, options.dtype) if options.dtype else None)
     print(f"{options.out}: written")
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from ds_optforge.config.deepspeed import load_config, optimizer_section
+    from ds_optforge.config.optimizer import OptimizerConfig
+    from ds_optforge.forecast.forecast import Hardware, Topology, forecast_routes
+    from ds_optforge.forecast.report import report
+    from ds_optforge.forecast.skeletons import load
+    from ds_optforge.routing.roles import routes_of
+
     loaded = load_config(options.config) if options.config else {"name": "muon"}
     config = OptimizerConfig(optimizer_section(loaded))
     topology = Topology(options.world_size, options.stage, options.expert_parallel, _sub_group_size(loaded))
     hardware = Hardware(options.tflops, options.link_gbps)
-    routes = routes_of(model_shapes.load(options.model), config)
+    routes = routes_of(load(options.model), config)
     sharding = config.common.sharding
     print(report(options.model, routes, sharding, forecast_routes(routes, sharding, topology), hardware), end="")
     return 0
@@ -147,6 +173,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _sub_group_size(config: Mapping[str, Any]) -> int:
     """Of ZeRO-3, as DeepSpeed takes it: 1e9 is as good as 1000000000."""
+    from ds_optforge.forecast.forecast import SUB_GROUP_SIZE
+
     section = config.get("zero_optimization")
     found = section.get("sub_group_size", SUB_GROUP_SIZE) if isinstance(section, Mapping) else SUB_GROUP_SIZE
     if isinstance(found, bool) or not isinstance(found, int | float) or found < 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import OptimizerConfig
+from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.group_step import GroupStep
@@ -78,9 +78,9 @@ class OptForge(torch.optim.Optimizer):
                 loss = closure()
         steps = [self._group_step(group) for group in self.param_groups if group["params"]]
         for step in steps:
-            step.check()
+            step.check_gradients()
         for step in steps:
-            step.run()
+            step.update_group()
         return loss
 
     def _group_step(self, group: dict[str, Any]) -> GroupStep:

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ds_optforge.config import ScheduleConfig, schedule_config
+from ds_optforge.config.schedule import ScheduleConfig, schedule_config
 from ds_optforge.optimizer import OptForge, groups_of
 from ds_optforge.validation import ConfigError
 

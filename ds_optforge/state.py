@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.rules.base import Buffer
-from ds_optforge.zero.partition import Extent
+from ds_optforge.zero.placement import Held
 
 BLOCK = 256
 
@@ -23,7 +23,7 @@ BLOCK = 256
 class StateFormat(Protocol):
     """How one slice keeps its elementwise buffers. ``state`` is the slice's entry in the optimizer's state."""
 
-    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, tensor: Tensor) -> None:
         """Enter the buffer, holding zeros or a copy of the weight, as it is declared."""
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
@@ -39,9 +39,9 @@ class Plain:
 
     dtype: torch.dtype
 
-    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, tensor: Tensor) -> None:
         copied = buffer.copies_weight
-        state[buffer.name] = piece.to(self.dtype, copy=True) if copied else torch.zeros_like(piece, dtype=self.dtype)
+        state[buffer.name] = tensor.to(self.dtype, copy=True) if copied else torch.zeros_like(tensor, dtype=self.dtype)
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         stored: Tensor = state[buffer.name]
@@ -55,16 +55,16 @@ class Plain:
 class EightBit:
     """uint8 codes of the slice's shape under the buffer's name, and ``<name>_absmax``, one float32 per block."""
 
-    def __init__(self, extents: Sequence[Extent]) -> None:
-        self._stretches = _stretches(extents)
-        self._starts = [stretch.offset for stretch in self._stretches]
+    def __init__(self, fragments: Sequence[Held]) -> None:
+        self._blocks = _whole_blocks(fragments)
+        self._starts = [block.offset for block in self._blocks]
 
-    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, piece: Tensor) -> None:
-        blocks = self._stretches[-1].first_block + self._stretches[-1].blocks if self._stretches else 0
-        state[buffer.name] = torch.full_like(piece, _zero(buffer.signed), dtype=torch.uint8)
-        state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=piece.device)
+    def allocate(self, state: MutableMapping[str, Any], buffer: Buffer, tensor: Tensor) -> None:
+        blocks = self._blocks[-1].first_block + self._blocks[-1].blocks if self._blocks else 0
+        state[buffer.name] = torch.full_like(tensor, _zero(buffer.signed), dtype=torch.uint8)
+        state[f"{buffer.name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=tensor.device)
         if buffer.copies_weight:
-            self.write(state, buffer, 0, piece.reshape(-1))
+            self.write(state, buffer, 0, tensor.reshape(-1))
 
     def read(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, numel: int) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise
@@ -91,24 +91,24 @@ class EightBit:
         return slice(cut[0][2].start, cut[-1][2].stop)
 
     def _cut(self, offset: int, numel: int) -> list[tuple[int, int, slice]]:
-        """(offset, numel, blocks) of each stretch's part of a range that begins and ends between blocks."""
+        """(offset, numel, blocks) of each block's part of a range that begins and ends between blocks."""
         parts = []
         index = max(bisect_right(self._starts, offset) - 1, 0)
-        while index < len(self._stretches) and self._stretches[index].offset < offset + numel:
-            stretch = self._stretches[index]
-            low = max(offset, stretch.offset)
-            high = min(offset + numel, stretch.offset + stretch.numel)
+        while index < len(self._blocks) and self._blocks[index].offset < offset + numel:
+            block = self._blocks[index]
+            low = max(offset, block.offset)
+            high = min(offset + numel, block.offset + block.numel)
             if low < high:
-                first = stretch.first_block + (low - stretch.offset) // BLOCK
-                last = stretch.first_block + -(-(high - stretch.offset) // BLOCK)
+                first = block.first_block + (low - block.offset) // BLOCK
+                last = block.first_block + -(-(high - block.offset) // BLOCK)
                 parts.append((low, high - low, slice(first, last)))
             index += 1
         return parts
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Adjacent fragments whose blocks follow each other without a short one between: one call quantizes them."""
+class _Blocks:
+    """Adjacent fragments all of whose blocks are full but the last: one call quantizes them."""
 
     offset: int
     numel: int
@@ -119,31 +119,31 @@ class _Stretch:
         return -(-self.numel // BLOCK)
 
 
-def _stretches(extents: Sequence[Extent]) -> list[_Stretch]:
-    stretches: list[_Stretch] = []
-    for extent in extents:
-        for offset, numel in _at_block_boundary(extent):
-            last = stretches[-1] if stretches else None
+def _whole_blocks(fragments: Sequence[Held]) -> list[_Blocks]:
+    blocks: list[_Blocks] = []
+    for fragment in fragments:
+        for offset, numel in _at_block_boundary(fragment):
+            last = blocks[-1] if blocks else None
             if last and last.offset + last.numel == offset and last.numel % BLOCK == 0:
-                stretches[-1] = _Stretch(last.offset, last.numel + numel, last.first_block)
+                blocks[-1] = _Blocks(last.offset, last.numel + numel, last.first_block)
             else:
-                stretches.append(_Stretch(offset, numel, last.first_block + last.blocks if last else 0))
-    return stretches
+                blocks.append(_Blocks(offset, numel, last.first_block + last.blocks if last else 0))
+    return blocks
 
 
-def _at_block_boundary(extent: Extent) -> list[tuple[int, int]]:
+def _at_block_boundary(fragment: Held) -> list[tuple[int, int]]:
     """(offset, numel) of the fragment's part before the parameter's next block boundary, and of the rest."""
-    head = min(-extent.parameter_start % BLOCK, extent.numel)
-    parts = [(extent.offset, head), (extent.offset + head, extent.numel - head)]
+    head = min(-fragment.within.start % BLOCK, fragment.numel)
+    parts = [(fragment.tensor_start, head), (fragment.tensor_start + head, fragment.numel - head)]
     return [(offset, numel) for offset, numel in parts if numel]
 
 
-def chunks(extents: Sequence[Extent], limit: int) -> list[list[tuple[int, int]]]:
+def portions(fragments: Sequence[Held], limit: int) -> list[list[tuple[int, int]]]:
     """Cut fragments between blocks into lists of (offset, numel) with at most ``limit`` elements each (a multiple of 256)."""
     result: list[list[tuple[int, int]]] = []
     room = 0
-    for extent in extents:
-        for offset, numel in _at_block_boundary(extent):
+    for fragment in fragments:
+        for offset, numel in _at_block_boundary(fragment):
             for start in range(0, numel, limit):
                 length = min(limit, numel - start)
                 if length > room:

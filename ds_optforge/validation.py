@@ -6,9 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message has a line per problem: path, what was found, what is allowed."""
+from ds_optforge.errors import ConfigError as ConfigError
 
 
 class Section(BaseModel):

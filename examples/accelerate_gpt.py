@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ds_optforge.integrations.accelerate import make_accelerator, optimizer_and_scheduler
-from ds_optforge.workload import build_model, load_corpus, micro_batch_rows
+from workload import build_model, load_corpus, micro_batch_rows
 
 
 def main() -> None:

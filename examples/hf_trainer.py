@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import ds_optforge
-from ds_optforge.workload import load_corpus
+from workload import load_corpus
 
 HEADS = 4
 BATCH = 8  # of a rank

@@ -68,6 +68,7 @@ def test_telemetry(tmp_path: Path) -> None:
     assert all(row["cpu_long_iteration_ms"] > row["cpu_iteration_ms"] for row in rows.values())
 
 
+@pytest.mark.promise("lr-transfer")
 def test_lr_transfer(tmp_path: Path) -> None:
     """Every search ends with two rates on either side of the best one."""
     finished = on_this_machine(f"python benchmarks/lr_transfer.py --quick --out {shlex.quote(str(tmp_path))}")

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from ds_optforge.config import OptimizerConfig, ScheduleConfig, schedule_config
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.schedule import ScheduleConfig, schedule_config
 from ds_optforge.validation import ConfigError
 
 Section = dict[str, Any]
@@ -121,9 +122,9 @@ def of_path(key: str) -> str:
     return f"optimizer.params.{key.strip()}: "
 
 
+@pytest.mark.promise("validated-fields")
 @pytest.mark.parametrize("key", OUT_OF_RANGE)
 def test_a_value_out_of_range(key: str) -> None:
-    """checklist 3"""
     section, found, allowed = OUT_OF_RANGE[key]
     message = problem(section)
     assert message.startswith(f"{of_path(key)}got {found} ")
@@ -131,9 +132,10 @@ def test_a_value_out_of_range(key: str) -> None:
     assert allowed in message.split("allowed: ")[1]
 
 
+@pytest.mark.promise("validated-fields")
 @pytest.mark.parametrize("key", WRONG_TYPE)
 def test_a_value_of_the_wrong_type(key: str) -> None:
-    """checklist 3; numbers are numbers, not strings or booleans."""
+    """Numbers are numbers, not strings or booleans."""
     section, found, allowed = WRONG_TYPE[key]
     message = problem(section)
     assert message.startswith(f"{of_path(key)}got {found}; allowed: ")
@@ -141,9 +143,9 @@ def test_a_value_of_the_wrong_type(key: str) -> None:
     assert allowed in message.split("allowed: ")[1]
 
 
+@pytest.mark.promise("unknown-name")
 @pytest.mark.parametrize("key", NOT_A_CHOICE)
 def test_a_name_that_is_none_of_the_known_ones_lists_them(key: str) -> None:
-    """checklist 2"""
     section, found, allowed = NOT_A_CHOICE[key]
     message = problem(section)
     assert message.startswith(f"{of_path(key)}got {found}")
@@ -160,9 +162,9 @@ def test_an_unknown_key_suggests_the_closest_one(key: str) -> None:
     assert suggestion in message.split("allowed: ")[1].split(", ")
 
 
+@pytest.mark.promise("unread-field")
 @pytest.mark.parametrize("key", KEY_OF_ANOTHER_RULE)
 def test_a_key_that_the_chosen_rule_does_not_read_says_which_rule_does(key: str) -> None:
-    """checklist 3"""
     section, rule, reader = KEY_OF_ANOTHER_RULE[key]
     message = problem(section)
     assert message.startswith(f"{of_path(key)}'{rule}' does not read it (read by ")
@@ -194,8 +196,8 @@ def test_more_steps_than_the_coefficients_hold(coefficients: Any, most: int) -> 
     assert message.startswith(f"optimizer.params.orthogonalization.steps: got {most + 1}; allowed: 1 to {most}")
 
 
+@pytest.mark.promise("unknown-name")
 def test_a_missing_name_lists_the_known_ones() -> None:
-    """checklist 2"""
     message = problem({"lr": 0.02})
     assert message.startswith("optimizer.params.name: missing; allowed: ")
     assert {"muon", "adamw"} <= set(message.split("allowed: ")[1].split(", "))
@@ -259,8 +261,8 @@ def test_an_adamw_section_beside_adamw_is_refused() -> None:
     assert message.startswith("optimizer.params.adamw: got a section; allowed: none")
 
 
+@pytest.mark.promise("muon-defaults", "muon-scale")
 def test_defaults_of_muon() -> None:
-    """checklist 46, 7"""
     settings = OptimizerConfig({"name": "muon"}).settings("matrix")
     assert (settings.rule, settings.lr, settings.weight_decay) == ("muon", 0.02, 0.0)
     assert (settings.momentum, settings.nesterov) == (0.95, True)
@@ -299,14 +301,15 @@ def test_beside_muon_everything_but_a_matrix_gets_adamw(role: Any) -> None:
     assert OptimizerConfig({"name": "muon"}).settings(role).rule == "adamw"
 
 
+@pytest.mark.promise("muon-aspect-ratio")
 def test_a_matrix_that_is_too_thin_gets_adamw() -> None:
-    """checklist 8"""
     config = OptimizerConfig(muon(adamw={"lr": 1e-3}))
     assert config.settings("matrix", too_thin=True) == config.settings("embedding")
 
 
+@pytest.mark.promise("muon-aspect-ratio")
 def test_settings_of_the_matrix_role_are_not_pressed_on_a_matrix_that_falls_back() -> None:
-    """checklist 8; momentum means nothing to AdamW, and a rate for Muon is not a rate for AdamW."""
+    """Momentum means nothing to AdamW, and a rate for Muon is not a rate for AdamW."""
     config = OptimizerConfig(muon(adamw={"lr": 1e-3}, roles={"matrix": {"momentum": 0.9, "lr": 0.05}}))
     assert config.settings("matrix").lr == 0.05
     assert config.settings("matrix", too_thin=True).lr == 1e-3
@@ -317,8 +320,8 @@ def test_a_too_thin_matrix_that_is_named_by_an_override_keeps_its_rule() -> None
     assert config.settings("matrix", overrides=(0,), too_thin=True).rule == "muon"
 
 
+@pytest.mark.promise("adamw-beside-rate")
 def test_the_learning_rate_of_adamw_defaults_to_lr() -> None:
-    """checklist 11"""
     assert OptimizerConfig(muon(lr=0.3)).settings("embedding").lr == 0.3
     assert OptimizerConfig(muon()).settings("embedding").lr == 0.02
     assert OptimizerConfig(muon(lr=0.3, adamw={"lr": 1e-3})).settings("embedding").lr == 1e-3
@@ -336,8 +339,8 @@ def test_adamw_alone_does_not_decay_scalars_unless_their_role_says_so() -> None:
     assert OptimizerConfig(asked).settings("scalar").weight_decay == 0.2
 
 
+@pytest.mark.promise("role-rates", "role-betas")
 def test_each_role_has_its_own_learning_rate_and_betas() -> None:
-    """checklist 31, 32"""
     roles = {
         "matrix": {"lr": 0.04},
         "embedding": {"lr": 0.6, "betas": [0.8, 0.95]},
@@ -351,8 +354,8 @@ def test_each_role_has_its_own_learning_rate_and_betas() -> None:
     assert betas == [(0.8, 0.95), (0.7, 0.9), (0.6, 0.8)]
 
 
+@pytest.mark.promise("choose-by-name")
 def test_a_role_may_name_another_rule() -> None:
-    """checklist 1"""
     config = OptimizerConfig(muon(lr=0.02, roles={"matrix": {"name": "adamw"}, "embedding": {"name": "muon", "momentum": 0.9}}))
     assert config.settings("matrix").rule == "adamw"
     assert (config.settings("embedding").rule, config.settings("embedding").momentum) == ("muon", 0.9)
@@ -404,9 +407,9 @@ SCHEDULE_ERRORS = {
 }
 
 
+@pytest.mark.promise("validated-fields")
 @pytest.mark.parametrize("case", SCHEDULE_ERRORS)
 def test_a_bad_schedule_section(case: str) -> None:
-    """checklist 3"""
     section, found, allowed = SCHEDULE_ERRORS[case]
     with pytest.raises(ConfigError) as error:
         schedule_config(section)
@@ -416,6 +419,6 @@ def test_a_bad_schedule_section(case: str) -> None:
     assert allowed in message.split("allowed: ")[1]
 
 
+@pytest.mark.promise("schedule-parts")
 def test_a_schedule_section_may_be_empty() -> None:
-    """checklist 27"""
     assert schedule_config({}) == ScheduleConfig(name="constant", warmup_num_steps=0)

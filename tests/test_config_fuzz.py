@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ds_optforge import ConfigError, build_optimizer, build_scheduler
-from ds_optforge.integrations.deepspeed import check
+from ds_optforge.config.deepspeed import check
 
 VALID: dict[str, Any] = {
     "optimizer": {

@@ -44,9 +44,10 @@ def updates(rule: str) -> list[Tensor]:
     return [before - after for before, after in itertools.pairwise(seen)]
 
 
+@pytest.mark.promise("cautious-decay")
 @pytest.mark.parametrize("rule", RULES)
 def test_cautious_decay_is_where_update_and_weight_have_the_same_sign(rule: str) -> None:
-    """checklist 34, 53: W <- W - lr wd W 1[update W >= 0] - lr update. 1e-6: matrix updates are float32 numbers."""
+    """The step is W <- W - lr wd W 1[update W >= 0] - lr update. 1e-6: matrix updates are float32 numbers."""
     weight = trajectory(rule)[0]
     masked = 0
     for update in updates(rule):
@@ -58,9 +59,10 @@ def test_cautious_decay_is_where_update_and_weight_have_the_same_sign(rule: str)
     torch.testing.assert_close(found, weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.promise("cautious-decay")
 @pytest.mark.parametrize("rule", RULES)
 def test_decay_is_plain_when_that_is_off(rule: str) -> None:
-    """checklist 53: W <- (1 - lr wd) W - lr update."""
+    """The step is W <- (1 - lr wd) W - lr update."""
     weight = trajectory(rule)[0]
     for update in updates(rule):
         weight = (1 - LR * DECAY) * weight - update
@@ -81,6 +83,7 @@ def cautious_groups(config: dict[str, Any]) -> dict[str, bool]:
     return {name.split(".")[0]: getattr(chosen, "cautious_weight_decay", False) for name, chosen in settings.items()}
 
 
+@pytest.mark.promise("cautious-matrices")
 @pytest.mark.parametrize(
     "config",
     [
@@ -91,12 +94,12 @@ def cautious_groups(config: dict[str, Any]) -> dict[str, bool]:
     ids=["muon", "normuon", "adamw by role"],
 )
 def test_on_matrices_only(config: dict[str, Any]) -> None:
-    """checklist 34: what a matrix rule is asked for does not spill over to AdamW's parameters."""
+    """What a matrix rule is asked for does not spill over to AdamW's parameters."""
     assert cautious_groups(config) == {"embedding": False, "matrix": True, "scalar": False, "unembedding": False}
 
 
+@pytest.mark.promise("cautious-matrices")
 def test_on_tables_too_where_it_is_asked_for() -> None:
-    """checklist 34"""
     found = cautious_groups({"name": "muon", "cautious_weight_decay": True, "adamw": {"cautious_weight_decay": True}})
     assert found["embedding"]
     assert found["matrix"]
@@ -109,10 +112,11 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.promise("decay-schedule")
 @pytest.mark.parametrize("curve", ["constant", "linear"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_decay_follows_its_schedule_beside_the_learning_rates(schedule: str, curve: str) -> None:
-    """checklist 35; with zero gradients AdamW only decays, by lr wd of that very step. 1e-12: float64."""
+    """With zero gradients AdamW only decays, by lr wd of that very step. 1e-12: float64."""
     model = linears(torch.ones(4, 4, dtype=F64))
     config = {"name": "adamw", "lr": 0.1, "weight_decay": DECAY, "weight_decay_schedule": schedule}
     optimizer = build_optimizer(model, config)
@@ -130,8 +134,9 @@ def decays(optimizer: OptForge) -> dict[str, float]:
     return {group["optforge_group"].split(".")[0]: group["weight_decay"] for group in optimizer.param_groups}
 
 
+@pytest.mark.promise("decay-schedule")
 def test_every_role_decays_from_its_own_value() -> None:
-    """checklist 35; a scalar has none to begin with."""
+    """A scalar has none to begin with."""
     model = nn.ModuleDict({"table": nn.Embedding(50, 24), "layer": nn.Linear(24, 24)})
     adamw = {"lr": 1e-3, "weight_decay": 0.1}
     optimizer = build_optimizer(model, {"name": "muon", "weight_decay": 0.2, "weight_decay_schedule": "linear", "adamw": adamw})
@@ -146,8 +151,8 @@ def test_every_role_decays_from_its_own_value() -> None:
     assert [values["scalar"] for values in seen] == [0.0] * 4
 
 
+@pytest.mark.promise("decay-schedule")
 def test_only_the_groups_that_ask_for_it_follow_a_schedule() -> None:
-    """checklist 35"""
     model = nn.ModuleDict({"table": nn.Embedding(50, 24), "layer": nn.Linear(24, 24, bias=False)})
     roles = {"matrix": {"weight_decay_schedule": "cosine"}}
     optimizer = build_optimizer(model, {"name": "adamw", "weight_decay": 0.2, "roles": roles})
@@ -158,8 +163,8 @@ def test_only_the_groups_that_ask_for_it_follow_a_schedule() -> None:
     assert decays(optimizer) == pytest.approx({"embedding": 0.2, "matrix": 0.1})
 
 
+@pytest.mark.promise("decay-schedule")
 def test_a_resumed_run_goes_on_with_the_decay_of_its_step() -> None:
-    """checklist 35"""
     config = {"name": "adamw", "weight_decay": 0.2, "weight_decay_schedule": "linear"}
     section = {"name": "linear", "total_num_steps": 10}
     first = build_optimizer(linears(matrix(4, 4)), config)
@@ -233,8 +238,8 @@ def test_the_recipes_warm_up_is_the_default() -> None:
     assert [found[0], found[150], found[300], found[302]] == pytest.approx([0.85, 0.9, 0.95, 0.95])
 
 
+@pytest.mark.promise("muon-settings", "muon-defaults")
 def test_without_a_warm_up_the_momentum_is_constant() -> None:
-    """checklist 12, 46"""
     assert momenta({"name": "muon"}, steps=3) == pytest.approx([0.95] * 3)
 
 

@@ -121,6 +121,7 @@ def test_gate_and_up_of_every_expert(rule: str) -> None:
             assert relative_error(piece, reference) < 1e-5
 
 
+@pytest.mark.promise("muon-convolutions")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "filters",
@@ -133,7 +134,6 @@ def test_gate_and_up_of_every_expert(rule: str) -> None:
     ids=["Conv1d", "Conv2d", "Conv3d", "grouped"],
 )
 def test_convolution_filters_are_outputs_by_all_the_rest(filters: nn.Module, rule: str) -> None:
-    """checklist 45"""
     config = {"name": rule, **CONFIG}
     (weight,) = (parameter.detach().clone() for parameter in filters.parameters())
     gradients = [matrix(*weight.shape, seed=10 + step) for step in range(STEPS)]
@@ -141,10 +141,11 @@ def test_convolution_filters_are_outputs_by_all_the_rest(filters: nn.Module, rul
     assert relative_error(changes(filters, gradients, config).flatten(1), expected) < 1e-5
 
 
+@pytest.mark.promise("muon-convolutions")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("transposed", [nn.ConvTranspose1d(4, 8, 5, bias=False), nn.ConvTranspose2d(8, 4, 3, bias=False)])
 def test_filters_of_a_transposed_convolution_are_stored_in_out(transposed: nn.Module, rule: str) -> None:
-    """checklist 45: (in, out, ...). Its outputs are the columns, for the scale and for NorMuon's rows."""
+    """They are (in, out, ...): its outputs are the columns, for the scale and for NorMuon's rows."""
     config = {"name": rule, **CONFIG}
     (weight,) = (parameter.detach().clone() for parameter in transposed.parameters())
     gradients = [matrix(*weight.shape, seed=10 + step) for step in range(STEPS)]
@@ -238,8 +239,9 @@ def test_explain_counts_the_matrices() -> None:
     assert [rows[name][3].split()[0] for name in ("qkv.weight", "experts.0")] == ["3", "4"]
 
 
+@pytest.mark.promise("normuon-rows")
 def test_row_statistics_of_all_matrices_follow_each_other() -> None:
-    """checklist 54: one value per output row of each."""
+    """There is one value per output row of each."""
     layer = nn.Linear(20, 48, bias=False)
     optimizer = build_optimizer(layer, {"name": "normuon", **EXACT, "overrides": [{"match": "", "split": [24, 16, 8]}]})
     layer.weight.grad = matrix(48, 20)

@@ -65,6 +65,7 @@ class TestAgainstTorchMuon:
     (The Gram form, which the default takes for wide and tall matrices, rounds more on tiny ones: see test_newton_schulz.)
     """
 
+    @pytest.mark.promise("muon-scale", "muon-settings", "muon-defaults")
     @pytest.mark.parametrize("precision", [{}, EXACT], ids=["bfloat16", "float32"])
     @pytest.mark.parametrize("nesterov", [True, False])
     @pytest.mark.parametrize(("scale", "theirs"), [("shape", "original"), ("match_rms_adamw", "match_rms_adamw")])
@@ -72,7 +73,6 @@ class TestAgainstTorchMuon:
     def test_one_update(
         self, shape: tuple[int, int], scale: str, theirs: str, nesterov: bool, precision: dict[str, Any]
     ) -> None:
-        """checklist 7, 26, 46"""
         weight, gradient = matrix(*shape), matrix(*shape, seed=1)
         ours, reference = linears(weight), linears(weight)
         orthogonalization = {"scale": scale, **precision.get("orthogonalization", {})}
@@ -83,9 +83,9 @@ class TestAgainstTorchMuon:
         optimizer.step()
         assert relative_error(ours[0].weight - weight, reference[0].weight.detach() - weight) < 0.03
 
+    @pytest.mark.promise("adamw-is-torchs", "muon-scale")
     @pytest.mark.parametrize("precision", [{}, EXACT], ids=["bfloat16", "float32"])
     def test_twenty_steps_of_training(self, precision: dict[str, Any]) -> None:
-        """checklist 4, 7"""
         ours, reference = models.build(), models.build()
         named = dict(reference.named_parameters())
         to_muon = ["up.weight", "blocks.0.weight", "blocks.1.weight", "blocks.2.weight", "odd.weight", "down.weight"]
@@ -104,11 +104,11 @@ class TestAgainstTheFormula:
     by the steep quintic, and of the weights themselves.
     """
 
+    @pytest.mark.promise("muon-scale", "muon-settings")
     @pytest.mark.parametrize("nesterov", [True, False])
     @pytest.mark.parametrize("momentum", [0.95, 0.5])
     @pytest.mark.parametrize("shape", SHAPES)
     def test_five_steps_of_muon(self, shape: tuple[int, int], momentum: float, nesterov: bool) -> None:
-        """checklist 7, 12, 26"""
         weight = 0.1 * matrix(*shape)
         model = linears(weight)
         settings = {"lr": 0.02, "momentum": momentum, "weight_decay": 0.1, "nesterov": nesterov}
@@ -136,9 +136,10 @@ class TestAgainstTheFormula:
 
 
 class TestAgainstTorchAdamW:
+    @pytest.mark.promise("adamw-is-torchs")
     @pytest.mark.parametrize("implementation", ["fused", "foreach"])
     def test_twenty_steps_of_training(self, implementation: str) -> None:
-        """checklist 4; 1e-6 relative: torch's own two implementations differ by as much."""
+        """1e-6 relative: torch's own two implementations differ by as much."""
         ours, reference = models.build(), models.build()
         theirs = torch.optim.AdamW(
             reference.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, **{implementation: True}
@@ -158,8 +159,9 @@ class TestAgainstTorchAdamW:
 
 
 class TestKellerJordansGroups:
+    @pytest.mark.promise("use-muon", "use-muon-several")
     def test_several_groups_of_each_kind_keep_their_own_hyperparameters(self) -> None:
-        """checklist 42, 43; against one torch optimizer per group."""
+        """They are compared with one torch optimizer per group."""
         weights = [matrix(24, 40, seed) for seed in range(4)]
         ours, reference = linears(*weights), linears(*weights)
         muon = [
@@ -186,28 +188,28 @@ class TestKellerJordansGroups:
         assert max(errors[:2]) < 0.03  # bfloat16 inside both
         assert max(errors[2:]) < 1e-5
 
+    @pytest.mark.promise("muon-defaults")
     def test_his_defaults(self) -> None:
-        """checklist 46"""
         layer = nn.Linear(4, 4)
         optimizer = MuonWithAuxAdam([{"params": [layer.weight], "use_muon": True}, {"params": [layer.bias], "use_muon": False}])
         muon, adamw = optimizer.param_groups
         assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (0.02, 0.95, 0.0)
         assert (adamw["lr"], adamw["betas"], adamw["weight_decay"]) == (3e-4, (0.9, 0.95), 0.0)
 
+    @pytest.mark.promise("use-muon-missing")
     def test_a_missing_flag_names_the_group(self) -> None:
-        """checklist 42"""
         layer = nn.Linear(4, 4)
         groups = [{"params": [layer.weight], "use_muon": True}, {"params": [layer.bias], "lr": 0.1}]
         with pytest.raises(ConfigError, match=r"^param_groups\[1\]\.use_muon: got 'nothing'; allowed: True .* False"):
             MuonWithAuxAdam(groups)
 
+    @pytest.mark.promise("use-muon-missing")
     def test_a_flag_that_is_no_boolean_names_the_group(self) -> None:
-        """checklist 42"""
         with pytest.raises(ConfigError, match=r"^param_groups\[0\]\.use_muon: got 'yes'; allowed: "):
             MuonWithAuxAdam([{"params": list(nn.Linear(4, 4).parameters()), "use_muon": "yes"}])
 
+    @pytest.mark.promise("unread-field")
     def test_a_setting_of_the_other_kind_names_the_group(self) -> None:
-        """checklist 3"""
         layer = nn.Linear(4, 4)
         groups = [
             {"params": [layer.bias], "use_muon": False},
@@ -220,15 +222,17 @@ class TestKellerJordansGroups:
         with pytest.raises(ConfigError, match=r"^param_groups\[0\]\.params\[1\]: got rule 'muon' for shape \(4,\)"):
             MuonWithAuxAdam([{"params": list(nn.Linear(4, 4).parameters()), "use_muon": True}])
 
+    @pytest.mark.promise("use-muon")
     def test_the_flag_beats_aspect_ratio_and_role(self) -> None:
         """His users decide; an embedding or a thin matrix that they flag is orthogonalized."""
         table = nn.Embedding(100, 4)
         (group,) = MuonWithAuxAdam([{"params": [table.weight], "use_muon": True}]).param_groups
         assert "momentum" in group
 
+    @pytest.mark.promise("muon-convolutions")
     @pytest.mark.parametrize("filters", [nn.Conv1d(4, 8, 5), nn.Conv2d(4, 8, 3)], ids=["Conv1d", "Conv2d"])
     def test_convolution_filters_are_one_matrix_here_too(self, filters: nn.Module) -> None:
-        """checklist 45; his muon_update views them as (out, rest). No register(model) is called on this door."""
+        """His muon_update views them as (out, rest). No register(model) is called on this door."""
         weight = filters.weight.detach().clone()
         layer = linears(weight.flatten(1))
         set_gradients([filters.weight], 1)
@@ -351,11 +355,11 @@ class TestMatrices:
             (alone,) = self.after_one_step(linears(weight), [gradient])
             assert relative_error(found, alone) < 1e-6
 
+    @pytest.mark.promise("muon-convolutions")
     @pytest.mark.parametrize(
         "filters", [nn.Conv1d(4, 8, 5), nn.Conv2d(4, 8, 3), nn.Conv3d(2, 8, 2)], ids=["Conv1d", "Conv2d", "Conv3d"]
     )
     def test_convolution_filters_are_stepped_as_the_matrix_of_outputs_by_the_rest(self, filters: nn.Module) -> None:
-        """checklist 45"""
         filters.bias = None
         weight = filters.weight.detach().flatten(1).clone()
         gradient = matrix(*weight.shape, seed=1)
@@ -384,8 +388,9 @@ class TestMatrices:
 
 
 class TestState:
+    @pytest.mark.promise("state-buffers")
     def test_it_has_torchs_names(self) -> None:
-        """checklist 19: Muon one buffer, AdamW two."""
+        """Muon has one buffer, AdamW two."""
         model = nn.Sequential(nn.Linear(4, 6))
         optimizer = build_optimizer(model, MUON)
         set_gradients(model.parameters(), 0)
@@ -409,9 +414,10 @@ class TestState:
         assert set(matrices) == {"params", "optforge_group", "lr", "weight_decay", "momentum"}
         assert set(scalars) == {"params", "optforge_group", "lr", "weight_decay", "betas"}
 
+    @pytest.mark.promise("muon-settings")
     @pytest.mark.parametrize("config", [MUON, ADAMW], ids=["muon", "adamw"])
     def test_a_saved_and_loaded_run_goes_on_bit_for_bit(self, config: dict[str, Any]) -> None:
-        """checklist 12: momentum and step count are part of it."""
+        """Momentum and step count are part of it."""
         straight = models.build()
         train(straight, [build_optimizer(straight, config)], steps=6)
         first = models.build()
@@ -491,9 +497,9 @@ class TestStep:
     def test_without_a_closure_it_returns_nothing(self) -> None:
         assert build_optimizer(models.build(), MUON).step() is None
 
+    @pytest.mark.promise("muon-settings")
     @pytest.mark.parametrize("key", ["momentum", "lr", "weight_decay"])
     def test_what_a_schedule_changes_takes_effect(self, key: str) -> None:
-        """checklist 12"""
         changed, other = linears(matrix(8, 12)), linears(matrix(8, 12))
         for model in (changed, other):
             optimizer = build_optimizer(model, MUON)
@@ -504,8 +510,8 @@ class TestStep:
                 optimizer.step()
         assert not torch.equal(changed[0].weight, other[0].weight)
 
+    @pytest.mark.promise("muon-settings")
     def test_steps_of_newton_schulz_take_effect(self) -> None:
-        """checklist 12"""
         results = []
         for steps in (5, 2):
             model = linears(matrix(8, 12))

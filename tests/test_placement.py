@@ -45,10 +45,10 @@ def test_every_element_is_held_once_and_at_one_place(
     ranks = placements(parameters, world, zero3)
     for index, (matrices, _) in enumerate(parameters):
         held = [found for placement in ranks if (found := placement.held(index))]
-        assert [e for h in held for e in range(h.start, h.start + h.numel)] == list(range(sum(r * c for r, c in matrices)))
+        assert [e for h in held for e in range(h.within.start, h.within.end)] == list(range(sum(r * c for r, c in matrices)))
     for placement in ranks:
         held = [found for index in range(len(parameters)) if (found := placement.held(index))]
-        assert all(a.offset + a.numel <= b.offset for a, b in pairwise(held))
+        assert all(a.tensor_start + a.numel <= b.tensor_start for a, b in pairwise(held))
 
 
 @unhurried
@@ -61,11 +61,11 @@ def test_every_value_of_a_statistic_is_held_once_where_the_first_element_of_its_
         held = [found for p in ranks if (found := p.held_values(index, per, p.value_places(per)))]
         rows = sum(c if transposed else r for r, c in matrices) if per == "row" else len(matrices)
         assert ranks[0].values(index, per) == rows
-        assert [row for h in held for row in range(h.start, h.start + h.numel)] == list(range(rows))
+        assert [row for h in held for row in range(h.within.start, h.within.end)] == list(range(rows))
     for placement in ranks:
         places = placement.value_places(per)
         held = [found for index in range(len(parameters)) if (found := placement.held_values(index, per, places))]
-        assert [h.offset for h in held] == list(accumulate((h.numel for h in held), initial=0))[:-1]
+        assert [h.tensor_start for h in held] == list(accumulate((h.numel for h in held), initial=0))[:-1]
         assert sum(h.numel for h in held) == sum(placement.value_counts(per))
 
 

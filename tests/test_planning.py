@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds_optforge import model_shapes, roles
-from ds_optforge.config import OptimizerConfig, ShardingSettings
-from ds_optforge.model_shapes import MODEL_SHAPES
-from ds_optforge.planning import (
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.forecast import skeletons
+from ds_optforge.forecast.catalog import MODEL_SHAPES
+from ds_optforge.forecast.forecast import (
     AFFORDABLE,
     Forecast,
     Hardware,
@@ -29,7 +30,8 @@ from ds_optforge.planning import (
     modes,
     zero_seconds,
 )
-from ds_optforge.roles import Route
+from ds_optforge.routing import roles, tags
+from ds_optforge.routing.roles import Route
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.buckets import Kept, exchange_buckets
 from ds_optforge.zero.partition import Matrix
@@ -41,13 +43,13 @@ ONE_SUB_GROUP = 10**15
 
 
 def routed(model: nn.Module, config: OptimizerConfig = MUON) -> list[Route]:
-    roles.tag(model)
+    tags.tag(model)
     return [roles.route(parameter, config) for parameter in model.parameters()]
 
 
 @cache
 def routes_of(model: str) -> tuple[Route, ...]:
-    return tuple(routed(model_shapes.load(model)))
+    return tuple(routed(skeletons.load(model)))
 
 
 @cache
@@ -88,7 +90,7 @@ class TestModelShapes:
 
     def test_an_unknown_model_is_named_with_what_is_allowed(self) -> None:
         with pytest.raises(ConfigError, match=r"model: got 'gpt5'; allowed: gpt2, .*kimi-k2, or the path of .* config\.json"):
-            model_shapes.load("gpt5")
+            skeletons.load("gpt5")
 
 
 class TestBytes:
@@ -128,9 +130,7 @@ class TestBytes:
     def test_normuon_adds_one_float_a_row(self) -> None:
         """4 bytes per output row, where the row's first element does not lie with the owner, each way."""
         muon, normuon = (
-            forecast_routes(
-                routed(model_shapes.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3)
-            )
+            forecast_routes(routed(skeletons.load("gpt2"), OptimizerConfig({"name": name})), ShardingSettings(), Topology(8, 3))
             for name in ("muon", "normuon")
         )
         rows = sum(rows for route in routes_of("gpt2") for _, rows, _ in route.matrices)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.roles import Route, route, tag
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.routing.roles import Route, route
+from ds_optforge.routing.tags import tag
 from tests import models
 
 MUON = {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}}
@@ -73,6 +74,25 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
     }
 
 
+@pytest.mark.promise("normuon-routing")
+def test_beside_normuon_tables_and_the_head_get_adamw_in_8_bits() -> None:
+    """Biases and norms get AdamW too, whose state for scalars is never compressed."""
+    model = models.build(width=96)
+    model.embed, model.lm_head = nn.Embedding(200, 24), nn.Linear(24, 200, bias=False)  # large enough for 8 bits
+    adamw = {"name": "adamw_8bit", "lr": 0.001}
+    config = {"name": "normuon", "roles": {role: adamw for role in ("embedding", "unembedding", "scalar")}}
+    optimizer = build_optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    matrices = {"up.weight", *(f"blocks.{i}.weight" for i in range(3)), "odd.weight", "down.weight"}
+    assert {name for name, state in states.items() if "row_second_moment" in state} == matrices
+    second_moments = {name: state["exp_avg_sq"].dtype for name, state in states.items() if name not in matrices}
+    tables = {"embed.weight", "lm_head.weight"}
+    assert second_moments == {name: torch.uint8 if name in tables else torch.float32 for name in states.keys() - matrices}
+
+
 @pytest.mark.parametrize("module", [nn.Embedding(30, 8), nn.EmbeddingBag(30, 8)], ids=["Embedding", "EmbeddingBag"])
 def test_an_embedding_is_not_a_matrix_whatever_its_shape(module: nn.Module) -> None:
     assert (only(module).role, only(module).settings.rule) == ("embedding", "adamw")
@@ -108,29 +128,31 @@ def test_a_head_tied_to_the_embedding_is_one_embedding(name: str) -> None:
     assert found["embed.weight"].role == "embedding"
 
 
+@pytest.mark.promise("muon-aspect-ratio")
 @pytest.mark.parametrize(
     ("rows", "cols", "rule"),
     [(80, 8, "muon"), (8, 80, "muon"), (81, 8, "adamw"), (8, 81, "adamw"), (8, 8, "muon")],
 )
 def test_the_aspect_ratio_decides_up_to_10(rows: int, cols: int, rule: str) -> None:
-    """checklist 8"""
     found = only(nn.Linear(cols, rows))
     assert (found.role, found.settings.rule) == ("matrix", rule)
 
 
+@pytest.mark.promise("muon-aspect-ratio")
 def test_the_limit_of_the_aspect_ratio_can_be_set() -> None:
-    """checklist 8"""
     assert only(nn.Linear(8, 81), max_aspect_ratio=11).settings.rule == "muon"
     assert only(nn.Linear(8, 40), max_aspect_ratio=4).settings.rule == "adamw"
 
 
+@pytest.mark.promise("muon-aspect-ratio")
 def test_settings_for_matrices_leave_a_thin_one_alone() -> None:
-    """checklist 8; one thin matrix in a model must not make `roles.matrix.momentum` an error."""
+    """One thin matrix in a model must not make `roles.matrix.momentum` an error."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 88, bias=False))
     found = routes(model, roles={"matrix": {"momentum": 0.9}})
     assert [found[f"{i}.weight"].settings.rule for i in (0, 1)] == ["muon", "adamw"]
 
 
+@pytest.mark.promise("muon-convolutions")
 @pytest.mark.parametrize(
     ("filters", "matrix"),
     [
@@ -141,7 +163,6 @@ def test_settings_for_matrices_leave_a_thin_one_alone() -> None:
     ids=["Conv1d", "Conv2d", "Conv3d"],
 )
 def test_convolution_filters_are_one_matrix_of_outputs_by_the_rest(filters: nn.Module, matrix: tuple[int, int, int]) -> None:
-    """checklist 45"""
     assert only(filters).matrices == (matrix,)
 
 
@@ -149,8 +170,8 @@ def test_a_bank_of_experts_is_one_matrix_per_expert() -> None:
     assert only(Bank(3, 4, 6)).matrices == ((0, 4, 6), (24, 4, 6), (48, 4, 6))
 
 
+@pytest.mark.promise("muon-aspect-ratio")
 def test_the_aspect_ratio_of_a_bank_is_that_of_an_expert() -> None:
-    """checklist 8"""
     assert only(Bank(64, 4, 6)).settings.rule == "muon"
     assert only(Bank(2, 4, 44)).settings.rule == "adamw"
 
@@ -163,8 +184,8 @@ def test_an_elementwise_rule_sees_no_matrices() -> None:
     assert only(nn.Embedding(30, 8)).matrices == ()
 
 
+@pytest.mark.promise("frozen-parameters")
 def test_frozen_and_non_floating_parameters_are_left_out() -> None:
-    """checklist 23"""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[0].weight.requires_grad_(False)
     model.table = nn.Parameter(torch.arange(5), requires_grad=False)
@@ -243,26 +264,26 @@ class LogLines:
         self.warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
+@pytest.mark.promise("muon-counts")
 def test_one_line_tells_both_parameter_counts(caplog: pytest.LogCaptureFixture) -> None:
-    """checklist 9"""
     said = LogLines(caplog, Decoder(), MUON)
     matrices, rest = 2 * 8 * 8, 30 * 8 + 30 * 8 + 2 * 8
     assert said.information == [f"Muon: {matrices} params, AdamW: {rest} params"]
     assert said.warnings == []
 
 
+@pytest.mark.promise("muon-counts", "frozen-parameters")
 def test_frozen_parameters_are_not_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """checklist 9, 23"""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     assert LogLines(caplog, model, MUON).information == ["Muon: 16 params, AdamW: 4 params"]
 
 
+@pytest.mark.promise("no-matrix")
 @pytest.mark.parametrize("config", [MUON, {"name": "muon", "lr": 0.02}], ids=["adamw.lr set", "adamw.lr defaulted"])
 def test_a_model_with_nothing_for_muon_gets_one_warning_and_adamw(
     config: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """checklist 24"""
     model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4))
     said = LogLines(caplog, model, config)
     assert len(said.warnings) == 1
@@ -273,14 +294,15 @@ def test_a_model_with_nothing_for_muon_gets_one_warning_and_adamw(
     assert not torch.equal(model[0].weight, before)
 
 
+@pytest.mark.promise("adamw-beside-rate")
 def test_a_learning_rate_of_adamw_that_nobody_chose_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    """checklist 11"""
     said = LogLines(caplog, nn.Linear(4, 4), {"name": "muon", "lr": 0.03})
     assert len(said.warnings) == 1
     assert "adamw.lr is not set" in said.warnings[0]
     assert "0.03" in said.warnings[0]
 
 
+@pytest.mark.promise("adamw-beside-rate")
 @pytest.mark.parametrize(
     "config",
     [
@@ -292,13 +314,13 @@ def test_a_learning_rate_of_adamw_that_nobody_chose_is_warned_about(caplog: pyte
     ids=["the scale that shares it", "set by role", "set to the same", "adamw alone"],
 )
 def test_no_warning_where_somebody_did(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """checklist 11"""
     assert LogLines(caplog, nn.Linear(4, 4), config).warnings == []
 
 
+@pytest.mark.promise("role-rates")
 @pytest.mark.parametrize("vocabulary", [256, 5000])
 def test_roles_other_than_matrix_hold_whatever_the_shape(vocabulary: int) -> None:
-    """A vector, and the table of a large vocabulary, are beyond max_aspect_ratio too (checklist 31)."""
+    """A vector, and the table of a large vocabulary, are beyond max_aspect_ratio too."""
     model = nn.ModuleDict({"embed": nn.Embedding(vocabulary, 64), "norm": nn.LayerNorm(64), "up": nn.Linear(64, 64)})
     tag(model)
     section = {"name": "muon", "adamw": {"lr": 0.003}, "roles": {"embedding": {"lr": 0.3}, "scalar": {"lr": 0.5}}}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ds_optforge import ConfigError, build_optimizer, build_scheduler
-from ds_optforge.config import ScheduleConfig, schedule_config
+from ds_optforge.config.schedule import ScheduleConfig, schedule_config
 from ds_optforge.schedules import learning_rate_factor
 
 MAIN = ["constant", "linear", "cosine", "rex"]
@@ -68,17 +68,18 @@ class TestProperties:
         assert max(factors) <= 1
         assert factors[0] > 0
 
+    @pytest.mark.promise("schedule-cool-down")
     @holds_for
     @given(sections())
     def test_there_are_no_jumps(self, section: dict[str, Any]) -> None:
-        """checklist 58: no step is larger than the steepest part alone could make it. 1e-9: rounding."""
+        """No step is larger than the steepest part alone could make it. 1e-9: rounding."""
         changes = [abs(after - before) for before, after in itertools.pairwise(curve(**section))]
         assert max(changes) <= steepest(schedule_config(section)) + 1e-9
 
+    @pytest.mark.promise("schedule-floor", "schedule-recipe")
     @holds_for
     @given(sections())
     def test_the_last_step_is_exact(self, section: dict[str, Any]) -> None:
-        """checklist 28, 33"""
         config = schedule_config(section)
         assert curve(**section)[-1] == (config.final_lr_fraction if config.decays else 1.0)
 
@@ -97,10 +98,11 @@ class TestProperties:
         assert learning_rate_factor(section["total_num_steps"] + extra, config) == curve(**section)[-1]
 
 
+@pytest.mark.promise("schedule-shapes", "schedule-cool-down")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", MAIN)
 def test_a_cool_down_goes_from_the_curve_to_the_floor_along_its_shape(name: str, shape: str) -> None:
-    """checklist 57, 58: 40 steps, the last 10 of them cooling."""
+    """Of 40 steps the last 10 are cooling."""
     section = {"total_num_steps": 40, "warmup_num_steps": 4}
     without, factors = curve(name=name, **section), curve(name=name, cooldown_num_steps=10, cooldown_shape=shape, **section)
     remaining = {
@@ -112,23 +114,24 @@ def test_a_cool_down_goes_from_the_curve_to_the_floor_along_its_shape(name: str,
     assert factors[30:] == pytest.approx([without[29] * remaining((step + 1) / 10) for step in range(10)], abs=1e-12)
 
 
+@pytest.mark.promise("schedule-shapes")
 def test_wsd_holds_and_then_falls() -> None:
-    """checklist 57"""
     factors = curve(name="wsd", warmup_num_steps=2, total_num_steps=10, cooldown_ratio=0.4)
     assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
+@pytest.mark.promise("schedule-recipe")
 def test_the_autoresearch_baseline() -> None:
-    """checklist 33: no warm-up, the last half of the run falls linearly to zero."""
+    """It has no warm-up, and the last half of the run falls linearly to zero."""
     factors = curve(name="wsd", total_num_steps=100, cooldown_ratio=0.5)
     assert set(factors[:50]) == {1.0}
     assert factors[50:] == pytest.approx([1 - (step + 1) / 50 for step in range(50)])
 
 
+@pytest.mark.promise("schedule-recipe", "schedule-shapes")
 @pytest.mark.parametrize(("ratio", "steps"), [(0.1, 5), (0.5, 25), (0.01, 0)])
 @pytest.mark.parametrize("part", ["warmup", "cooldown"])
 def test_a_ratio_is_a_number_of_steps(part: str, ratio: float, steps: int) -> None:
-    """checklist 33, 57"""
     section = {"name": "linear", "total_num_steps": 50}
     assert curve(**section, **{f"{part}_ratio": ratio}) == curve(**section, **{f"{part}_num_steps": steps})
 
@@ -158,9 +161,10 @@ def test_a_cool_down_that_rounds_to_no_step_is_harmless(total: int) -> None:
     assert 0 <= optimizer.param_groups[0]["lr"] <= 1e-3
 
 
+@pytest.mark.promise("schedule-epochs")
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_total_steps_from_epochs_and_loader(epochs: int) -> None:
-    """checklist 29: the caller multiplies; a last, smaller batch is a step too."""
+    """The caller multiplies; a last, smaller batch is a step too."""
     loader = DataLoader(TensorDataset(torch.zeros(50, 4)), batch_size=8)
     model = nn.Linear(4, 4)
     optimizer = build_optimizer(model, {"name": "muon", "adamw": {"lr": 1e-3}})
@@ -187,10 +191,10 @@ FALLING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise("schedule-free-schedule")
 @pytest.mark.parametrize("by_role", [False, True], ids=["main", "by role"])
 @pytest.mark.parametrize("section", FALLING)
 def test_schedule_free_refuses_a_falling_schedule(section: str, by_role: bool) -> None:
-    """checklist 15"""
     model = nn.ModuleDict({"table": nn.Embedding(50, 24), "layer": nn.Linear(24, 24)})
     config: dict[str, Any] = {"name": "schedule_free_adamw"}
     if by_role:
@@ -202,8 +206,8 @@ def test_schedule_free_refuses_a_falling_schedule(section: str, by_role: bool) -
         build_scheduler(optimizer, {**FALLING[section], "total_num_steps": 10})
 
 
+@pytest.mark.promise("schedule-free-schedule")
 @pytest.mark.parametrize("section", [{"name": "none"}, {"name": "constant"}, {"name": "constant", "warmup_num_steps": 3}])
 def test_schedule_free_accepts_what_does_not_fall(section: dict[str, Any]) -> None:
-    """checklist 15"""
     optimizer = build_optimizer(nn.Linear(24, 24), {"name": "schedule_free_adamw"})
     build_scheduler(optimizer, section)

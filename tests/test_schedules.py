@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ds_optforge import ConfigError, OptForge, OptForgeSchedule, build_optimizer
-from ds_optforge.config import schedule_config
+from ds_optforge.config.schedule import schedule_config
 from ds_optforge.schedules import learning_rate_factor
 
 CURVES = ["linear", "cosine"]
@@ -29,25 +29,26 @@ def rates(chosen: OptForge) -> list[float]:
     return [group["lr"] for group in chosen.param_groups]
 
 
+@pytest.mark.promise("schedule-floor", "schedule-recipe")
 @pytest.mark.parametrize("floor", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 19])
 @pytest.mark.parametrize("name", CURVES)
 def test_the_floor_is_reached_exactly_in_the_last_step_and_not_before(name: str, warmup: int, floor: float) -> None:
-    """checklist 28, 33"""
     factors = curve(name=name, warmup_num_steps=warmup, total_num_steps=20, final_lr_fraction=floor)
     assert factors[-1] == floor
     assert min(factors[warmup:-1], default=1.0) > floor
 
 
+@pytest.mark.promise("schedule-shapes")
 @pytest.mark.parametrize("name", ["constant", *CURVES])
 def test_a_warm_up_of_w_steps_starts_at_1_over_w_and_ends_at_1(name: str) -> None:
     factors = curve(name=name, warmup_num_steps=8, total_num_steps=20)
     assert factors[:8] == [(step + 1) / 8 for step in range(8)]
 
 
+@pytest.mark.promise("schedule-parts")
 @pytest.mark.parametrize("name", ["constant", *CURVES])
 def test_without_a_warm_up_the_first_step_is_the_full_rate(name: str) -> None:
-    """checklist 27"""
     assert curve(name=name, total_num_steps=20)[0] == 1.0
 
 
@@ -61,10 +62,10 @@ def test_there_is_no_jump_where_the_warm_up_ends(name: str) -> None:
     assert max(falls) < 1.6 / 100
 
 
+@pytest.mark.promise("schedule-shapes", "schedule-cool-down")
 @pytest.mark.parametrize("shape", ["linear", "cosine", "1-sqrt"])
 @pytest.mark.parametrize("name", ["constant", "wsd", "linear", "cosine", "rex"])
 def test_a_cool_down_starts_where_the_curve_is_and_reaches_the_floor_in_the_last_step(name: str, shape: str) -> None:
-    """checklist 57, 58"""
     section = {"warmup_num_steps": 5, "total_num_steps": 50, "final_lr_fraction": 0.05}
     factors = curve(name=name, cooldown_num_steps=20, cooldown_shape=shape, **section)
     if name != "wsd":  # which has none without a cool-down
@@ -79,22 +80,22 @@ def test_rex_is_a_power_of_what_is_left(floor: float) -> None:
     assert factors == pytest.approx([1.0, 0.5625, 0.25, max(0.0625, floor), floor])
 
 
+@pytest.mark.promise("schedule-shapes")
 def test_linear_falls_by_equal_steps() -> None:
-    """checklist 57"""
     assert curve(name="linear", total_num_steps=5, final_lr_fraction=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.promise("schedule-shapes")
 def test_cosine_is_half_way_in_the_middle_and_flat_at_both_ends() -> None:
-    """checklist 57"""
     factors = curve(name="cosine", total_num_steps=101)
     assert factors[50] == pytest.approx(0.5)
     assert factors[25] == pytest.approx(0.5 + 0.5**1.5)  # (1 + cos(pi/4)) / 2
     assert 1 - factors[1] == pytest.approx(factors[-2])
 
 
+@pytest.mark.promise("schedule-parts")
 @pytest.mark.parametrize("name", ["constant", "none"])
 def test_constant_and_none_stay_at_the_initial_rate(name: str) -> None:
-    """checklist 27"""
     assert set(curve(name=name, total_num_steps=20)) == {1.0}
 
 
@@ -109,8 +110,8 @@ def test_steps_beyond_the_end_stay_at_the_floor(name: str) -> None:
     assert learning_rate_factor(500, config) == 0.1
 
 
+@pytest.mark.promise("schedule-shapes")
 def test_warmup_ratio_is_a_fraction_of_all_steps() -> None:
-    """checklist 57"""
     by_ratio = curve(name="linear", warmup_ratio=0.1, total_num_steps=50)
     assert by_ratio == curve(name="linear", warmup_num_steps=5, total_num_steps=50)
 
@@ -120,8 +121,8 @@ def test_a_bad_section_is_refused() -> None:
         OptForgeSchedule(optimizer(), warmup=3)
 
 
+@pytest.mark.promise("adamw-beside-curve")
 def test_every_group_follows_the_same_curve_from_its_own_rate() -> None:
-    """checklist 10"""
     chosen = optimizer()
     schedule = OptForgeSchedule(chosen, name="cosine", warmup_num_steps=3, total_num_steps=12, final_lr_fraction=0.1)
     seen = []

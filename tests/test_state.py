@@ -19,8 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from ds_optforge import ConfigError, OptForge, build_optimizer
 from ds_optforge.rules import rule_names
 from ds_optforge.rules.base import Buffer
-from ds_optforge.state import BLOCK, EightBit, Extent, Plain, StateFormat, block_edges, chunks, dequantize, recut
+from ds_optforge.state import BLOCK, EightBit, Plain, StateFormat, block_edges, dequantize, portions, recut
 from ds_optforge.testing.params import settings_of
+from ds_optforge.zero.partition import Range
+from ds_optforge.zero.placement import Held
 from tests.layers import linears, matrix, set_gradients
 from tests.oracles import relative_error
 
@@ -28,6 +30,11 @@ functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes
 
 SIGNED, UNSIGNED = Buffer("exp_avg"), Buffer("exp_avg_sq", signed=False)
 holds_for = settings(max_examples=60, deadline=None)
+
+
+def held(tensor_start: int, numel: int, parameter_start: int) -> Held:
+    """A fragment in the one tensor that there is."""
+    return Held(0, tensor_start, Range(parameter_start, numel))
 
 
 def wild(numel: int, seed: int = 0, signed: bool = True) -> Tensor:
@@ -62,7 +69,7 @@ class TestRoundTrip:
     def test_8_bits_are_off_by_half_a_gap_of_the_blocks_largest_value(self, numel: int, buffer: Buffer) -> None:
         """And by 2**-15: on a CPU bitsandbytes looks the code up in a table of 2**16 bins."""
         values = wild(numel, signed=buffer.signed)
-        form = EightBit([Extent(0, numel, 0)])
+        form = EightBit([held(0, numel, 0)])
         back = form.read(stored(form, buffer, values), buffer, 0, numel)
         for start in range(0, numel, BLOCK):
             block, found = values[start : start + BLOCK], back[start : start + BLOCK]
@@ -72,7 +79,7 @@ class TestRoundTrip:
     def test_8_bits_of_one_sign_have_two_digits(self, buffer: Buffer) -> None:
         """A state of ordinary spread comes back to within 1.5%: a signed map has half as many codes a decade."""
         values = matrix(100_000) if buffer.signed else matrix(100_000).square()
-        form = EightBit([Extent(0, len(values), 0)])
+        form = EightBit([held(0, len(values), 0)])
         assert relative_error(form.read(stored(form, buffer, values), buffer, 0, len(values)), values) < 0.015
 
     @pytest.mark.parametrize("buffer", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
@@ -80,7 +87,7 @@ class TestRoundTrip:
         values = wild(1000, signed=buffer.signed)
         values[::3] = 0
         values[256:512] = 0  # a block of nothing else
-        form = EightBit([Extent(0, 1000, 0)])
+        form = EightBit([held(0, 1000, 0)])
         state: dict[str, Any] = {}
         form.allocate(state, buffer, torch.empty(1000))
         assert not form.read(state, buffer, 0, 1000).any()
@@ -110,7 +117,7 @@ class TestRoundTrip:
         form.read(state, SIGNED, 3, 6).fill_(7.0)
         assert torch.equal(state["exp_avg"], torch.tensor([[0.0] * 3, [7.0] * 3, [7.0] * 3, [0.0] * 3]))
 
-    @pytest.mark.parametrize("form", [Plain(torch.bfloat16), EightBit([Extent(0, 3000, 0)])], ids=["bfloat16", "8bit"])
+    @pytest.mark.parametrize("form", [Plain(torch.bfloat16), EightBit([held(0, 3000, 0)])], ids=["bfloat16", "8bit"])
     def test_parts_are_read_and_written_as_the_whole_is(self, form: StateFormat) -> None:
         values = wild(3000)
         whole = stored(form, SIGNED, values)
@@ -130,7 +137,7 @@ class TestBlocks:
         """A parameter's state as its slices on several ranks give it back."""
         back = []
         for low, high in itertools.pairwise([0, *cuts, len(values)]):
-            form = EightBit([Extent(0, high - low, low)])
+            form = EightBit([held(0, high - low, low)])
             back.append(form.read(stored(form, SIGNED, values[low:high]), SIGNED, 0, high - low))
         return torch.cat(back)
 
@@ -150,7 +157,7 @@ class TestBlocks:
     def test_the_values_tell_where_blocks_lie(self) -> None:
         """Blocks from the cut on would change nearly everything: the test above can fail."""
         values = wild(3000)
-        form = EightBit([Extent(0, 2300, 0)])  # as if the parameter began at the cut, 700
+        form = EightBit([held(0, 2300, 0)])  # as if the parameter began at the cut, 700
         elsewhere = form.read(stored(form, SIGNED, values[700:]), SIGNED, 0, 2300)
         assert (elsewhere != self.after_a_cut(values, [700])[700:]).float().mean() > 0.1
 
@@ -158,8 +165,8 @@ class TestBlocks:
         """2%: its own resolution. One block across both would lose it altogether."""
         small, large = 1e-6 * matrix(100), matrix(5000, seed=1)
         values = torch.cat([small, large])
-        separate = EightBit([Extent(0, 100, 0), Extent(100, 5000, 0)])
-        across = EightBit([Extent(0, 5100, 0)])
+        separate = EightBit([held(0, 100, 0), held(100, 5000, 0)])
+        across = EightBit([held(0, 5100, 0)])
         errors = [relative_error(f.read(stored(f, SIGNED, values), SIGNED, 0, 5100)[:100], small) for f in (separate, across)]
         assert errors[0] < 0.02
         assert errors[1] > 0.5
@@ -180,9 +187,9 @@ class TestBlocks:
 
     def test_every_block_has_its_own_scale_and_nothing_more(self) -> None:
         """Short blocks: before the first boundary of a fragment, and at its end."""
-        extents = [Extent(0, 1000, 300), Extent(1000, 512, 0), Extent(1512, 10, 0)]
+        fragments = [held(0, 1000, 300), held(1000, 512, 0), held(1512, 10, 0)]
         state: dict[str, Any] = {}
-        EightBit(extents).allocate(state, SIGNED, torch.empty(1522))
+        EightBit(fragments).allocate(state, SIGNED, torch.empty(1522))
         assert len(state["exp_avg_absmax"]) == (1 + 4) + 2 + 1  # of 212, 256, 256, 256, 20 elements; of 256, 256; of 10
 
 
@@ -193,29 +200,29 @@ class TestChunks:
         st.sampled_from([256, 1024, 2560]),
     )
     def test_they_cover_everything_once_and_never_cut_a_block(self, sizes: list[tuple[int, int]], limit: int) -> None:
-        extents, offset = [], 0
+        fragments, offset = [], 0
         for numel, parameter_start in sizes:
-            extents.append(Extent(offset, numel, parameter_start))
+            fragments.append(held(offset, numel, parameter_start))
             offset += numel
-        cut = chunks(extents, limit)
+        cut = portions(fragments, limit)
         parts = [part for chunk in cut for part in chunk]
         assert [start for start, _ in parts] == [0, *itertools.accumulate(length for _, length in parts)][:-1]
         assert sum(length for _, length in parts) == offset
         assert all(sum(length for _, length in chunk) <= limit for chunk in cut)
-        begins = {extent.offset for extent in extents}
+        begins = {fragment.tensor_start for fragment in fragments}
         for start, _ in parts:
-            extent = max((e for e in extents if e.offset <= start), key=lambda e: e.offset)
-            assert start in begins or (extent.parameter_start + start - extent.offset) % BLOCK == 0
+            fragment = max((e for e in fragments if e.tensor_start <= start), key=lambda e: e.tensor_start)
+            assert start in begins or (fragment.within.start + start - fragment.tensor_start) % BLOCK == 0
 
     def test_a_state_is_stepped_alike_in_one_chunk_and_in_many(self) -> None:
         """Blocks written a chunk at a time are those of the whole."""
         values = wild(10_000)
-        extents = [Extent(0, 4000, 100), Extent(4000, 6000, 0)]
-        form = EightBit(extents)
+        fragments = [held(0, 4000, 100), held(4000, 6000, 0)]
+        form = EightBit(fragments)
         whole = stored(form, SIGNED, values)
         parts: dict[str, Any] = {}
         form.allocate(parts, SIGNED, torch.empty(10_000))
-        for chunk in chunks(extents, 1024):
+        for chunk in portions(fragments, 1024):
             for start, length in chunk:
                 form.write(parts, SIGNED, start, values[start : start + length])
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -398,9 +405,9 @@ def test_a_range_takes_the_ends_of_saved_blocks_that_begin_before_it_and_end_aft
 def quantized(values: Tensor, cuts: list[int], signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and edges of one parameter whose fragments begin at the cuts."""
     starts = [0, *cuts]
-    extents = [Extent(a, b - a, a) for a, b in itertools.pairwise([*starts, len(values)])]
+    fragments = [held(a, b - a, a) for a, b in itertools.pairwise([*starts, len(values)])]
     state: dict[str, Tensor] = {}
-    eight = EightBit(extents)
+    eight = EightBit(fragments)
     buffer = Buffer("m", signed=signed)
     eight.allocate(state, buffer, values)
     eight.write(state, buffer, 0, values)

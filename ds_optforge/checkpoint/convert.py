@@ -15,12 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds_optforge.checkpoint import files, incumbents
+from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
-from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
-from ds_optforge.checkpoint.logical import COUNTERS, absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.files import Checkpoint
+from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
+from ds_optforge.errors import CheckpointError
 from ds_optforge.rules.base import Rule
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.groups import GROUP
+from ds_optforge.zero.engine import COUNTERS
 from ds_optforge.zero.partition import Per
 from ds_optforge.zero.placement import Placement
 
@@ -108,7 +111,7 @@ def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
                 start = min(rank * fragment.numel(), numel)
                 part = fragment.view(-1).narrow(0, 0, min(fragment.numel(), numel - start))
                 if part.numel():
-                    found.chunks.append(run_of(weight_name(name), numel, start, part))
+                    found.chunks.append(flat_chunk(weight_name(name), numel, start, part))
         found.shapes |= {name: list(shape) for name, shape in frozen.items()}
     known = {address(module[name]) for name in found.shapes if name in module}
     for name, value in module.items():
@@ -119,7 +122,7 @@ def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
             known.add(address(value))
             found.shapes[name] = list(value.shape)
             if value.numel():
-                found.chunks.append(run_of(weight_name(name), value.numel(), 0, value.reshape(-1)))
+                found.chunks.append(flat_chunk(weight_name(name), value.numel(), 0, value.reshape(-1)))
 
 
 def _whole(chunks: Iterable[Chunk], source: Path) -> Iterator[Chunk]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.checkpoint.files import CheckpointError, Chunk
-from ds_optforge.zero.layout import LOSS_SCALE
+from ds_optforge.checkpoint.chunks import Chunk
+from ds_optforge.errors import CheckpointError
+from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
 
 _MODEL_FILES, _OPTIMIZER_FILES = "*_model_states.pt", "*_optim_states.pt"
 _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
@@ -77,7 +78,7 @@ class EngineCheckpoint:
 
     @property
     def loss_scale(self) -> dict[str, Any]:
-        """As `ds_optforge.zero.layout.loss_scale`."""
+        """As `ds_optforge.zero.engine.loss_scale`."""
         shard = self.shards[0]
         scaler = shard.get("loss_scaler")
         dynamic = scaler.dynamic if scaler is not None else shard.get("dynamic_loss_scale", False)
@@ -92,12 +93,8 @@ def _by_rank(paths: Iterable[Path]) -> list[Path]:
 
 def load(path: Path) -> Any:
     """A file of torch.save, without running code from it. Raises CheckpointError."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with safe_classes():
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None

@@ -7,16 +7,11 @@ Everything is written into ``DIR.incomplete``, which becomes DIR when all of it 
 a file: safetensors and JSON hold data only.
 """
 
-import hashlib
-import json
-import os
 import shutil
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -25,172 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from torch.distributed.checkpoint.storage import WriteResult
 
-MANIFEST = "checkpoint.json"
-INCOMPLETE = ".incomplete"  # what a save in progress, or one that was killed, is called
-VERSION = 1
-
-_FILE_BYTES = 2**28  # a file is made in memory before it is written: this, or the largest piece of one tensor
-_READ_BYTES = 2**22
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read, or used by this run. Nothing was changed."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Chunk:
-    """A part of a logical tensor, to be written.
-
-    Attributes:
-        name, size: the whole tensor's.
-        offsets, shape: of the part within it.
-        values: the part, or a function that makes it when its file is written.
-    """
-
-    name: str
-    size: tuple[int, ...]
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    values: Tensor | Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def run_of(name: str, size: int, start: int, values: Tensor) -> Chunk:
-    """Elements [start, start + len(values)) of a flat logical tensor."""
-    return Chunk(name, (size,), (start,), (values.numel(),), values.dtype, values)
-
-
-class _SavePlanner(DefaultSavePlanner):
-    """Lists one rank's chunks. What several ranks list is written once; gaps and overlaps are refused (by the base class)."""
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._chunks = chunks
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(chunk) for chunk in self._chunks])
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        values = self.state_dict[index.fqn]
-        tensor: Tensor = values() if callable(values) else values
-        return tensor
-
-
-def _write_item(chunk: Chunk) -> WriteItem:
-    offsets = torch.Size(chunk.offsets)
-    return WriteItem(
-        MetadataIndex(chunk.name, offsets),
-        WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            ChunkStorageMetadata(offsets, torch.Size(chunk.shape)), TensorProperties(chunk.dtype), torch.Size(chunk.size)
-        ),
-    )
-
-
-def files_of(chunks: Iterable[Sequence[Chunk]]) -> dict[str, int]:
-    """The number of the file (from 1) that each tensor goes to, so that no rank's file is much larger than 256 MiB.
-
-    Args:
-        chunks: of each rank.
-    """
-    largest: dict[str, int] = {}
-    for of_rank in chunks:
-        for chunk in of_rank:
-            largest[chunk.name] = max(largest.get(chunk.name, 0), chunk.nbytes)
-    number, filled, numbers = 1, 0, {}
-    for name, nbytes in largest.items():
-        if filled and filled + nbytes > _FILE_BYTES:
-            number, filled = number + 1, 0
-        numbers[name] = number
-        filled += nbytes
-    return numbers
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    nbytes: int
-    sha256: str
-
-
-class _Writer(HuggingFaceStorageWriter):
-    """Adds what the base class lacks: bounded files, checksums, a manifest, and all or nothing."""
-
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self._folder, self._temporary, self._manifest = folder, incomplete(folder), manifest
-        super().__init__(str(self._temporary), save_distributed=True)
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the coordinator alone, before any rank writes."""
-        if self._folder.exists():
-            raise FileExistsError(f"{self._folder} is there already; a checkpoint is never overwritten")
-        shutil.rmtree(self._temporary)  # of a save that was killed; prepare_local_plan has made it in any case
-        self._temporary.mkdir()
-        self.fqn_to_index_mapping = _share_out(plans)
-        return super().prepare_global_plan(plans)
-
-    def write_data(self, plan: SavePlan, planner: Any) -> Any:
-        results = super().write_data(plan, planner).value()
-        first = {result.storage_data.relative_path: result for result in results}
-        records = []
-        for name, result in first.items():
-            path = self._temporary / name
-            record = _File(name, path.stat().st_size, _sha256(path))
-            records.append(WriteResult(result.index, record.nbytes, record))
-        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        done.set_result(records)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the coordinator, when all ranks have written."""
-        files = {record.name: record for of_rank in results for record in (result.storage_data for result in of_rank)}
-        for record in files.values():
-            path = self._temporary / record.name
-            if not path.is_file() or path.stat().st_size != record.nbytes:
-                raise FileNotFoundError(
-                    f"{path}: written by another rank, but not seen by rank 0; the folder must be one that all hosts share"
-                )
-        listed = {r.name: {"bytes": r.nbytes, "sha256": r.sha256} for r in files.values()}
-        write_manifest(self._temporary / MANIFEST, {**self._manifest, "files": dict(sorted(listed.items()))})
-        _sync_folder(self._temporary)
-        self._temporary.rename(self._folder)
-        _sync_folder(self._folder.parent)
-
-
-def incomplete(folder: Path) -> Path:
-    """Where a checkpoint is written before it is complete."""
-    return folder.with_name(folder.name + INCOMPLETE)
-
-
-def _share_out(plans: Sequence[SavePlan]) -> dict[str, int]:
-    """`files_of`, from DCP's plans."""
-    as_chunks = []
-    for plan in plans:
-        data = [(item.index.fqn, item.tensor_data) for item in plan.items]
-        as_chunks.append([Chunk(n, (), (), tuple(d.chunk.sizes), d.properties.dtype, torch.empty(0)) for n, d in data if d])
-    return files_of(as_chunks)
+from ds_optforge.checkpoint.chunks import Chunk, Request
+from ds_optforge.checkpoint.manifest import digest_of, incomplete, read_manifest, sha256_of, sync_folder
+from ds_optforge.errors import CheckpointError
 
 
 def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) -> None:
@@ -204,20 +37,22 @@ def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) ->
     Raises:
         CheckpointError: on all ranks; what was written is removed.
     """
+    from ds_optforge.checkpoint import dcp
+
     with _reporting(folder), own_group() as group, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
-        save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+        dcp.write(folder, chunks, manifest, group)
 
 
 def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) -> Future[None]:
     """As `write`, but return when the chunks have been copied; the result, or CheckpointError, comes later."""
+    from ds_optforge.checkpoint import dcp
+
     done: Future[None] = Future()
     stack = ExitStack()
     group = stack.enter_context(own_group())
-    planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
     try:
-        saving = async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+        saving = dcp.start_writing(folder, chunks, manifest, group)
     except BaseException:
         stack.close()
         raise
@@ -231,27 +66,23 @@ def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping
         else:
             done.set_result(None)
 
-    assert isinstance(saving, Future)
     saving.add_done_callback(finish)
     return done
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
     """Write whole tensors as a Hugging Face model's weights: model-*.safetensors and their index. Raises CheckpointError."""
+    from ds_optforge.checkpoint import dcp
+
     if folder.exists():
         raise CheckpointError(f"{folder} is there already; allowed: a new folder")
     temporary = incomplete(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     with _reporting(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        writer = HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files_of([chunks]))
-        save(_values(chunks), storage_writer=writer, planner=_SavePlanner(chunks), no_dist=True)
+        dcp.write_weights(temporary, chunks)
         temporary.rename(folder)
-        _sync_folder(folder.parent)
-
-
-def _values(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    return {chunk.name: chunk.values for chunk in chunks}
+        sync_folder(folder.parent)
 
 
 @contextmanager
@@ -280,6 +111,8 @@ def _timeout() -> timedelta | None:
 @contextmanager
 def _reporting(folder: Path) -> Iterator[None]:
     """Turn what goes wrong on any rank into one CheckpointError, and remove what was written."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except (CheckpointException, OSError, RuntimeError) as error:
@@ -290,99 +123,6 @@ def _reporting(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: not written. " + ("; ".join(reasons) or str(error))) from error
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's entries onto the disk, where the file system knows such a thing."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write plain data with a checksum of itself."""
-    manifest = {"version": VERSION, **json.loads(json.dumps(manifest))}
-    with path.open("w") as file:
-        json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """Elements [start, start + len(values)) of a flat logical tensor, to be read into ``values`` (and cast to its dtype)."""
-
-    name: str
-    start: int
-    values: Tensor
-
-
-class _Reader(HuggingFaceStorageReader):
-    """Opens the files for their headers once only."""
-
-    @cached_property
-    def headers(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.headers
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Reads ranges out of whatever chunks the checkpoint has."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._requests = requests
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        assert metadata is not None
-        self._stored = metadata.state_dict_metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        items: list[ReadItem] = []
-        for index, request in enumerate(self._requests):
-            items += _read_items(index, request, self._stored[request.name].chunks)  # type: ignore[union-attr]
-        return LoadPlan(items)
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        index = read_item.dest_index.index
-        assert index is not None
-        return self._requests[index].values.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was read into its place."""
-
-
-def _read_items(index: int, request: Request, chunks: Sequence[ChunkStorageMetadata]) -> Iterator[ReadItem]:
-    chunks = sorted(chunks, key=lambda chunk: chunk.offsets[0])
-    end = request.start + request.values.numel()
-    first = max(bisect_right([chunk.offsets[0] for chunk in chunks], request.start) - 1, 0)
-    for chunk in chunks[first:]:
-        low, high = max(request.start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
-        if low >= end:
-            break
-        yield ReadItem(
-            LoadItemType.TENSOR,
-            MetadataIndex(request.name, index=index),
-            torch.Size([low - request.start]),
-            MetadataIndex(request.name, chunk.offsets),
-            torch.Size([low - chunk.offsets[0]]),
-            torch.Size([high - low]),
-        )
-
-
 class Checkpoint:
     """A complete portable checkpoint, open for reading.
 
@@ -391,9 +131,11 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        from ds_optforge.checkpoint import dcp
+
         self.folder = folder
-        self.manifest = _read_manifest(folder)
-        self._reader = _Reader(str(folder))
+        self.manifest = read_manifest(folder)
+        self._reader = dcp.Reader(str(folder))
 
     def damage(self, share: int = 0, shares: int = 1) -> list[str]:
         """What is wrong with the files, by size and checksum; of every ``shares``-th file only, from number ``share``."""
@@ -407,14 +149,14 @@ class Checkpoint:
                 problems.append(f"{path}: missing")
             elif (found := path.stat().st_size) != expected["bytes"]:
                 problems.append(f"{path}: got {found} bytes; written: {expected['bytes']}")
-            elif _sha256(path) != expected["sha256"]:
+            elif sha256_of(path) != expected["sha256"]:
                 problems.append(f"{path}: its checksum is not that of what was written")
         return problems
 
     @property
     def identity(self) -> str:
         """The same for the same checkpoint."""
-        return _digest(self.manifest)
+        return digest_of(self.manifest)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -426,7 +168,7 @@ class Checkpoint:
         """Fill the requests, this process alone. Names and ranges must be those of `tensors`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group takes part
-            load({}, storage_reader=self._reader, planner=_LoadPlanner(requests), no_dist=True)
+            self._reader.fill(requests)
 
     def whole(self, name: str) -> Tensor:
         """One whole logical tensor, flat."""
@@ -434,23 +176,3 @@ class Checkpoint:
         values = torch.empty(numel, dtype=dtype)
         self.read([Request(name, 0, values)])
         return values
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        hint = f" ({incomplete(folder)} is what a save left that did not end)" if incomplete(folder).exists() else ""
-        raise CheckpointError(
-            f"{folder}: has no {MANIFEST}{hint}; allowed: a folder that save_checkpoint or 'ds-optforge convert' wrote"
-        )
-    try:
-        manifest = json.loads(path.read_bytes())
-        written = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-    if written != _digest(manifest):
-        raise CheckpointError(f"{path}: damaged: its checksum is not that of what was written")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{path}: got version {manifest.get('version')}; this ds_optforge reads version {VERSION}")
-    found: dict[str, Any] = manifest
-    return found

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optforge.checkpoint.chunks import flat_chunk
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, load
-from ds_optforge.checkpoint.files import CheckpointError, run_of
 from ds_optforge.checkpoint.logical import buffer_name, chunks_of, weight_name
+from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, cuts_of_parameters
 from ds_optforge.zero.placement import Placement
 
@@ -111,7 +112,7 @@ def _read_whole_momenta(whole: _Slice, shard: int, momentum: Tensor, found: Foun
     for index, name in enumerate(placement.layout.names):
         if placement.held(index) is not None:
             numel = placement.numel(index)
-            found.chunks.append(run_of(buffer_name(name, _MOMENTUM), numel, 0, momentum.narrow(0, offset, numel)))
+            found.chunks.append(flat_chunk(buffer_name(name, _MOMENTUM), numel, 0, momentum.narrow(0, offset, numel)))
             offset += numel
     if offset != momentum.numel():
         raise CheckpointError(
@@ -129,7 +130,7 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
     model = {name: value for name, value in saved["model"].items() if first_names[address(value)] == name}
     optimizers = saved["optimizer"]
     found = Found(shapes={name: list(value.shape) for name, value in model.items()})
-    found.chunks += [run_of(weight_name(name), value.numel(), 0, value.reshape(-1)) for name, value in model.items()]
+    found.chunks += [flat_chunk(weight_name(name), value.numel(), 0, value.reshape(-1)) for name, value in model.items()]
     steps = 0
     for number, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
         step, members, rule = 0, [], "muon" if "ns_steps" in optimizer["param_groups"][0] else "adamw"
@@ -140,7 +141,7 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
             step = max(step, int(state.get("step", 0)))
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == model[name].shape and key != "step":
-                    found.chunks.append(run_of(buffer_name(name, key), value.numel(), 0, value.reshape(-1)))
+                    found.chunks.append(flat_chunk(buffer_name(name, key), value.numel(), 0, value.reshape(-1)))
         found.groups[f"torch{number}"] = _group(rule, step, members)
         steps = max(steps, step)
     for group in found.groups.values():  # torch.optim.Muon counts no steps

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, run_of
+from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
+from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.rules.base import Buffer, Rule, statistics_of
 from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
 from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
@@ -20,7 +21,6 @@ from ds_optforge.zero.placement import Held, Placement
 
 State = MutableMapping[str, Any]
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 _NO_HYPERPARAMETERS = (GROUP, *KEYS_OF_FRAMEWORKS)
 
 
@@ -59,7 +59,7 @@ def absmax_of(name: str) -> str:
 
 
 def view(tensor: Tensor, held: Held) -> Tensor:
-    return tensor.detach().view(-1).narrow(0, held.offset, held.numel)
+    return tensor.detach().view(-1).narrow(0, held.tensor_start, held.numel)
 
 
 def chunks_of(
@@ -77,26 +77,26 @@ def chunks_of(
         statistics: (name, per) of its statistics.
     """
     places = {per: placement.value_places(per) for _, per in statistics}
-    formats = [EightBit(extents) for extents in placement.extents()]
+    formats = [EightBit(fragments) for fragments in placement.held_fragments()]
     for parameter, name in enumerate(placement.layout.names):
         numel = placement.numel(parameter)
         held = placement.held(parameter)
         if held is not None:
-            yield run_of(weight_name(name), numel, held.start, view(tensors[held.piece], held))
-            state = states[held.piece]
+            yield flat_chunk(weight_name(name), numel, held.within.start, view(tensors[held.tensor], held))
+            state = states[held.tensor]
             for key in (buffer_name(name, buffer) for buffer in buffers if buffer in state):
                 buffer = key.rpartition("/")[2]
-                yield run_of(key, numel, held.start, view(state[buffer], held))
+                yield flat_chunk(key, numel, held.within.start, view(state[buffer], held))
                 if absmax_of(buffer) in state:
                     edges = block_edges(numel, block_cuts(placement, parameter))
-                    first = int(torch.searchsorted(edges, held.start))
-                    scales = state[absmax_of(buffer)][formats[held.piece].blocks(held.offset, held.numel)]
-                    yield run_of(absmax_of(key), len(edges) - 1, first, scales)
+                    first = int(torch.searchsorted(edges, held.within.start))
+                    scales = state[absmax_of(buffer)][formats[held.tensor].blocks(held.tensor_start, held.numel)]
+                    yield flat_chunk(absmax_of(key), len(edges) - 1, first, scales)
         for statistic, per in statistics:
             kept = placement.held_values(parameter, per, places[per])
-            if kept is not None and statistic in states[kept.piece]:
-                values = view(states[kept.piece][statistic], kept)
-                yield run_of(buffer_name(name, statistic), placement.values(parameter, per), kept.start, values)
+            if kept is not None and statistic in states[kept.tensor]:
+                values = view(states[kept.tensor][statistic], kept)
+                yield flat_chunk(buffer_name(name, statistic), placement.values(parameter, per), kept.within.start, values)
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:
@@ -139,7 +139,7 @@ class Loading:
         for parameter, name in enumerate(placement.layout.names):
             held = placement.held(parameter)
             if held is not None:
-                self.requests.append(Request(weight_name(name), held.start, view(slices.tensors[held.piece], held)))
+                self.requests.append(Request(weight_name(name), held.within.start, view(slices.tensors[held.tensor], held)))
 
     def into_state(self, slices: Slices, states: Sequence[State], rule: Rule) -> None:
         """``states`` have been allocated."""
@@ -149,43 +149,43 @@ class Loading:
             held = placement.held(parameter)
             if held is not None:
                 for buffer in rule.buffers:
-                    self._into_buffer(slices, states[held.piece], buffer, parameter, held)
+                    self._into_buffer(slices, states[held.tensor], buffer, parameter, held)
             for statistic, found in places.items():
                 kept = placement.held_values(parameter, statistic.per, found)
                 if kept is not None:
-                    values = view(states[kept.piece][statistic.name], kept)
-                    self.requests.append(Request(buffer_name(name, statistic.name), kept.start, values))
+                    values = view(states[kept.tensor][statistic.name], kept)
+                    self.requests.append(Request(buffer_name(name, statistic.name), kept.within.start, values))
 
     def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held) -> None:
         name = slices.placement.layout.names[parameter]
         key = buffer_name(name, buffer.name)
         stored = view(state[buffer.name], held)
-        style = slices.format_of(held.piece, buffer)
+        style = slices.format_of(held.tensor, buffer)
         if absmax_of(key) not in self._stored:
             if not isinstance(style, EightBit):
-                self.requests.append(Request(key, held.start, stored))
+                self.requests.append(Request(key, held.within.start, stored))
                 return
             values = torch.empty(held.numel, dtype=torch.float32)  # not where 8-bit state was chosen to save memory
-            self.requests.append(Request(key, held.start, values))
-            self._conversions.append(lambda: style.write(state, buffer, held.offset, values.to(stored.device)))
+            self.requests.append(Request(key, held.within.start, values))
+            self._conversions.append(lambda: style.write(state, buffer, held.tensor_start, values.to(stored.device)))
             return
         codes = stored if isinstance(style, EightBit) else torch.empty(held.numel, dtype=torch.uint8, device=stored.device)
         saved = block_edges(slices.placement.numel(parameter), self._cuts.get(name, ()))
-        first = int(torch.searchsorted(saved, held.start, right=True)) - 1
-        end = int(torch.searchsorted(saved, held.start + held.numel))
+        first = int(torch.searchsorted(saved, held.within.start, right=True)) - 1
+        end = int(torch.searchsorted(saved, held.within.start + held.numel))
         scales = torch.empty(end - first, dtype=torch.float32, device=stored.device)
-        self.requests += [Request(key, held.start, codes), Request(absmax_of(key), first, scales)]
-        around = saved[first : end + 1] - held.start
+        self.requests += [Request(key, held.within.start, codes), Request(absmax_of(key), first, scales)]
+        around = saved[first : end + 1] - held.within.start
         if not isinstance(style, EightBit):
             self._conversions.append(lambda: stored.copy_(dequantize(codes, scales, around, buffer.signed)))
             return
         cuts = block_cuts(slices.placement, parameter)
         edges = _within(block_edges(slices.placement.numel(parameter), cuts), held)
-        own = state[absmax_of(buffer.name)][style.blocks(held.offset, held.numel)]
+        own = state[absmax_of(buffer.name)][style.blocks(held.tensor_start, held.numel)]
         self._conversions.append(lambda: own.copy_(recut(codes, scales, around, edges, buffer.signed)))
 
 
 def _within(edges: Tensor, held: Held) -> Tensor:
     """The edges of the blocks in what a rank holds, counted from its first element."""
-    inside = (edges >= held.start) & (edges <= held.start + held.numel)
-    return edges[inside] - held.start
+    inside = (edges >= held.within.start) & (edges <= held.within.start + held.numel)
+    return edges[inside] - held.within.start

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint import files
-from ds_optforge.checkpoint.files import Checkpoint, CheckpointError, Chunk, run_of
+from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
+from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import (
-    COUNTERS,
     Loading,
     State,
     add_members,
@@ -29,21 +29,24 @@ from ds_optforge.checkpoint.logical import (
     chunks_of,
     weight_name,
 )
+from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.step.slices import Members, Slices
-from ds_optforge.zero.layout import (
-    expert_parallel,
-    full_shape,
+from ds_optforge.zero.engine import (
+    counters,
+    local_part,
     loss_scale,
-    own_part,
+    model_parallelism,
     refresh_weights,
+    set_counters,
     set_loss_scale,
     stepped_tensors,
 )
+from ds_optforge.zero.layout import full_shape
 
 logger = logging.getLogger("ds_optforge")
 
@@ -89,14 +92,7 @@ class _Run:
 
     def _refuse_model_parallel(self) -> None:
         """Where ranks have different tensors under the same name."""
-        found = ""
-        if any(map(expert_parallel, self.module.parameters())):
-            found = "experts that are shared out over ranks (ep_size > 1)"
-        elif getattr(self.engine, "pipeline_parallelism", False):
-            found = "pipeline parallelism"
-        elif getattr(self.engine, "mp_world_size", 1) > 1:
-            found = "tensor parallelism"
-        if found:
+        if found := model_parallelism(self.engine):
             raise CheckpointError(f"got {found}; allowed: data parallelism alone (engine.save_checkpoint saves the others)")
 
     def _part(self, group: dict[str, Any], tensors: list[Tensor]) -> _Part:
@@ -109,7 +105,7 @@ class _Run:
     def untrained(self) -> dict[str, tuple[Tensor, int, int]]:
         """(values, start, elements of the whole) of this rank's part of frozen parameters and persistent buffers."""
         trained = set(chain.from_iterable(part.slices.placement.layout.names for part in self.parts))
-        named = {n: own_part(p) for n, p in self.module.named_parameters() if n not in trained and full_shape(p).numel()}
+        named = {n: local_part(p) for n, p in self.module.named_parameters() if n not in trained and full_shape(p).numel()}
         return named | {
             name: (buffer, 0, buffer.numel()) for name, buffer in _persistent_buffers(self.module) if buffer.numel()
         }
@@ -124,9 +120,9 @@ class _Run:
         chunks = list(chain.from_iterable(part.chunks() for part in self.parts))
         for name, (values, start, numel) in self.untrained.items():
             if values.numel():
-                chunks.append(run_of(weight_name(name), numel, start, values.reshape(-1)))
+                chunks.append(flat_chunk(weight_name(name), numel, start, values.reshape(-1)))
         for kind, state in _random_states().items():
-            chunks.append(run_of(f"random/{_rank()}/{kind}", state.numel(), 0, state))
+            chunks.append(flat_chunk(f"random/{_rank()}/{kind}", state.numel(), 0, state))
         return chunks
 
     def manifest(self, client_state: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -136,7 +132,7 @@ class _Run:
             "shapes": self.shapes,
             "groups": self._groups(),
             "block_cuts": self._block_cuts(),
-            "counters": {key: getattr(self.engine, key) for key in COUNTERS},
+            "counters": counters(self.engine),
             "loss_scale": loss_scale(self.wrapper),
             "scheduler": _plain(scheduler.state_dict(), f"the state of {type(scheduler).__name__}") if scheduler else None,
             "client_state": _plain(dict(client_state or {}), "client_state"),
@@ -315,7 +311,10 @@ def _fresh_groups(run: _Run, checkpoint: Checkpoint) -> set[str]:
         steps = {source["step"] if source else 0 for source in sources}
         keys = [*part.buffers, *(statistic.name for statistic in statistics_of(part.members.rule))]
         missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
-        if steps == {0}:
+        unknown = {source["rule"] for source in sources if source and rule_settings(source["rule"]) is None}
+        if unknown:  # its buffers may have the names of this rule's, and mean something else
+            reasons[part.name] = f"it was trained by '{min(unknown)}', which nothing here offers"
+        elif steps == {0}:
             reasons[part.name] = "no step of it had been taken"
         elif len(steps) > 1:
             reasons[part.name] = f"its parameters had taken {sorted(steps)} steps"
@@ -341,9 +340,7 @@ def _restore_engine(run: _Run, manifest: Mapping[str, Any], fresh: set[str]) -> 
         if saved is not None and group[GROUP] not in fresh:
             values = saved["hyperparameters"].items()
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values})
-    for key, value in manifest["counters"].items():
-        setattr(run.engine, key, value)
-    run.engine.micro_steps = 0  # it was saved between steps, perhaps with another gradient accumulation
+    set_counters(run.engine, manifest["counters"])
     set_loss_scale(run.wrapper, manifest["loss_scale"])
     scheduler = getattr(run.engine, "lr_scheduler", None)
     if scheduler is not None and manifest["scheduler"] is not None:

@@ -5,8 +5,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds_optforge.config import schedule_config
-from ds_optforge.integrations.deepspeed import check
+from ds_optforge.config.deepspeed import check
+from ds_optforge.config.schedule import schedule_config
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.validation import ConfigError
 

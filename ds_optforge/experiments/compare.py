@@ -10,8 +10,8 @@ from ds_optforge.experiments.changes import described, differences, prepared, st
 from ds_optforge.experiments.launching import ExperimentError, Launcher, Record, Run
 from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.noise import standard_error
+from ds_optforge.experiments.run_files import read_rows
 from ds_optforge.experiments.spec import Comparison, Contender
-from ds_optforge.run_files import read_rows
 
 METRIC = "validation_loss"
 

@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from ds_optforge.experiments.run_files import read_rows, replace_text
 from ds_optforge.experiments.spec import PLACEHOLDER
-from ds_optforge.run_files import read_rows, replace_text
 from ds_optforge.validation import ConfigError
 
 Status: TypeAlias = Literal["finished", "crashed", "diverged", "timed out"]

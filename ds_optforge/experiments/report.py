@@ -18,8 +18,8 @@ from rich.text import Text
 from ds_optforge.experiments import plots
 from ds_optforge.experiments.compare import Outcome, Standing, conditions_of, curve_of
 from ds_optforge.experiments.noise import standard_error
+from ds_optforge.experiments.run_files import replace_text
 from ds_optforge.experiments.sweep import COMBINED, PhaseResult, Progress, Row
-from ds_optforge.run_files import replace_text
 
 STYLES = {"keep": "green", "crash": "red"}
 

@@ -14,8 +14,8 @@ from ds_optforge.experiments.compare import check_conditions, tokens_per_step
 from ds_optforge.experiments.launching import ExperimentError, Launcher, Record, Run
 from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.noise import beats, hopeless, threshold
+from ds_optforge.experiments.run_files import read_rows
 from ds_optforge.experiments.spec import CALIBRATION_STEPS, Experiment, Phase, Sweep
-from ds_optforge.run_files import read_rows
 from ds_optforge.validation import ConfigError
 
 Verdict: TypeAlias = Literal["keep", "discard", "crash"]

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ds_optforge import roles
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.integrations.deepspeed import load_config, make_known, optimizer_section, scheduler_section
+from ds_optforge.config.deepspeed import load_config, optimizer_section, scheduler_section
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.integrations.deepspeed import register_with_deepspeed
 from ds_optforge.optimizer import OptForge
+from ds_optforge.routing.roles import routes_of
+from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.validation import ConfigError
 
@@ -36,8 +38,8 @@ def build_optimizer(model: nn.Module, config: Config) -> OptForge:
             "parameter's rule"
         )
     section = optimizer_section(load_config(config))
-    roles.tag(model)
-    _make_known_to_deepspeed()
+    tag(model)
+    _register_where_deepspeed_is()
     return OptForge(model.parameters(), **section)
 
 
@@ -72,14 +74,14 @@ def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:
             found = group.get("use_muon", "nothing")
             raise ConfigError(f"param_groups[{index}].use_muon: got {found!r}; allowed: True (Muon) or False (AdamW)")
         groups.append(dict(group))
-    _make_known_to_deepspeed()
+    _register_where_deepspeed_is()
     return OptForge(groups, name="muon", adamw={"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10})
 
 
-def _make_known_to_deepspeed() -> None:
+def _register_where_deepspeed_is() -> None:
     """As `register` does. Not where DeepSpeed takes no part: importing it takes seconds."""
     if "deepspeed" in sys.modules or "LOCAL_RANK" in os.environ:
-        make_known()
+        register_with_deepspeed()
 
 
 def explain(model: nn.Module, config: Config) -> str:
@@ -87,7 +89,7 @@ def explain(model: nn.Module, config: Config) -> str:
 
     ``config``: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone. Raises ConfigError.
     """
-    routes = roles.routes_of(model, OptimizerConfig(optimizer_section(load_config(config))))
+    routes = routes_of(model, OptimizerConfig(optimizer_section(load_config(config))))
     table = Table("parameter", "shape", "role", "rule", "matrices", "state", "lr", "weight decay")
     for route in routes:
         shape = "x".join(map(str, route.shape))

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, Strict, field_validator, model_validator
 
-from ds_optforge.rules import registry
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.validation import Section
 
@@ -24,6 +23,10 @@ Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 # A moving average stops short of a constant by 2**-9 / (1 - rate) of it, where a step is less than half the spacing of
 # bfloat16: by 4% at 0.95, 20% at 0.99, and it would stand still at 0.999.
 _SLOWEST_IN_BFLOAT16 = 0.99
+
+
+# The settings of every rule that has been registered, by the rule's name: `ds_optforge.rules.registry` enters them.
+REGISTERED: dict[str, "type[RuleSettings]"] = {}
 
 
 class RuleSettings(Section):
@@ -82,7 +85,7 @@ class RuleSettings(Section):
     @classmethod
     def refuse_key(cls, key: str) -> str:
         """Why ``key`` is not one of the rule's."""
-        readers = registry.readers_of(key)
+        readers = sorted(name for name, settings in REGISTERED.items() if key in settings.model_fields)
         return f"'{cls.rule}' does not read it" + (f" (read by {', '.join(readers)})" if readers else "")
 
     def build(self) -> ElementwiseRule | MatrixRule:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_optforge.config import OptimizerConfig
-from ds_optforge.roles import Route, log_routing, route, routing_table
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.routing.roles import Route, log_routing, route, routing_table
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.config import ShardingSettings
-from ds_optforge.roles import Route
+from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, statistics_of
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat
 from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding
-from ds_optforge.zero.placement import Placement
+from ds_optforge.zero.partition import Range
+from ds_optforge.zero.placement import Placement, TensorRange
 
 # Elements that are read and updated at a time wherever that makes temporary tensors: bounds them. On a CPU they fit its
 # cache (half the time of whole buckets was measured); elsewhere fewer kernels count.
@@ -44,23 +45,20 @@ class Members:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """A range of one of the tensors: fragments, or parts of them, of the given sizes one behind the other.
-
-    ``tensor`` is the tensor's number, ``start`` counts from its first element.
-    """
+    """Elements ``within`` the tensor of that number: fragments, or parts of them, of the given sizes one behind the other."""
 
     tensor: int
-    start: int
-    sizes: list[int]
-
-    @property
-    def numel(self) -> int:
-        """Elements of the span."""
-        return sum(self.sizes)
+    within: Range
+    sizes: tuple[int, ...]
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """A view of the span in flat tensors that are laid out like the slices."""
-        return tensors[self.tensor].narrow(0, self.start, self.numel)
+        return tensors[self.tensor].narrow(0, self.within.start, self.within.numel)
+
+
+def view_of(tensors: Sequence[Tensor], place: TensorRange) -> Tensor:
+    """A view of a range in flat tensors."""
+    return tensors[place.tensor].narrow(0, place.within.start, place.within.numel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +83,7 @@ class Portion:
 
     def split(self, views: Sequence[Tensor]) -> list[Tensor]:
         """``views`` cut into items."""
-        return [item for view, span in zip(views, self.spans, strict=True) for item in torch.split(view, span.sizes)]
+        return [item for view, span in zip(views, self.spans, strict=True) for item in torch.split(view, list(span.sizes))]
 
     def in_buffer(self, buffer: Tensor) -> list[Tensor]:
         """The items in the send buffer."""
@@ -99,17 +97,17 @@ class Bucket:
 
     Attributes:
         exchange: their way to their owners and back.
-        fragments: (tensor, start in it, numel) of each fragment.
+        fragments: where each fragment lies in the tensors.
         portions: the same elements, a bounded number at a time.
-        kept: (statistic, tensor, start, count) of the values that are kept with each fragment, statistic by statistic.
+        kept: (statistic, its values) of the values that are kept with each fragment, statistic by statistic.
         norms: (fragments,) that updates are scaled to; None where matrices are orthogonalized whole.
         sums: of the rule; None where it has none.
     """
 
     exchange: BucketExchange
-    fragments: tuple[tuple[int, int, int], ...]
+    fragments: tuple[TensorRange, ...]
     portions: tuple[Portion, ...]
-    kept: tuple[tuple[str, int, int, int], ...]
+    kept: tuple[tuple[str, TensorRange], ...]
     norms: Tensor | None
     sums: BucketSums | None
 
@@ -133,7 +131,7 @@ class Slices:
     tensors: tuple[Tensor, ...]
     placement: Placement
     formats: tuple[StateFormat, ...]
-    value_counts: dict[str, list[int]]
+    value_counts: dict[str, tuple[int, ...]]
     travelling: tuple[Bucket, ...]
     local: tuple[Bucket, ...]
     alone: tuple[Bucket, ...]
@@ -159,14 +157,15 @@ class Slices:
         values: dict[str, list[Tensor]] = {buffer.name: [] for buffer in buffers}
         for buffer in buffers:
             for span in spans:
-                value = self.format_of(span.tensor, buffer).read(states[span.tensor], buffer, span.start, span.numel)
+                style, state, within = self.format_of(span.tensor, buffer), states[span.tensor], span.within
+                value = style.read(state, buffer, within.start, within.numel)
                 values[buffer.name].append(value.to(self.tensors[span.tensor].dtype))
         yield values
         if not store:
             return
         for buffer in buffers:
             for span, value in zip(spans, values[buffer.name], strict=True):
-                self.format_of(span.tensor, buffer).write(states[span.tensor], buffer, span.start, value)
+                self.format_of(span.tensor, buffer).write(states[span.tensor], buffer, span.within.start, value)
 
     def format_of(self, tensor: int, buffer: Buffer) -> StateFormat:
         """How one tensor keeps one buffer."""

@@ -13,7 +13,7 @@ from ds_optforge.rules.base import Sum
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.exchange import sum_over_ranks
 from ds_optforge.zero.layout import Binding
-from ds_optforge.zero.partition import Matrix, PartitionLayout
+from ds_optforge.zero.partition import Matrix, PartitionLayout, Range
 
 
 class BucketSums:
@@ -97,17 +97,17 @@ class BucketSums:
         first = self._starts[item.name][index]
         if item.per == "matrix":
             return values.narrow(0, first, 1)
-        low, touched = start // matrix.cols, matrix.rows_touched(start, numel)
+        touched = matrix.rows_touched(Range(start, numel))
         if matrix.transposed:
-            by_element = values.narrow(0, first, matrix.cols).repeat(touched)
+            by_element = values.narrow(0, first, matrix.cols).repeat(touched.numel)
         else:
-            by_element = values.narrow(0, first + low, touched).repeat_interleave(matrix.cols)
-        return by_element.narrow(0, start - low * matrix.cols, numel)
+            by_element = values.narrow(0, first + touched.start, touched.numel).repeat_interleave(matrix.cols)
+        return by_element.narrow(0, start - touched.start * matrix.cols, numel)
 
 
 def _in_rows(matrix: Matrix, start: int, term: Tensor) -> tuple[Tensor, int]:
     """Elements of a matrix from ``start`` on as (stored rows touched, cols) in float64, zeros elsewhere; the first row."""
-    low, touched = start // matrix.cols, matrix.rows_touched(start, term.numel())
-    rows = term.new_zeros(touched * matrix.cols, dtype=torch.float64)
-    rows.narrow(0, start - low * matrix.cols, term.numel()).copy_(term)
-    return rows.view(touched, matrix.cols), low
+    touched = matrix.rows_touched(Range(start, term.numel()))
+    rows = term.new_zeros(touched.numel * matrix.cols, dtype=torch.float64)
+    rows.narrow(0, start - touched.start * matrix.cols, term.numel()).copy_(term)
+    return rows.view(touched.numel, matrix.cols), touched.start

@@ -15,12 +15,13 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ds_optforge.roles import Route
+from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
 from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
 from ds_optforge.zero.exchange import BucketExchange, sum_over_ranks
 from ds_optforge.zero.layout import Binding
-from ds_optforge.zero.partition import Extent
+from ds_optforge.zero.partition import Range
+from ds_optforge.zero.placement import Held
 
 # Of each group's matrices, so many are looked at for the orthogonality error, the same ones in every step and layout.
 SAMPLE = 8
@@ -127,7 +128,7 @@ class Watch:
         self._states = states
         self._workspace: Tensor | None = None
         self._found: dict[str, list[Tensor]] = {name: [] for name in _SUMS}
-        self._held = [_merged(extents) for extents in slices.placement.extents()]
+        self._held = [_merged(fragments) for fragments in slices.placement.held_fragments()]
         buffers = members.rule.buffers
         self._momentum = next((buffer.name for buffer in buffers if buffer.momentum), "")
         layout = slices.placement.layout
@@ -158,13 +159,13 @@ class Watch:
         found = []
         for span, view in zip(spans, views, strict=True):
             held = self._held[span.tensor]
-            first = max(bisect_right(held, (span.start, math.inf)) - 1, 0)
+            first = max(bisect_right(held, (span.within.start, math.inf)) - 1, 0)
             for start, end in held[first:]:
-                if start >= span.start + span.numel:
+                if start >= span.within.end:
                     break
-                low, high = max(start, span.start), min(end, span.start + span.numel)
+                low, high = max(start, span.within.start), min(end, span.within.end)
                 if low < high:
-                    found.append(view.narrow(0, low - span.start, high - low))
+                    found.append(view.narrow(0, low - span.within.start, high - low))
         return found
 
     def _copies(self, parameters: Tensors) -> list[Tensor]:
@@ -234,13 +235,14 @@ def _defect(orthogonal: Tensor) -> Tensor:
     return gram.square_().sum() / len(gram)
 
 
-def _merged(extents: Sequence[Extent]) -> list[tuple[int, int]]:
-    """(start, end) of the stretches that adjacent extents make."""
-    stretches: list[tuple[int, int]] = []
-    for extent in extents:
-        begin = stretches.pop()[0] if stretches and stretches[-1][1] == extent.offset else extent.offset
-        stretches.append((begin, extent.offset + extent.numel))
-    return stretches
+def _merged(fragments: Sequence[Held]) -> list[tuple[int, int]]:
+    """(start, end) in the tensor of what adjacent fragments make together."""
+    merged: list[tuple[int, int]] = []
+    for fragment in fragments:
+        start = fragment.tensor_start
+        begin = merged.pop()[0] if merged and merged[-1][1] == start else start
+        merged.append((begin, start + fragment.numel))
+    return merged
 
 
 def _cut(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
@@ -248,12 +250,12 @@ def _cut(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
     packed: list[Span] = []
     room = limit
     for span in spans:
-        for start in range(0, span.numel, limit):
-            numel = min(limit, span.numel - start)
+        for start in range(0, span.within.numel, limit):
+            numel = min(limit, span.within.numel - start)
             if numel > room:
                 yield tuple(packed)
                 packed, room = [], limit
-            packed.append(Span(span.tensor, span.start + start, [numel]))
+            packed.append(Span(span.tensor, Range(span.within.start + start, numel), (numel,)))
             room -= numel
     if packed:
         yield tuple(packed)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per
-from ds_optforge.zero.plan import ExchangePlan, runs_of
+from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per, Range
+from ds_optforge.zero.plan import ExchangePlan, split_evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +26,24 @@ NO_STATISTICS = Kept()
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """The values [first, first + count) of one statistic of a matrix, at ``position`` of a buffer."""
+    """Values ``within`` one statistic of a matrix, at ``position`` of a buffer and following."""
 
-    first: int
-    count: int
+    within: Range
     position: int
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class BufferPlace:
     """Where one fragment lies in a send or receive buffer: its elements, the statistics that are kept with it, and its flag.
 
     Attributes:
-        start, numel: the elements [start, start + numel) of its matrix, at ``position`` of the buffer.
+        within: elements of its matrix, at ``position`` of the buffer and following.
         statistics: one entry per statistic of the rule.
         flag: position of the flag.
     """
 
     matrix: int
-    start: int
-    numel: int
+    within: Range
     position: int
     statistics: tuple[Values, ...]
     flag: int
@@ -71,10 +69,10 @@ class RankBucket:
     """
 
     fragments: tuple[Fragment, ...]
-    sent: tuple[Section, ...]
+    sent: tuple[BufferPlace, ...]
     owned: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...]
-    received: tuple[Section, ...]
+    received: tuple[BufferPlace, ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
     kept: Kept
@@ -92,8 +90,9 @@ class RankBucket:
     def receive_numel(self) -> int:
         return self._numel(self.received)
 
-    def _numel(self, sections: Sequence[Section]) -> int:
-        return sum(s.numel + self.kept.words * sum(v.count for v in s.statistics) + 1 for s in sections)
+    def _numel(self, places: Sequence[BufferPlace]) -> int:
+        values = sum(values.within.numel for place in places for values in place.statistics)
+        return sum(place.within.numel + 1 for place in places) + self.kept.words * values
 
 
 def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
@@ -102,10 +101,10 @@ def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) 
 
 
 def local_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
-    """The matrices that lie whole on this rank, in runs of at most ``local_numel`` elements."""
+    """The matrices that lie whole on this rank, at most ``local_numel`` elements in a bucket."""
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    return [_local_bucket(layout, run, rank, kept) for run in runs_of(local, layout.matrices, plan.local_numel)]
+    return [_local_bucket(layout, matrices, rank, kept) for matrices in split_evenly(local, layout.matrices, plan.local_numel)]
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
@@ -123,49 +122,52 @@ def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kep
     return RankBucket(tuple(held), sent, owned, _shapes(layout, owned), received, sends, receives, kept, tuple(exchange))
 
 
-def _local_bucket(layout: PartitionLayout, run: Sequence[int], rank: int, kept: Kept) -> RankBucket:
+def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:
     """Its buffer holds matrices of one shape side by side, so that they are a batch as they lie."""
-    held = [fragment for matrix in run if (fragment := layout.fragment(matrix, rank)) is not None]
-    shapes = _shapes(layout, run)
+    held = [fragment for matrix in matrices if (fragment := layout.fragment(matrix, rank)) is not None]
+    shapes = _shapes(layout, matrices)
     order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
     _, blocks = _blocks(layout, [(rank, held[index]) for index in order], kept)
-    sections = tuple(section for _, section in sorted(zip(order, blocks, strict=True)))
-    return RankBucket(tuple(held), sections, tuple(run), shapes, sections, (), (), kept, tuple(run))
+    places = tuple(place for _, place in sorted(zip(order, blocks, strict=True), key=lambda pair: pair[0]))
+    return RankBucket(tuple(held), places, tuple(matrices), shapes, places, (), (), kept, tuple(matrices))
 
 
-def shard_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+def lone_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
     """This rank's fragments of matrices that lie on several ranks, each as a matrix of its own: the rows that it touches."""
     layout = plan.layout
-    shared = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
-    held = [fragment for matrix in shared if (fragment := layout.fragment(matrix, rank)) is not None]
-    runs: list[list[Fragment]] = []
+    straddling = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
+    held = [fragment for matrix in straddling if (fragment := layout.fragment(matrix, rank)) is not None]
+    found: list[list[Fragment]] = []
     room = 0
     for fragment in held:
-        if not runs or fragment.numel > room:
-            runs.append([])
+        if not found or fragment.numel > room:
+            found.append([])
             room = plan.local_numel
-        runs[-1].append(fragment)
+        found[-1].append(fragment)
         room -= fragment.numel
-    return [_shard_bucket(layout, run, rank, kept) for run in runs]
+    return [_lone_bucket(layout, fragments, rank, kept) for fragments in found]
 
 
-def _shard_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
-    _, sections = _blocks(layout, [(rank, fragment) for fragment in held], kept)
-    shards = tuple(_within_shard(layout.matrices[section.matrix], section, kept) for section in sections)
+def _lone_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
+    _, places = _blocks(layout, [(rank, fragment) for fragment in held], kept)
+    places_alone = tuple(_within_rows(layout.matrices[place.matrix], place, kept) for place in places)
     matrices = [layout.matrices[fragment.matrix] for fragment in held]
-    shapes = tuple((m.rows_touched(f.start, f.numel), m.cols) for m, f in zip(matrices, held, strict=True))
+    shapes = tuple((m.rows_touched(f.within).numel, m.cols) for m, f in zip(matrices, held, strict=True))
     owned = tuple(fragment.matrix for fragment in held)
-    return RankBucket(tuple(held), shards, owned, shapes, shards, (), (), kept, owned)
+    return RankBucket(tuple(held), places_alone, owned, shapes, places_alone, (), (), kept, owned)
 
 
-def _within_shard(matrix: Matrix, section: Section, kept: Kept) -> Section:
-    """The section as a part of the rows that it touches."""
-    before = section.start // matrix.cols  # stored rows
+def _within_rows(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
+    """The fragment's place as a part of the rows that it touches."""
+    before = matrix.rows_touched(place.within).start
     statistics = tuple(
-        replace(values, first=values.first - before) if per == "row" and not matrix.transposed else values
-        for per, values in zip(kept.per, section.statistics, strict=True)
+        replace(values, within=Range(values.within.start - before, values.within.numel))
+        if per == "row" and not matrix.transposed
+        else values
+        for per, values in zip(kept.per, place.statistics, strict=True)
     )
-    return replace(section, start=section.start - before * matrix.cols, statistics=statistics)
+    within = Range(place.within.start - before * matrix.cols, place.within.numel)
+    return replace(place, within=within, statistics=statistics)
 
 
 def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -174,26 +176,26 @@ def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int
 
 def _blocks(
     layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], kept: Kept
-) -> tuple[tuple[int, ...], tuple[Section, ...]]:
-    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's section."""
-    ranges = [[layout.matrices[f.matrix].values_in(per, f.start, f.numel) for per in kept.per] for _, f in items]
+) -> tuple[tuple[int, ...], tuple[BufferPlace, ...]]:
+    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's place."""
+    ranges = [[layout.matrices[f.matrix].values_in(per, f.within) for per in kept.per] for _, f in items]
     data, statistics, flags = ([0] * layout.world_size for _ in range(3))
     for (peer, fragment), found in zip(items, ranges, strict=True):
         data[peer] += fragment.numel
-        statistics[peer] += kept.words * sum(count for _, count in found)
+        statistics[peer] += kept.words * sum(values.numel for values in found)
         flags[peer] += 1
     sizes = tuple(map(sum, zip(data, statistics, flags, strict=True)))
     starts = list(accumulate(sizes, initial=0))[:-1]
     next_data = list(starts)
     next_value = [start + d for start, d in zip(starts, data, strict=True)]
     next_flag = [start + s for start, s in zip(next_value, statistics, strict=True)]
-    sections = []
+    places = []
     for (peer, f), found in zip(items, ranges, strict=True):
         values = []
-        for first, count in found:
-            values.append(Values(first, count, next_value[peer]))
-            next_value[peer] += count * kept.words
-        sections.append(Section(f.matrix, f.start, f.numel, next_data[peer], tuple(values), next_flag[peer]))
+        for within in found:
+            values.append(Values(within, next_value[peer]))
+            next_value[peer] += within.numel * kept.words
+        places.append(BufferPlace(f.matrix, f.within, next_data[peer], tuple(values), next_flag[peer]))
         next_data[peer] += f.numel
         next_flag[peer] += 1
-    return sizes, tuple(sections)
+    return sizes, tuple(places)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.buckets import RankBucket, Section
+from ds_optforge.zero.buckets import BufferPlace, RankBucket
 from ds_optforge.zero.layout import Binding, LayoutError
 from ds_optforge.zero.partition import PartitionLayout
 from ds_optforge.zero.plan import ExchangePlan
@@ -40,7 +40,7 @@ class MatrixBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Owned matrices of one shape: their sections, and each section's matrix's place in the batch.
+    """Owned matrices of one shape: where their fragments lie in the buffer, and each one's number in the batch.
 
     ``start``: where the batch lies in the receive buffer if it does so as it is, else -1.
     """
@@ -49,7 +49,7 @@ class _Batch:
     cols: int
     transposed: bool
     count: int
-    sections: tuple[Section, ...]
+    places: tuple[BufferPlace, ...]
     slots: tuple[int, ...]
     slot_index: Tensor
     flag_index: Tensor
@@ -79,7 +79,7 @@ class BucketExchange:
         self.bucket = bucket
         self._binding = binding
         self._wire = wire
-        self._flag_index = _index([section.flag for section in bucket.sent], binding.device)
+        self._flag_index = _index([place.flag for place in bucket.sent], binding.device)
         self._batches = _batches(layout, bucket, binding.device, batch_numel)
         self._work: dist.Work | None = None
         self.release()
@@ -109,8 +109,8 @@ class BucketExchange:
         if bucket.sent:
             self._send[self._flag_index] = active.to(self._send)
         if statistics:
-            places = self._statistics(self._send, bucket.sent)
-            torch._foreach_copy_(places, [values.view(self._wire) for values in statistics])
+            into = self._statistics(self._send, bucket.sent)
+            torch._foreach_copy_(into, [values.view(self._wire) for values in statistics])
         if bucket.travels:
             self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=self._binding.device)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
@@ -126,7 +126,7 @@ class BucketExchange:
     def owned(self, index: int) -> tuple[int, ...]:
         """The matrices of one batch, in order, by their number in the layout."""
         batch = self._batches[index]
-        return tuple(dict(zip(batch.slots, (section.matrix for section in batch.sections), strict=True)).values())
+        return tuple(dict(zip(batch.slots, (place.matrix for place in batch.places), strict=True)).values())
 
     def matrices(self, index: int) -> MatrixBatch:
         """After ``arrive``: one batch of owned matrices, to be overwritten at will."""
@@ -136,7 +136,7 @@ class BucketExchange:
         else:
             fill = self._receive.new_zeros if batch.partial else self._receive.new_empty
             matrices = fill(batch.count, batch.rows, batch.cols)
-            torch._foreach_copy_(_element_places(batch, matrices), self._elements(self._receive, batch.sections))
+            torch._foreach_copy_(_elements_within(batch, matrices), self._elements(self._receive, batch.places))
         active = self._receive.new_zeros(batch.count)
         active.scatter_reduce_(0, batch.slot_index, self._receive[batch.flag_index], "amax")
         outputs = batch.cols if batch.transposed else batch.rows
@@ -145,18 +145,18 @@ class BucketExchange:
             for per in self.bucket.kept.per
         )
         if statistics:
-            places = _statistic_places(batch, statistics, self._wire)
-            torch._foreach_copy_(places, self._statistics(self._receive, batch.sections))
+            inside = _values_within(batch, statistics, self._wire)
+            torch._foreach_copy_(inside, self._statistics(self._receive, batch.places))
         return MatrixBatch(matrices, active, statistics, batch.transposed)
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
         """Put the updates, (n, rows, cols), in the place of the batch ``given`` that `matrices` returned."""
         batch = self._batches[index]
-        torch._foreach_copy_(self._elements(self._receive, batch.sections), _element_places(batch, updates))
+        torch._foreach_copy_(self._elements(self._receive, batch.places), _elements_within(batch, updates))
         self._receive[batch.flag_index] = given.active[batch.slot_index]
         if given.statistics:
-            places = _statistic_places(batch, given.statistics, self._wire)
-            torch._foreach_copy_(self._statistics(self._receive, batch.sections), places)
+            places = _values_within(batch, given.statistics, self._wire)
+            torch._foreach_copy_(self._statistics(self._receive, batch.places), places)
 
     def give_back(self) -> None:
         """Start returning the updates and statistics that were `put`."""
@@ -191,27 +191,27 @@ class BucketExchange:
             self._work.wait()
             self._work = None
 
-    def _elements(self, buffer: Tensor, sections: Sequence[Section]) -> list[Tensor]:
-        return [buffer.narrow(0, section.position, section.numel) for section in sections]
+    def _elements(self, buffer: Tensor, places: Sequence[BufferPlace]) -> list[Tensor]:
+        return [buffer.narrow(0, place.position, place.within.numel) for place in places]
 
-    def _statistics(self, buffer: Tensor, sections: Sequence[Section]) -> list[Tensor]:
+    def _statistics(self, buffer: Tensor, places: Sequence[BufferPlace]) -> list[Tensor]:
         """Bit patterns: a float32 statistic is two elements of a bfloat16 buffer."""
         words = self.bucket.kept.words
-        return [buffer.narrow(0, v.position, v.count * words) for section in sections for v in section.statistics]
+        return [buffer.narrow(0, v.position, v.within.numel * words) for place in places for v in place.statistics]
 
 
-def _element_places(batch: _Batch, matrices: Tensor) -> list[Tensor]:
-    """The sections' elements in (n, rows, cols) matrices."""
+def _elements_within(batch: _Batch, matrices: Tensor) -> list[Tensor]:
+    """The fragments' elements in (n, rows, cols) matrices."""
     flat = matrices.reshape(batch.count, -1)
-    return [flat[slot].narrow(0, s.start, s.numel) for slot, s in zip(batch.slots, batch.sections, strict=True)]
+    return [flat[slot].narrow(0, s.within.start, s.within.numel) for slot, s in zip(batch.slots, batch.places, strict=True)]
 
 
-def _statistic_places(batch: _Batch, statistics: Sequence[Tensor], wire: torch.dtype) -> list[Tensor]:
-    """The sections' values in the (n, outputs) or (n, 1) float32 statistics, seen as elements of the wire dtype."""
+def _values_within(batch: _Batch, statistics: Sequence[Tensor], wire: torch.dtype) -> list[Tensor]:
+    """The fragments' values in the (n, outputs) or (n, 1) float32 statistics, seen as elements of the wire dtype."""
     return [
-        kept[slot].narrow(0, values.first, values.count).view(wire)
-        for slot, section in zip(batch.slots, batch.sections, strict=True)
-        for kept, values in zip(statistics, section.statistics, strict=True)
+        kept[slot].narrow(0, values.within.start, values.within.numel).view(wire)
+        for slot, place in zip(batch.slots, batch.places, strict=True)
+        for kept, values in zip(statistics, place.statistics, strict=True)
     ]
 
 
@@ -221,9 +221,9 @@ def _index(values: Sequence[int], device: torch.device) -> Tensor:
 
 def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, batch_numel: int) -> list[_Batch]:
     """Group a bucket's owned matrices by shape, at most ``batch_numel`` elements (or one matrix) at a time."""
-    sections: dict[int, list[Section]] = {}
-    for section in bucket.received:
-        sections.setdefault(section.matrix, []).append(section)
+    places: dict[int, list[BufferPlace]] = {}
+    for place in bucket.received:
+        places.setdefault(place.matrix, []).append(place)
     by_shape: dict[tuple[int, int, bool], list[int]] = {}
     for matrix, shape in zip(bucket.owned, bucket.shapes, strict=True):
         by_shape.setdefault((*shape, layout.matrices[matrix].transposed), []).append(matrix)
@@ -232,20 +232,20 @@ def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, 
         size = max(1, batch_numel // (rows * cols))
         for first in range(0, len(matrices), size):
             members = matrices[first : first + size]
-            batches.append(_batch((rows, cols), transposed, [sections[matrix] for matrix in members], device))
+            batches.append(_batch((rows, cols), transposed, [places[matrix] for matrix in members], device))
     return batches
 
 
-def _batch(shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[Section]], device: torch.device) -> _Batch:
+def _batch(shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[BufferPlace]], device: torch.device) -> _Batch:
     numel = shape[0] * shape[1]
-    sections = tuple(section for member in members for section in member)
+    places = tuple(place for member in members for place in member)
     slots = tuple(slot for slot, member in enumerate(members) for _ in member)
-    partial = any(sum(section.numel for section in member) < numel for member in members)
-    first = sections[0].position
-    whole = [section.position for section in sections] == [first + numel * slot for slot in range(len(members))]
-    slot_index, flag_index = _index(slots, device), _index([section.flag for section in sections], device)
+    partial = any(sum(place.within.numel for place in member) < numel for member in members)
+    first = places[0].position
+    whole = [place.position for place in places] == [first + numel * slot for slot in range(len(members))]
+    slot_index, flag_index = _index(slots, device), _index([place.flag for place in places], device)
     start = first if whole and not partial else -1
-    return _Batch(*shape, transposed, len(members), sections, slots, slot_index, flag_index, start, partial)
+    return _Batch(*shape, transposed, len(members), places, slots, slot_index, flag_index, start, partial)
 
 
 def sum_over_ranks(values: Tensor, binding: Binding) -> None:

@@ -1,10 +1,10 @@
-"""Reads where DeepSpeed's ZeRO put each parameter. The only file that knows DeepSpeed's internals.
+"""Reads where DeepSpeed's ZeRO put each parameter. Only this file and `engine` know DeepSpeed's internals.
 
 Everything is read from the model's parameters, which DeepSpeed annotates when the engine is built. Tested with DeepSpeed
 0.19.8; setup.cfg states the supported range. A missing attribute is a `LayoutError` that names it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class Binding:
         keeps_gradients: DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
         gradient_buffer: (buffer, start, numel) of which the same is true (ZeRO-3). The buffer itself, not a view: its
             storage changes when engine states are offloaded.
-        problem: what is wrong with this rank's slice. Told, not raised, because other ranks may see nothing wrong and
-            would wait for this one.
+        problem: what is wrong with this rank's slice. Reported by `require_agreement`, since healthy ranks would wait
+            for this one.
     """
 
     indices: tuple[int, ...]
@@ -49,14 +49,14 @@ class Binding:
     problem: str = ""
 
     def discard_left_overs(self, slices: Sequence[Tensor]) -> None:
-        """Zero what a step that DeepSpeed skipped for its overflow left in the gradients it keeps.
+        """Clear the gradients that are not finite, which a step that DeepSpeed skipped for its overflow left behind.
 
         (DeepSpeed looks for an overflow in the gradients that arrived, so nothing else that is not finite gets here.)
         """
         if self.keeps_gradients:
-            for piece in slices:
-                if piece.grad is not None:
-                    piece.grad.nan_to_num_(0.0, 0.0, 0.0)
+            for tensor in slices:
+                if tensor.grad is not None:
+                    tensor.grad.nan_to_num_(0.0, 0.0, 0.0)
 
     def clear_spent_gradients(self, slices: Sequence[Tensor]) -> None:
         """Zero the gradients that DeepSpeed keeps, after the step has used them.
@@ -65,9 +65,9 @@ class Binding:
         of an earlier step: that is what ZeRO-3 and CPU offload hand to every optimizer, and not what ZeRO-1/2 do.
         """
         if self.keeps_gradients:
-            for piece in slices:
-                if piece.grad is not None:
-                    piece.grad.zero_()
+            for tensor in slices:
+                if tensor.grad is not None:
+                    tensor.grad.zero_()
         if self.gradient_buffer is not None:
             buffer, start, numel = self.gradient_buffer
             buffer.narrow(0, start, numel).zero_()
@@ -83,7 +83,7 @@ def expert_group_name(parameter: Tensor) -> str:
 
     Experts need parameter groups of their own, with this name: they are partitioned over another process group.
     """
-    return "" if getattr(parameter, "allreduce", True) else str(_need(parameter, "group_name"))
+    return "" if getattr(parameter, "allreduce", True) else str(require_attribute(parameter, "group_name"))
 
 
 def bind(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
@@ -130,9 +130,9 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     records in `_hp_mapping` ignore the reordering of round_robin_gradients.) Every fragment that this rank holds is checked
     against the weight's values.
     """
-    piece = _only(slices)
-    size = piece.numel()
-    group = _need(parameters[0], "_dp_group")
+    tensor = _only(slices)
+    size = tensor.numel()
+    group = require_attribute(parameters[0], "_dp_group")
     rank = dist.get_rank(group)
     storage = parameters[0].untyped_storage().data_ptr()
     order = sorted(range(len(parameters)), key=lambda i: parameters[i].storage_offset())
@@ -142,20 +142,20 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
         if parameter.untyped_storage().data_ptr() != storage:
             raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
         cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
-        problem = problem or _wrong_values(parameter, name, cut, rank, piece)
+        problem = problem or _wrong_values(parameter, name, cut, rank, tensor)
         cuts.append(cut)
-    mappings = [mapping for parameter in parameters if (mapping := _need(parameter, "_hp_mapping")) is not None]
-    offload = any(_need(mapping, "use_offload") for mapping in mappings)
+    mappings = [mapping for parameter in parameters if (mapping := require_attribute(parameter, "_hp_mapping")) is not None]
+    offload = any(require_attribute(mapping, "use_offload") for mapping in mappings)
     world_size, device = dist.get_world_size(group), parameters[0].device
     return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, offload, problem=problem)
 
 
-def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tensor) -> str:
+def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, tensor: Tensor) -> str:
     """What is wrong if this rank's fragment does not hold the weight's values, else ""."""
     low, high = max(cut.base, rank * cut.size), min(cut.base + parameter.numel(), (rank + 1) * cut.size)
     if low >= high:
         return ""
-    master = piece.detach().narrow(0, low - rank * cut.size, high - low).to(parameter)
+    master = tensor.detach().narrow(0, low - rank * cut.size, high - low).to(parameter)
     weight = parameter.detach().view(-1).narrow(0, low - cut.base, high - low)
     if torch.equal(master.nan_to_num(), weight.nan_to_num()):
         return ""
@@ -167,26 +167,26 @@ def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, piece: Tens
 
 def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Binding:
     """ZeRO-3: each parameter is cut evenly over the ranks; a sub-group's slice is its parameters' partitions in a row."""
-    piece = _only(slices)
-    zero = _need(parameters[0], "_z3_optimizer")
+    tensor = _only(slices)
+    zero = require_attribute(parameters[0], "_z3_optimizer")
     _refuse_hidden_slices(zero)
-    flats = _need(zero, "fp32_partitioned_groups_flat")
-    sub_group = next((i for i, flat in enumerate(flats) if flat is piece), None)
+    flats = require_attribute(zero, "fp32_partitioned_groups_flat")
+    sub_group = next((i for i, flat in enumerate(flats) if flat is tensor), None)
     if sub_group is None:
         raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {_versions()}")
-    group = _need(zero, "_get_sub_group_process_group")(sub_group)
+    group = require_attribute(zero, "_get_sub_group_process_group")(sub_group)
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     indices, cuts, offset = [], [], 0
-    for parameter in _need(zero, "fp16_groups")[sub_group]:
+    for parameter in require_attribute(zero, "fp16_groups")[sub_group]:
         if id(parameter) not in position:
             raise LayoutError(f"sub-group {sub_group} holds a parameter of another group. {_versions()}")
-        partition = int(_need(parameter, "partition_numel")())
+        partition = int(require_attribute(parameter, "partition_numel")())
         indices.append(position[id(parameter)])
         cuts.append(Cut(base=0, size=partition, offset=offset))
         offset += partition
-    if offset != piece.numel():
+    if offset != tensor.numel():
         raise LayoutError(
-            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {piece.numel()}. {_versions()}"
+            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {tensor.numel()}. {_versions()}"
         )
     return Binding(
         tuple(indices),
@@ -195,84 +195,13 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
         dist.get_rank(group),
         group,
         parameters[0].device,
-        keeps_gradients=bool(_need(zero, "offload_optimizer")),
-        gradient_buffer=(_need(zero, "grad_partitions_flat_buffer"), sum(f.numel() for f in flats[:sub_group]), offset),
+        keeps_gradients=bool(require_attribute(zero, "offload_optimizer")),
+        gradient_buffer=(
+            require_attribute(zero, "grad_partitions_flat_buffer"),
+            sum(f.numel() for f in flats[:sub_group]),
+            offset,
+        ),
     )
-
-
-def refresh_weights(wrapper: Any) -> None:
-    """Copy the tensors that the optimizer steps into the model's weights again: `step()`'s last act, on all ranks together.
-
-    Args:
-        wrapper: ``engine.optimizer``.
-    """
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3, where full parameters may still be gathered
-        _need(wrapper, "checkpoint_event_prologue")()
-        for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
-            _need(wrapper, "_reassign_or_swap_out_partitioned_parameters")(sub_group)
-        _need(wrapper, "checkpoint_event_epilogue")()
-    elif hasattr(wrapper, "update_lp_params"):  # ZeRO-1, ZeRO-2, BF16_Optimizer
-        wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_groups"):  # stage 0 in fp16 and bf16
-        for masters, weights in zip(wrapper.fp32_groups, _need(wrapper, "fp16_groups"), strict=True):
-            torch._foreach_copy_([weight.data for weight in weights], [master.data for master in masters])
-
-
-def stepped_tensors(wrapper: Any, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """(parameter group, tensors) of each call of ``step()`` that a training step makes.
-
-    Args:
-        wrapper: ``engine.optimizer``.
-        groups: OptForge's ``param_groups``, which ZeRO-3 keeps empty between steps.
-    """
-    if not hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        return [(group, list(group["params"])) for group in groups if group["params"]]
-    group_of = _need(wrapper, "sub_group_to_group_id")
-    return [(groups[group_of[i]], [flat]) for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
-
-
-def own_part(parameter: Tensor) -> tuple[Tensor, int, int]:
-    """(flat values, where they start, elements of the whole) of what this rank holds of a parameter that is not trained."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach(), 0, parameter.numel()
-    numel, partition = int(_need(parameter, "ds_numel")), int(_need(parameter, "partition_numel")())
-    start = min(dist.get_rank(_need(parameter, "ds_process_group")) * partition, numel)
-    return _need(parameter, "ds_tensor").detach().view(-1).narrow(0, 0, min(partition, numel - start)), start, numel
-
-
-LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def loss_scale(wrapper: Any) -> dict[str, float]:
-    """Where dynamic loss scaling stands; empty where there is none."""
-    scaler = _dynamic_scaler(wrapper)
-    return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
-
-
-def set_loss_scale(wrapper: Any, values: Mapping[str, float]) -> None:
-    """Go on from `loss_scale` of another run; nothing where either has no dynamic loss scaling."""
-    scaler = _dynamic_scaler(wrapper)
-    for key, value in values.items():
-        if hasattr(scaler, key):
-            setattr(scaler, key, value)
-
-
-def _dynamic_scaler(wrapper: Any) -> Any:
-    scaler = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
-    return scaler if getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)) else None
-
-
-def expert_parallel(parameter: Tensor) -> bool:
-    """Whether this rank's parameter is one of several ranks' own under the same name."""
-    name = expert_group_name(parameter)
-    return bool(name) and dist.get_world_size(_expert_data_group(name)) < dist.get_world_size()
-
-
-def _expert_data_group(name: str) -> dist.ProcessGroup:
-    from deepspeed.utils import groups
-
-    group: dist.ProcessGroup = groups._get_expert_data_parallel_group(name)
-    return group
 
 
 def _refuse_hidden_slices(zero: Any) -> None:
@@ -293,7 +222,8 @@ def _only(slices: Sequence[Tensor]) -> Tensor:
     return slices[0]
 
 
-def _need(owner: Any, attribute: str) -> Any:
+def require_attribute(owner: Any, attribute: str) -> Any:
+    """An attribute that DeepSpeed has; LayoutError, with the versions that are known, where it has not."""
     try:
         return getattr(owner, attribute)
     except AttributeError:

@@ -13,6 +13,19 @@ Per: TypeAlias = Literal["row", "matrix"]  # output row
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """Elements, rows or values [start, start + numel) of what the field that holds the range names."""
+
+    start: int
+    numel: int
+
+    @property
+    def end(self) -> int:
+        """The first one behind the range."""
+        return self.start + self.numel
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """One (rows, cols) matrix: elements [start, start + rows * cols) of the flattened parameter number ``parameter``.
 
@@ -33,25 +46,26 @@ class Matrix:
     def outputs(self) -> int:
         return self.cols if self.transposed else self.rows
 
-    def outputs_in(self, start: int, numel: int) -> tuple[int, int]:
-        """(first, count) of the output rows whose first element lies in elements [start, start + numel) of the matrix."""
+    def outputs_in(self, elements: Range) -> Range:
+        """The output rows whose first element is one of these of the matrix."""
         step = 1 if self.transposed else self.cols
-        first, end = -(-start // step), -(-(start + numel) // step)
-        return min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs)
+        first, end = -(-elements.start // step), -(-elements.end // step)
+        return Range(min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs))
 
     def values(self, per: Per) -> int:
         """How many values a statistic or sum per output row, or per matrix, has."""
         return self.outputs if per == "row" else 1
 
-    def values_in(self, per: Per, start: int, numel: int) -> tuple[int, int]:
-        """(first, count) of the values whose row's, or matrix's, first element lies in elements [start, start + numel)."""
+    def values_in(self, per: Per, elements: Range) -> Range:
+        """The values whose output row's, or matrix's, first element is one of these of the matrix."""
         if per == "row":
-            return self.outputs_in(start, numel)
-        return min(start, 1), int(start == 0 and numel > 0)
+            return self.outputs_in(elements)
+        return Range(min(elements.start, 1), int(elements.start == 0 and elements.numel > 0))
 
-    def rows_touched(self, start: int, numel: int) -> int:
-        """Stored rows that hold any of elements [start, start + numel) of the matrix."""
-        return -(-(start + numel) // self.cols) - start // self.cols
+    def rows_touched(self, elements: Range) -> Range:
+        """The stored rows that hold any of these elements of the matrix."""
+        first = elements.start // self.cols
+        return Range(first, -(-elements.end // self.cols) - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +84,16 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements [start, start + numel) of a matrix, at [offset, offset + numel) of one rank's slice."""
+    """A matrix's part in one rank's slice: elements ``within`` the matrix, at ``slice_start`` and following."""
 
     matrix: int
-    start: int
-    numel: int
-    offset: int
+    within: Range
+    slice_start: int
 
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A fragment as the blocks of 8-bit state see it: where it lies in the slice, and where it starts in its parameter."""
-
-    offset: int
-    numel: int
-    parameter_start: int
+    @property
+    def numel(self) -> int:
+        """Elements of the fragment."""
+        return self.within.numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +111,21 @@ class PartitionLayout:
 
     def holders(self, matrix: int) -> range:
         """The ranks that hold at least one element of the matrix."""
-        piece = self.matrices[matrix]
-        cut = self.cuts[piece.parameter]
-        first = cut.base + piece.start
-        return range(first // cut.size, (first + piece.numel - 1) // cut.size + 1)
+        found = self.matrices[matrix]
+        cut = self.cuts[found.parameter]
+        first = cut.base + found.start
+        return range(first // cut.size, (first + found.numel - 1) // cut.size + 1)
 
     def fragment(self, matrix: int, rank: int) -> Fragment | None:
         """The part of the matrix that ``rank`` holds; None if it holds nothing."""
-        piece = self.matrices[matrix]
-        cut = self.cuts[piece.parameter]
-        begin = cut.base + piece.start
+        found = self.matrices[matrix]
+        cut = self.cuts[found.parameter]
+        begin = cut.base + found.start
         low = max(begin, rank * cut.size)
-        numel = min(begin + piece.numel, (rank + 1) * cut.size) - low
+        numel = min(begin + found.numel, (rank + 1) * cut.size) - low
         if numel <= 0:
             return None
-        return Fragment(matrix, low - begin, numel, cut.offset + low - rank * cut.size)
+        return Fragment(matrix, Range(low - begin, numel), cut.offset + low - rank * cut.size)
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
         """All fragments of one rank, with increasing offsets."""
@@ -127,8 +136,8 @@ class PartitionLayout:
 
     def describe(self, matrix: int) -> str:
         """One line about a matrix, for error messages."""
-        piece = self.matrices[matrix]
-        return f"{self.names[piece.parameter]}[{piece.start}:{piece.start + piece.numel}] {piece.rows}x{piece.cols}"
+        found = self.matrices[matrix]
+        return f"{self.names[found.parameter]}[{found.start}:{found.start + found.numel}] {found.rows}x{found.cols}"
 
 
 def cuts_of_group(numels: Sequence[int], world_size: int) -> tuple[list[Cut], int]:

@@ -9,17 +9,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_optforge.zero.partition import Cut, Extent, Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Cut, Fragment, Matrix, PartitionLayout, Per, Range
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """Elements ``within`` the tensor of that number."""
+
+    tensor: int
+    within: Range
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Elements [start, start + numel) of a flattened parameter, at ``offset`` of the tensor number ``piece``."""
+    """Elements ``within`` a flattened parameter, at ``tensor_start`` and following of the tensor of that number."""
 
-    piece: int
-    offset: int
-    start: int
-    numel: int
+    tensor: int
+    tensor_start: int
+    within: Range
+
+    @property
+    def numel(self) -> int:
+        """Elements of the range."""
+        return self.within.numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +44,13 @@ class Placement:
 
     def place(self, offset: int) -> tuple[int, int]:
         """(tensor, offset in it) of an offset that counts through all tensors."""
-        piece = bisect_right(self.starts, offset) - 1
-        return piece, offset - self.starts[piece]
+        tensor = bisect_right(self.starts, offset) - 1
+        return tensor, offset - self.starts[tensor]
+
+    def range_of(self, fragment: Fragment) -> TensorRange:
+        """Where a fragment of this rank lies in the tensors."""
+        tensor, start = self.place(fragment.slice_start)
+        return TensorRange(tensor, Range(start, fragment.numel))
 
     def numel(self, parameter: int) -> int:
         """Elements of a parameter, which its matrices cover."""
@@ -46,53 +63,53 @@ class Placement:
         numel = min(cut.base + self.numel(parameter), (self.rank + 1) * cut.size) - low
         if numel <= 0:
             return None
-        return Held(*self.place(cut.offset + low - self.rank * cut.size), low - cut.base, numel)
+        return Held(*self.place(cut.offset + low - self.rank * cut.size), Range(low - cut.base, numel))
 
-    def extents(self) -> list[list[Extent]]:
-        """The fragments in each tensor, as blocks of 8-bit state see them."""
-        extents: list[list[Extent]] = [[] for _ in self.starts]
+    def held_fragments(self) -> list[list[Held]]:
+        """The fragments in each tensor."""
+        held: list[list[Held]] = [[] for _ in self.starts]
         for fragment in self.layout.fragments(self.rank):
-            piece, offset = self.place(fragment.offset)
-            begin = self.layout.matrices[fragment.matrix].start + fragment.start
-            extents[piece].append(Extent(offset, fragment.numel, begin))
-        return extents
+            tensor, start = self.place(fragment.slice_start)
+            begin = self.layout.matrices[fragment.matrix].start + fragment.within.start
+            held[tensor].append(Held(tensor, start, Range(begin, fragment.numel)))
+        return held
 
-    def value_places(self, per: Per) -> dict[int, tuple[int, int, int]]:
-        """By held matrix: (tensor, start, count) of the values of a statistic in that tensor's buffer of it."""
+    def value_places(self, per: Per) -> dict[int, TensorRange]:
+        """By held matrix, the values of a statistic in a tensor's buffer of it."""
         filled = [0] * len(self.starts)
         places = {}
         for fragment in self.layout.fragments(self.rank):
-            piece, _ = self.place(fragment.offset)
-            _, count = self.layout.matrices[fragment.matrix].values_in(per, fragment.start, fragment.numel)
-            places[fragment.matrix] = (piece, filled[piece], count)
-            filled[piece] += count
+            tensor, _ = self.place(fragment.slice_start)
+            count = self.layout.matrices[fragment.matrix].values_in(per, fragment.within).numel
+            places[fragment.matrix] = TensorRange(tensor, Range(filled[tensor], count))
+            filled[tensor] += count
         return places
 
     def value_counts(self, per: Per) -> list[int]:
         """Values of a statistic that are kept with each tensor."""
         counts = [0] * len(self.starts)
-        for piece, _, count in self.value_places(per).values():
-            counts[piece] += count
+        for place in self.value_places(per).values():
+            counts[place.tensor] += place.within.numel
         return counts
 
     def values(self, parameter: int, per: Per) -> int:
         """Values of a statistic for all of a parameter's matrices."""
         return sum(self.layout.matrices[index].values(per) for index in self.matrices_of(parameter))
 
-    def held_values(self, parameter: int, per: Per, places: Mapping[int, tuple[int, int, int]]) -> Held | None:
+    def held_values(self, parameter: int, per: Per, places: Mapping[int, TensorRange]) -> Held | None:
         """What this rank keeps of a parameter's statistic, counted through its matrices. ``places``: `value_places`."""
-        before, ranges = 0, []
+        before, found = 0, []
         for index in self.matrices_of(parameter):
             matrix = self.layout.matrices[index]
             fragment = self.layout.fragment(index, self.rank)
-            if fragment is not None and places[index][2]:
-                first, count = matrix.values_in(per, fragment.start, fragment.numel)
-                ranges.append((*places[index][:2], before + first, count))
+            if fragment is not None and places[index].within.numel:
+                values = matrix.values_in(per, fragment.within)
+                found.append((places[index], before + values.start, values.numel))
             before += matrix.values(per)
-        if not ranges:
+        if not found:
             return None
-        piece, offset, start, _ = ranges[0]
-        return Held(piece, offset, start, sum(count for *_, count in ranges))
+        place, start, _ = found[0]
+        return Held(place.tensor, place.within.start, Range(start, sum(numel for *_, numel in found)))
 
     def matrices_of(self, parameter: int) -> range:
         """The numbers of a parameter's matrices, which follow each other."""

@@ -24,7 +24,7 @@ _LOCAL_PART = 16
 class ExchangePlan:
     """Which rank orthogonalizes each matrix, and in which buckets matrices travel.
 
-    ``exchanges`` are runs of matrices that lie on several ranks: one pair of collectives each, the same on every rank.
+    ``exchanges`` are tuples of straddling matrices: one pair of collectives each, the same on every rank.
     A matrix that lies whole on one rank is owned by it and never travels. ``fingerprint`` identifies layout and plan.
     """
 
@@ -48,7 +48,7 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         cost: of orthogonalizing one matrix (FLOPs; any unit).
         bucket_numel: elements of one bucket per rank; an exchange holds at most world_size times 4/5 as many, or one matrix.
 
-    An owner holds a piece of its matrix. Where no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
+    An owner holds a fragment of its matrix. Where no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
     load of a rank is the smallest possible, and the bound holds for what each rank owns of an exchange. Elsewhere matrices go
     longest-processing-time first to the lowest load, and then those of equal cost change owners so that ranks wait for each
     other as little as possible.
@@ -57,20 +57,20 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
     costs = [cost(matrix) for matrix in layout.matrices]
     owners = [ranks.start for ranks in holders]
     load = [0] * layout.world_size
-    shared = []
+    straddling = []
     for matrix, ranks in enumerate(holders):
         if len(ranks) == 1:
             load[ranks.start] += costs[matrix]
         else:
-            shared.append(matrix)
-    if _at_most_one_a_boundary(shared, holders, load):
-        _own_straddling(shared, holders, costs, owners, load)
-        exchanges = _one_or_two_exchanges(shared, owners, layout.matrices, bucket_numel)
+            straddling.append(matrix)
+    if _at_most_one_a_boundary(straddling, holders, load):
+        _own_straddling(straddling, holders, costs, owners, load)
+        exchanges = _one_or_two_exchanges(straddling, owners, layout.matrices, bucket_numel)
     else:
         numel = layout.world_size * bucket_numel * _BUFFERS // _BUFFERS_UNDER_WAY
-        exchanges = list(runs_of(shared, layout.matrices, max(numel, 1)))
+        exchanges = list(split_evenly(straddling, layout.matrices, max(numel, 1)))
         clocks = Clocks(load, len(exchanges))
-        _own_longest_first(shared, holders, costs, owners, load)
+        _own_longest_first(straddling, holders, costs, owners, load)
         _swap_equals(exchanges, holders, costs, owners, clocks)
         exchanges = list(_bounded(exchanges, owners, layout.matrices, bucket_numel))
     return ExchangePlan(
@@ -78,38 +78,38 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
     )
 
 
-def runs_of(indices: Sequence[int], matrices: Sequence[Matrix], limit: int) -> Iterator[tuple[int, ...]]:
-    """Cut ``indices`` into as few and as equal runs of at most ``limit`` elements as goes (a larger matrix is its own run)."""
+def split_evenly(indices: Sequence[int], matrices: Sequence[Matrix], limit: int) -> Iterator[tuple[int, ...]]:
+    """Cut ``indices`` into as few and as equal tuples as possible, of at most ``limit`` elements or one matrix each."""
     left = sum(matrices[index].numel for index in indices)
-    run: list[int] = []
+    taken: list[int] = []
     numel = 0
     for index in indices:
         size = matrices[index].numel
-        runs = -(-left // limit)
+        count = -(-left // limit)  # of the tuples still to come
         # Cut where half of the matrix or more would lie beyond an equal share of what is left.
-        if run and (numel + size > limit or (2 * numel + size) * runs > 2 * left):
-            yield tuple(run)
+        if taken and (numel + size > limit or (2 * numel + size) * count > 2 * left):
+            yield tuple(taken)
             left -= numel
-            run, numel = [], 0
-        run.append(index)
+            taken, numel = [], 0
+        taken.append(index)
         numel += size
-    if run:
-        yield tuple(run)
+    if taken:
+        yield tuple(taken)
 
 
-def _at_most_one_a_boundary(shared: Sequence[int], holders: Sequence[range], load: Sequence[int]) -> bool:
+def _at_most_one_a_boundary(straddling: Sequence[int], holders: Sequence[range], load: Sequence[int]) -> bool:
     """Whether one matrix at most crosses each boundary between two ranks, and a rank in the middle of one has nothing else."""
-    return all(holders[left][-1] <= holders[right][0] for left, right in pairwise(shared)) and not any(
-        load[rank] for matrix in shared for rank in holders[matrix][1:-1]
+    return all(holders[left][-1] <= holders[right][0] for left, right in pairwise(straddling)) and not any(
+        load[rank] for matrix in straddling for rank in holders[matrix][1:-1]
     )
 
 
 def _own_straddling(
-    shared: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
+    straddling: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
 ) -> None:
-    """Write the owners with the smallest maximum of ``load``, given at most one shared matrix per boundary, and add to it."""
+    """Minimize the largest load, given at most one straddling matrix per boundary; writes ``owners`` and adds to ``load``."""
     pairs = []
-    for matrix in shared:
+    for matrix in straddling:
         if len(holders[matrix]) > 2:  # whoever is in the middle has nothing else to do
             owners[matrix] = holders[matrix][1]
             load[owners[matrix]] += costs[matrix]
@@ -138,7 +138,7 @@ def _own_straddling(
 
 
 def _one_or_two_exchanges(
-    shared: Sequence[int], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
+    straddling: Sequence[int], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
 ) -> list[tuple[int, ...]]:
     """All in one exchange, but for the second of a rank's two matrices where both together have more than ``limit`` elements.
 
@@ -146,7 +146,7 @@ def _one_or_two_exchanges(
     """
     owned: Counter[int] = Counter()
     exchanges: tuple[list[int], list[int]] = ([], [])
-    for matrix in shared:
+    for matrix in straddling:
         numel = matrices[matrix].numel
         late = owned[owners[matrix]] > 0 and owned[owners[matrix]] + numel > limit
         owned[owners[matrix]] += numel
@@ -155,7 +155,7 @@ def _one_or_two_exchanges(
 
 
 def _own_longest_first(
-    shared: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
+    straddling: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
 ) -> None:
     """Longest processing time first, to the holder with the lowest load; writes ``owners`` and adds to ``load``."""
     everyone = range(len(load))
@@ -164,7 +164,7 @@ def _own_longest_first(
     order = [int(f"{rank:0{bits}b}"[::-1], 2) for rank in everyone]
     heap = [(load[rank], order[rank], rank) for rank in everyone]
     heapq.heapify(heap)
-    for matrix in sorted(shared, key=lambda index: (-costs[index], index)):
+    for matrix in sorted(straddling, key=lambda index: (-costs[index], index)):
         if holders[matrix] == everyone:
             while load[heap[0][2]] != heap[0][0]:  # outdated by a choice made below
                 heapq.heapreplace(heap, (load[heap[0][2]], *heap[0][1:]))

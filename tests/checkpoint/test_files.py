@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from ds_optforge import CheckpointError
-from ds_optforge.checkpoint import files
-from ds_optforge.checkpoint.files import Checkpoint, Chunk, Request, files_of, run_of, write, write_manifest
+from ds_optforge.checkpoint import chunks
+from ds_optforge.checkpoint.chunks import Chunk, Request, files_of, flat_chunk
+from ds_optforge.checkpoint.files import Checkpoint, write
+from ds_optforge.checkpoint.manifest import write_manifest
 
 VALUES = torch.arange(100, dtype=torch.float32)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    write(tmp_path / "saved", [run_of("a", 100, 0, VALUES), run_of("b", 10, 0, VALUES[:10].bfloat16())], {"note": "x"})
+    write(tmp_path / "saved", [flat_chunk("a", 100, 0, VALUES), flat_chunk("b", 10, 0, VALUES[:10].bfloat16())], {"note": "x"})
     return tmp_path / "saved"
 
 
@@ -35,7 +37,7 @@ def test_nothing_in_it_is_a_pickle(saved: Path) -> None:
 
 def test_a_gap_or_an_overlap_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not written"):
-        write(tmp_path / "bad", [run_of("a", 100, 0, VALUES[:50]), run_of("a", 100, 40, VALUES[40:])], {})
+        write(tmp_path / "bad", [flat_chunk("a", 100, 0, VALUES[:50]), flat_chunk("a", 100, 40, VALUES[40:])], {})
     assert not list(tmp_path.iterdir())
 
 
@@ -50,10 +52,10 @@ def test_a_value_that_cannot_be_made_is_reported_and_leaves_nothing(tmp_path: Pa
 
 def test_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the largest rank's part, except where one tensor alone is larger."""
-    monkeypatch.setattr(files, "_FILE_BYTES", 400)
-    ranks = [[run_of("a", 100, 0, VALUES[:50]), run_of("c", 4, 0, VALUES[:4])], [run_of("b", 75, 0, VALUES[:75])]]
+    monkeypatch.setattr(chunks, "_FILE_BYTES", 400)
+    ranks = [[flat_chunk("a", 100, 0, VALUES[:50]), flat_chunk("c", 4, 0, VALUES[:4])], [flat_chunk("b", 75, 0, VALUES[:75])]]
     assert files_of(ranks) == {"a": 1, "c": 1, "b": 2}
-    assert files_of([[run_of("a", 100, 0, VALUES), run_of("b", 1, 0, VALUES[:1])]]) == {"a": 1, "b": 2}
+    assert files_of([[flat_chunk("a", 100, 0, VALUES), flat_chunk("b", 1, 0, VALUES[:1])]]) == {"a": 1, "b": 2}
 
 
 def test_every_bit_of_the_manifest_is_checked(saved: Path) -> None:

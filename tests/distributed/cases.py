@@ -14,9 +14,9 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 import ds_optforge
-from ds_optforge.workload import build_model, load_corpus, micro_batch_rows
 from tests import models
 from tests.step_trace import traced
+from workload import build_model, load_corpus, micro_batch_rows
 
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}}
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import ds_optforge
 from ds_optforge.checkpoint.files import Checkpoint
-from ds_optforge.zero.layout import loss_scale
+from ds_optforge.zero.engine import loss_scale
 from tests import models
 from tests.distributed.cases import MixtureNet, base_optimizer, build_engine, full_parameters, run_steps
 from tests.processes import die_while_saving

@@ -28,6 +28,7 @@ def config(stage: int, params: dict[str, Any] = cases.MUON, **extra: Any) -> dic
     return cases.engine_config(stage, params, **SCHEDULE, **left_open, **extra)
 
 
+@pytest.mark.promise("accumulation", "clipping")
 @pytest.mark.parametrize(("stage", "real"), [(1, False), (2, True), (3, False)])
 def test_accumulation_and_clipping_are_those_of_a_plain_engine(stage: int, real: bool, pools: Pools) -> None:
     """Two micro-batches a step, gradients clipped to a tenth of their norm."""
@@ -51,9 +52,10 @@ def test_save_state_and_load_state(stage: int, real: bool, pools: Pools, tmp_pat
     assert pools[2].run(frameworks.load_state, config(stage), str(tmp_path), real) == uninterrupted
 
 
+@pytest.mark.promise("averaged-evaluation")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_averaged_weights_are_evaluated_and_exported(stage: int, pools: Pools) -> None:
-    """checklist 18, accelerate#4159: optimizer.eval() does not reach an engine's weights, `evaluation_weights` does."""
+    """Accelerate's issue 4159: optimizer.eval() does not reach an engine's weights, `evaluation_weights` does."""
     schedule_free = {"name": "schedule_free_adamw", "lr": 3e-3}
     given = config(stage, schedule_free, zero_optimization={"stage3_gather_16bit_weights_on_model_save": True})
     given["scheduler"] = {"type": "OptForgeSchedule", "params": {"name": "none"}}

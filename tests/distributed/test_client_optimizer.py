@@ -13,10 +13,10 @@ SCHEDULE = {"type": "OptForgeSchedule", "params": {"name": "cosine", "total_num_
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 
 
+@pytest.mark.promise("client-optimizer")
 @pytest.mark.parametrize("door", ["deepspeed", "ds_optforge"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_an_object_trains_as_the_section_does(stage: int, door: str, pools: Pools) -> None:
-    """checklist 66"""
     config = cases.engine_config(stage, cases.MUON, scheduler=SCHEDULE)
     expected = pools[2].run(cases.train, config, STEPS)[0]
     for found in pools[2].run(cases.train_with_object, config, door):
@@ -25,9 +25,10 @@ def test_an_object_trains_as_the_section_does(stage: int, door: str, pools: Pool
         assert_same(found["parameters"], expected["parameters"], 0.0)
 
 
+@pytest.mark.promise("use-muon", "world-size")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_keller_jordans_groups(stage: int, pools: Pools) -> None:
-    """checklist 42, 44: the same on one process and on two ranks."""
+    """They train the same on one process and on two ranks."""
     config = cases.engine_config(stage, {})
     (one,) = pools[1].run(cases.train_with_object, config, "deepspeed", groups=True)
     for found in pools[2].run(cases.train_with_object, config, "deepspeed", groups=True):

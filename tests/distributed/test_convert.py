@@ -77,7 +77,7 @@ INCUMBENT = {
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.slow)])  # compiles DeepSpeed's CPU Adam
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_run_of_deepspeeds_muon_goes_on_here(stage: int, offload: bool, bf16: bool, pools: Pools, tmp_path: Path) -> None:
+def test_a_flat_chunk_deepspeeds_muon_goes_on_here(stage: int, offload: bool, bf16: bool, pools: Pools, tmp_path: Path) -> None:
     """Weights, momenta and Adam's moments arrive as they were, and train on, on another stage."""
     zero: dict[str, Any] = {"stage": stage, "reduce_scatter": False}
     if offload:
@@ -128,7 +128,7 @@ def torch_run(path: Path, named: bool = True) -> tuple[nn.Module, torch.optim.Op
     return model, muon
 
 
-def test_a_run_of_torchs_muon_goes_on_here(pools: Pools, tmp_path: Path) -> None:
+def test_a_flat_chunk_torchs_muon_goes_on_here(pools: Pools, tmp_path: Path) -> None:
     model, muon = torch_run(tmp_path / "run.pt")
     convert(tmp_path / "run.pt", tmp_path / "ours")
     tensors = checkpoints.logical_tensors(tmp_path / "ours")
@@ -150,6 +150,7 @@ def test_nameless_parameters_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.promise("averaged-evaluation")
 def test_weights_are_exported_in_shape_and_averaged(pools: Pools, tmp_path: Path) -> None:
     config = configuration(SAVED, params_of("schedule_free_adamw"))
     averages = pools[2].run(checkpoints.save_and_average, config, str(tmp_path / "portable"))[0]

@@ -1,4 +1,4 @@
-"""Schedule-Free's averaged weights: in for evaluation, out again bit-exactly, on every stage (checklist 17 and 18)."""
+"""Schedule-Free's averaged weights: in for evaluation, out again bit-exactly, on every stage."""
 
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def schedulefree_oracle() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return average, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.promise("averaged-round-trip", "averaged-evaluation", "averaged-refusal", "schedule-free-points")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_averaged_weights_are_a_bit_exact_round_trip(engine: str, pools: Pools, tmp_path: Path) -> None:
     config = cases.engine_config(2, PARAMS, **ENGINES[engine])

@@ -1,11 +1,11 @@
-"""Every group follows one curve from its own initial rate under Accelerate and the HF Trainer too (checklist 10)."""
+"""Every group follows one curve from its own initial rate under Accelerate and the HF Trainer too."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ds_optforge.config import schedule_config
+from ds_optforge.config.schedule import schedule_config
 from ds_optforge.schedules import learning_rate_factor
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
@@ -32,6 +32,7 @@ def assert_on_the_curve(rates: list[dict[str, float]], matrix: float, beside: fl
             assert rate == pytest.approx(factor * (matrix if "muon" in group else beside)), (step, group)
 
 
+@pytest.mark.promise("adamw-beside-curve")
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 2), (2, 4)])
 def test_accelerate(stage: int, ranks: int, pair: str, pools: Pools) -> None:
@@ -42,6 +43,7 @@ def test_accelerate(stage: int, ranks: int, pair: str, pools: Pools) -> None:
         assert_on_the_curve(rates, cases.MUON["lr"], cases.MUON["adamw"]["lr"])
 
 
+@pytest.mark.promise("adamw-beside-curve")
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 4)])
 def test_hugging_face_trainer(stage: int, ranks: int, pools: Pools, tmp_path: Path) -> None:
     """lr and the lengths are "auto", filled from TrainingArguments."""

@@ -29,6 +29,7 @@ def assert_offload_changes_nothing(pool: Pool, config: dict[str, Any], **offload
             assert torch.equal(offloaded["parameters"][name], parameter), name
 
 
+@pytest.mark.promise("offload")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", LOW_PRECISION)
 def test_low_precision_is_the_same_bit_for_bit(precision: str, stage: int, pools: Pools) -> None:
@@ -44,6 +45,7 @@ def test_accumulated_gradients_and_sub_groups_are_the_same_bit_for_bit(stage: in
     assert_offload_changes_nothing(pools[2], config)
 
 
+@pytest.mark.promise("offload")
 @pytest.mark.parametrize("pin_memory", [True, False])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_pinned_memory_is_the_same_bit_for_bit(stage: int, pin_memory: bool, pools: Pools) -> None:
@@ -57,6 +59,7 @@ def offloading(stage: int, params: dict[str, Any]) -> dict[str, Any]:
     return cases.engine_config(stage, params, zero_optimization=zero)
 
 
+@pytest.mark.promise("adamw-fused")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 def test_adamw_is_one_fused_kernel_a_group(name: str, stage: int, pools: Pools) -> None:

@@ -73,6 +73,7 @@ def check(pool: Pool, config: dict[str, Any], expected: tuple[list[float], dict[
     return results[0]
 
 
+@pytest.mark.promise("world-size", "zero-stages")
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_equals_one_process(stage: int, world: int, pools: Pools) -> None:
@@ -80,6 +81,7 @@ def test_every_stage_equals_one_process(stage: int, world: int, pools: Pools) ->
     check(pools[world], config, muon_reference(awkward=False))
 
 
+@pytest.mark.promise("world-size", "zero-stages", "frozen-parameters")
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_tied_frozen_and_unused_parameters(stage: int, world: int, pools: Pools) -> None:
@@ -119,12 +121,14 @@ def test_buckets_smaller_than_a_matrix(stage: int, pools: Pools) -> None:
     check(pools[4], config, muon_reference(awkward=False))
 
 
+@pytest.mark.promise("accumulation")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradient_accumulation_equals_the_large_batch(stage: int, pools: Pools) -> None:
     config = cases.engine_config(stage, MUON, gradient_clipping=1.0, gradient_accumulation_steps=2)
     check(pools[2], config, muon_reference(awkward=False))
 
 
+@pytest.mark.promise("offload")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cpu_offload(stage: int, pools: Pools) -> None:
     config = cases.engine_config(stage, MUON, gradient_clipping=1.0, zero_optimization={"offload_optimizer": {"device": "cpu"}})
@@ -139,11 +143,13 @@ def test_slices_that_hold_nothing(stage: int, pools: Pools) -> None:
     check(pools[4], config, one_process(params))
 
 
-def test_clipping_acts_on_the_gradient(pools: Pools) -> None:
-    """A clipped update would end elsewhere than both."""
+@pytest.mark.promise("clipping")
+@pytest.mark.parametrize("clip", [0.05, 0.0])
+def test_clipping_acts_on_the_gradient(clip: float, pools: Pools) -> None:
+    """A clipped update would end elsewhere than both. DeepSpeed's 0 is no clipping."""
     clipped, free = muon_reference(awkward=False, clip=0.05), muon_reference(awkward=False, clip=0.0)
     assert clipped[0][-1] != pytest.approx(free[0][-1], rel=1e-3)
-    check(pools[2], cases.engine_config(2, MUON, gradient_clipping=0.05), clipped)
+    check(pools[2], cases.engine_config(2, MUON, gradient_clipping=clip), clipped if clip else free)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -152,6 +158,7 @@ def test_adamw_alone(stage: int, pools: Pools) -> None:
     check(pools[2], cases.engine_config(stage, params), one_process(params))
 
 
+@pytest.mark.promise("one-config", "adamw-beside-curve")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_schedule_from_json(stage: int, pools: Pools) -> None:
     schedule = {"name": "linear", "warmup_num_steps": 5, "total_num_steps": 20, "final_lr_fraction": 0.1}

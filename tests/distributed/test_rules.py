@@ -40,6 +40,7 @@ def reference(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     return one_process(SETTINGS[rule])
 
 
+@pytest.mark.promise("world-size", "zero-stages")
 @pytest.mark.parametrize(("stage", "offload"), STAGES)
 @pytest.mark.parametrize("rule", SETTINGS)
 def test_rule_equals_one_process(rule: str, stage: int, offload: str, pools: Pools) -> None:
@@ -49,6 +50,7 @@ def test_rule_equals_one_process(rule: str, stage: int, offload: str, pools: Poo
         assert_same(result["parameters"], reference(rule)[1], TOLERANCE.get(rule, 1e-5))
 
 
+@pytest.mark.promise("world-size")
 @pytest.mark.parametrize(("stage", "world"), [(2, 1), (2, 4), (3, 4)])
 @pytest.mark.parametrize("rule", SETTINGS)
 def test_rule_does_not_depend_on_world_size(rule: str, stage: int, world: int, pools: Pools) -> None:

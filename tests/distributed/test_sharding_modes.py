@@ -69,6 +69,7 @@ def reference(ranks: int, gather_every: int | None) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
+@pytest.mark.promise("sharding-modes")
 @pytest.mark.parametrize("gather_every", [None, 3])
 @pytest.mark.parametrize("world", [2, 4])
 def test_zero3_orthogonalizes_the_rows_that_each_rank_touches(world: int, gather_every: int | None, pools: Pools) -> None:
@@ -78,6 +79,7 @@ def test_zero3_orthogonalizes_the_rows_that_each_rank_touches(world: int, gather
         assert_same(result["parameters"], reference(world, gather_every), 1e-4)
 
 
+@pytest.mark.promise("shard-local-error")
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_on_zero_1_and_2_only_matrices_that_lie_on_two_ranks_differ(stage: int, offload: str, pools: Pools) -> None:
@@ -97,6 +99,7 @@ def test_one_rank_holds_every_matrix_whole(pools: Pools) -> None:
     assert_same(result["parameters"], expected[1])
 
 
+@pytest.mark.promise("sharding-modes")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gathering_in_every_step_of_the_period_is_gather(stage: int, pools: Pools) -> None:
     """The first step of a period gathers."""
@@ -105,6 +108,7 @@ def test_gathering_in_every_step_of_the_period_is_gather(stage: int, pools: Pool
         assert_same(result["parameters"], expected)
 
 
+@pytest.mark.promise("shard-local-error")
 @pytest.mark.parametrize("gather_every", [None, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("shapes", [False, True])
@@ -118,6 +122,7 @@ def test_normuon_learns_like_gather(shapes: bool, stage: int, gather_every: int 
         assert_same(result["parameters"], results[0]["parameters"], 0.0)
 
 
+@pytest.mark.promise("sharding-modes")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_nothing_travels(stage: int, pools: Pools) -> None:
     assert pools[2].run(cases.all_to_alls, cases.engine_config(stage, params())) == [0, 0]

@@ -124,9 +124,10 @@ def average_after(steps: int) -> float:
     return float(model(input_ids=rows, labels=rows).loss.detach())
 
 
+@pytest.mark.promise("averaged-evaluation")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_documented_trainer_evaluates_averaged_weights_and_goes_on(stage: int, pools: Pools, tmp_path: Path) -> None:
-    """checklist 18: an evaluation, a checkpoint, more training, another evaluation."""
+    """It evaluates, saves a checkpoint, trains on and evaluates again."""
     given = config(stage, SCHEDULE_FREE)
     given["scheduler"]["params"] = {"name": "none"}
     settings = {

@@ -29,6 +29,7 @@ def test_the_schedule_has_the_length_of_the_run() -> None:
     assert prepared(config, 50)["scheduler"]["params"]["total_num_steps"] == 50
 
 
+@pytest.mark.promise("steady-loss")
 @pytest.mark.parametrize(
     ("schedule", "own", "expected"),
     [({"warmup_ratio": 0.1}, 0, 300), ({"warmup_num_steps": 20}, 0, 200), ({"name": "none"}, 90, 270), ({}, 0, 200)],
@@ -36,7 +37,6 @@ def test_the_schedule_has_the_length_of_the_run() -> None:
 def test_steady_state_begins_after_three_warm_ups_and_after_200_steps(
     schedule: dict[str, Any], own: int, expected: int
 ) -> None:
-    """checklist 21"""
     scheduler = {"type": "OptForgeSchedule", "params": {"total_num_steps": 1000, **schedule}}
     assert steady_start({"scheduler": scheduler, "optimizer": {"params": {"warmup_steps": own}}}) == expected
 

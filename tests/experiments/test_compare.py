@@ -24,8 +24,8 @@ def comparison(folder: Path, contenders: dict[str, dict[str, Any]], **more: Any)
     return write_yaml(folder, common(folder, runs=runs) | more)
 
 
+@pytest.mark.promise("fair-comparison", "comparison-metrics")
 def test_a_table_a_tsv_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """checklist 20, 22"""
     path = comparison(tmp_path, {"slow": {"lr": 0.01}, "fast": {"lr": 0.5}}, steps=250)
     assert main(["compare", str(path), "--parallel", "2"]) == 0
     rows = results(tmp_path)
@@ -49,8 +49,9 @@ def test_the_page_opens_without_a_server(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.promise("steady-loss")
 def test_the_steady_loss_is_the_mean_after_200_steps_or_three_warm_ups(tmp_path: Path) -> None:
-    """checklist 21; the same steps count for all: here those of the longest warm-up."""
+    """The same steps count for all: here those of the longest warm-up."""
     schedule = {"type": "OptForgeSchedule", "params": {"name": "constant", "warmup_num_steps": 70}}
     path = comparison(tmp_path, {"a": {"scheduler": schedule}, "b": {"scheduler": schedule, "lr": 0.001}}, steps=220)
     main(["compare", str(path)])
@@ -68,6 +69,7 @@ def test_runs_too_short_for_a_steady_state_are_said_to_be(tmp_path: Path, capsys
     assert [row["steady_loss"] for row in results(tmp_path)] == ["", ""]
 
 
+@pytest.mark.promise("fair-comparison")
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -93,6 +95,7 @@ def test_schedule_free_may_be_without_the_schedule_of_the_others(tmp_path: Path)
     assert [contender.name for contender in read_comparison(path).contenders] == ["a", "b"]
 
 
+@pytest.mark.promise("fair-comparison")
 def test_runs_on_another_number_of_ranks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}})
     main(["compare", str(path)])

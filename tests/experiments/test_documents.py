@@ -107,6 +107,7 @@ def test_one_budget_is_given(tmp_path: Path) -> None:
         read_sweep(sweep(tmp_path, [phase("p", A=lr(1))], seconds=3.0))
 
 
+@pytest.mark.promise("fair-comparison")
 def test_each_configuration_of_a_comparison_says_its_learning_rate(tmp_path: Path) -> None:
     runs = {"a": {"config": write_config(tmp_path)}, "b": {"config": write_config(tmp_path), "lr": 1.0}}
     with pytest.raises(ConfigError, match=r"file.yaml:\d+: runs.a.lr: missing; allowed: its learning rate"):

@@ -19,8 +19,8 @@ def shortened(name: str, folder: Path, **more: Any) -> Path:
     return write_yaml(folder, content | {key: change(content[key]) for key, change in more.items()})
 
 
+@pytest.mark.promise("fair-comparison", "comparison-metrics")
 def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """checklist 20-22"""
     monkeypatch.chdir(ROOT)
     two = shortened("compare/all_optimizers.yaml", tmp_path, runs=lambda runs: {name: runs[name] for name in ("muon", "lion")})
     assert main(["compare", str(two), "--parallel", "2"]) == 0
@@ -35,8 +35,8 @@ def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 4 < float(rows["muon"]["state_bytes_per_parameter"]) < 5
 
 
+@pytest.mark.promise("sweep-file")
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """checklist 36-39"""
     monkeypatch.chdir(ROOT)
 
     def one_experiment(phases: list[Any]) -> list[Any]:

@@ -25,8 +25,8 @@ def status_of(folder: Path) -> dict[str, str]:
     return {row["experiment"]: row["status"] for row in results(folder)}
 
 
+@pytest.mark.promise("sweep-winner", "sweep-combined")
 def test_a_phases_winner_is_the_next_phases_baseline(tmp_path: Path) -> None:
-    """checklist 38, 39"""
     batch = {"changes": {"train_batch_size": 80}}
     path = sweep(tmp_path, [phase("rate", A=lr(0.2), B=lr(0.3), C=lr(0.05)), phase("batch", D=batch), phase("more", E=lr(0.5))])
     assert main(["sweep", str(path)]) == 0
@@ -40,8 +40,8 @@ def test_a_phases_winner_is_the_next_phases_baseline(tmp_path: Path) -> None:
     assert float(rows["combined"]["metric"]) < float(rows["baseline-again"]["metric"])
 
 
+@pytest.mark.promise("sweep-combined")
 def test_all_winners_are_measured_together_on_seeds_that_chose_none_of_them(tmp_path: Path) -> None:
-    """checklist 39"""
     main(["sweep", str(sweep(tmp_path, [phase("p", A=lr(0.3))]))])
     assert [name.partition("-seed")[2][0] for name in launches(tmp_path)[-6:]] == ["3", "4", "5"] * 2
 
@@ -68,15 +68,15 @@ def test_what_is_far_behind_gets_no_further_seeds(tmp_path: Path) -> None:
     assert "behind after 1 of 3 seeds" in results(tmp_path)[1]["description"]
 
 
+@pytest.mark.promise("sweep-order")
 def test_first_then_by_priority_then_as_written(tmp_path: Path) -> None:
-    """checklist 37"""
     experiments = {"A": lr(0.2, priority="low"), "B": lr(0.2), "C": lr(0.2, priority="high"), "D": lr(0.2, first=True)}
     read = read_sweep(sweep(tmp_path, [phase("p", **experiments, E=lr(0.2, priority="high"))]))
     assert [experiment.name for experiment in read.phases[0].experiments] == ["D", "C", "E", "B", "A"]
 
 
+@pytest.mark.promise("sweep-budget")
 def test_crash_nan_and_time_out_are_rows_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    """checklist 41"""
     crash, hang = {"changes": {"train_batch_size": 0}}, {"changes": {"sleep": 30}}
     path = sweep(tmp_path, [phase("p", CRASH=crash, NAN=lr(1e200), HANG=hang, GOOD=lr(0.3))], timeout=8.0)
     assert main(["sweep", str(path), "--parallel", "4"]) == 0
@@ -198,8 +198,8 @@ def test_a_combination_that_is_impossible_is_a_crash_of_that_experiment(tmp_path
     assert "no configuration to run: scheduler.params.total_num_steps" in rows["B"]["description"]
 
 
+@pytest.mark.promise("sweep-grid")
 def test_a_grid_runs_every_pair_and_its_best_is_the_next_baseline(tmp_path: Path) -> None:
-    """checklist 40"""
     grid = {"optimizer.params.lr": [0.1, 0.3], "train_batch_size": [8, 16]}
     assert main(["sweep", str(sweep(tmp_path, [{"name": "pairs", "grid": grid}])), "--parallel", "2"]) == 0
     status = status_of(tmp_path)
@@ -210,8 +210,9 @@ def test_a_grid_runs_every_pair_and_its_best_is_the_next_baseline(tmp_path: Path
     assert "lr \\ train_batch_size" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.promise("sweep-budget")
 def test_a_budget_in_seconds_gives_slower_configurations_fewer_steps(tmp_path: Path) -> None:
-    """checklist 41; the program says 100 tokens a second, and a step has batch x 10 of them."""
+    """The program says 100 tokens a second, and a step has batch x 10 of them."""
     slower = {"changes": {"train_batch_size": 16}}
     main(["sweep", str(sweep(tmp_path, [phase("p", A=slower)], steps=None, seconds=8.0))])
     steps = {}
@@ -252,8 +253,8 @@ DOCUMENT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise("sweep-file")
 def test_the_shipped_file_has_every_experiment_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    """checklist 36"""
     monkeypatch.chdir(ROOT)
     phases = read_sweep(SHIPPED).phases
     found = {
@@ -266,8 +267,8 @@ def test_the_shipped_file_has_every_experiment_of_the_document(monkeypatch: pyte
     assert set(found) - set(DOCUMENT) == {"WDS-1", "WDS-2"}  # the variants of the schedule, which have no ID there
 
 
+@pytest.mark.promise("sweep-order", "sweep-grid")
 def test_its_order_is_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """checklist 37, 40"""
     monkeypatch.chdir(ROOT)
     phases = read_sweep(SHIPPED).phases
     assert [phase.experiments[0].name for phase in phases[:6]] == ["W-2", "MLR-3", "ELR-1", "WDN-1", "WD-1", "ULR-1"]

@@ -10,7 +10,7 @@ from torch import nn
 
 import ds_optforge
 from ds_optforge import ConfigError
-from ds_optforge.integrations.deepspeed import check, load_config
+from ds_optforge.config.deepspeed import check, load_config
 
 MUON = {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}}
 
@@ -106,9 +106,9 @@ REFUSED = {
 
 
 class TestCheck:
+    @pytest.mark.promise("validated-fields")
     @pytest.mark.parametrize("case", REFUSED)
     def test_what_is_refused(self, case: str) -> None:
-        """checklist 3"""
         loaded, said = REFUSED[case]
         message = refused(loaded)
         assert message.startswith(said)
@@ -135,9 +135,9 @@ class TestCheck:
         lines = refused(config(zero_optimization=zero)).splitlines()
         assert [line.split(":")[0].split(".")[-1] for line in lines] == ["device", "ratio", "zenflow"]
 
+    @pytest.mark.promise("adamw-beside-curve")
     @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
     def test_a_scheduler_that_flattens_different_rates(self, kind: str) -> None:
-        """checklist 10"""
         message = refused(config(scheduler={"type": kind, "params": {}}))
         assert message.startswith(f"scheduler.type: got '{kind}', which writes one learning rate into every group")
         assert "allowed: 'OptForgeSchedule'" in message
@@ -170,13 +170,14 @@ class TestCheck:
 
 
 class TestRegister:
+    @pytest.mark.promise("client-optimizer")
     def test_the_names_are_found_where_deepspeed_looks(self) -> None:
-        """checklist 66: importing the package is enough for the names, so that the missing line can be named."""
+        """Importing the package is enough for the names, so that the missing line can be named."""
         assert torch.optim.OptForge is ds_optforge.OptForge
         assert torch.optim.lr_scheduler.OptForgeSchedule is ds_optforge.OptForgeSchedule
 
+    @pytest.mark.promise("client-optimizer")
     def test_deepspeed_knows_them_once_however_often_a_model_is_registered(self) -> None:
-        """checklist 66"""
         from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
@@ -232,8 +233,8 @@ class TestOptimizerObject:
     def test_neither_object_nor_section(self) -> None:
         assert self.refused({"train_batch_size": 8}).startswith("optimizer: missing; allowed: ")
 
+    @pytest.mark.promise("adamw-beside-curve")
     def test_a_scheduler_that_flattens_its_rates(self) -> None:
-        """checklist 10"""
         model = nn.Linear(4, 4)
         scheduler = {"scheduler": {"type": "WarmupLR", "params": {}}}
         message = self.refused(scheduler, model=model, optimizer=ds_optforge.build_optimizer(model, MUON))

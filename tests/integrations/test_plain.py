@@ -27,25 +27,25 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [group["lr"] for group in optimizer.param_groups]
 
 
+@pytest.mark.promise("one-config")
 @pytest.mark.parametrize("section", [PARAMS, WHOLE], ids=["params alone", "the whole"])
 def test_an_optimizer_from_a_deepspeed_configuration_or_its_params(section: dict[str, Any]) -> None:
-    """checklist 25"""
     optimizer = build_optimizer(nn.Linear(4, 4), section)
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert rates(optimizer) == [0.02, 0.001]
 
 
+@pytest.mark.promise("one-config")
 @pytest.mark.parametrize("section", [SCHEDULE, WHOLE], ids=["params alone", "the whole"])
 def test_a_schedule_from_a_deepspeed_configuration_or_its_params(section: dict[str, Any]) -> None:
-    """checklist 25"""
     optimizer = build_optimizer(nn.Linear(4, 4), PARAMS)
     schedule = build_scheduler(optimizer, section)
     assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
     assert rates(optimizer) == [0.01, 0.0005]
 
 
+@pytest.mark.promise("one-config")
 def test_both_from_one_file(tmp_path: Path) -> None:
-    """checklist 25"""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(WHOLE))
     optimizer = build_optimizer(nn.Linear(4, 4), path)
@@ -53,9 +53,10 @@ def test_both_from_one_file(tmp_path: Path) -> None:
     assert rates(optimizer) == [0.01, 0.0005]
 
 
+@pytest.mark.promise("schedule-epochs")
 @pytest.mark.parametrize("section", [{"name": "linear"}, {"name": "linear", "total_num_steps": "auto"}])
 def test_total_steps_fill_in_what_the_configuration_leaves_open(section: dict[str, Any]) -> None:
-    """checklist 29: epochs times the loader's length, which only the caller knows."""
+    """Epochs times the loader's length, which only the caller knows."""
     optimizer = build_optimizer(nn.Linear(4, 4), PARAMS)
     assert build_scheduler(optimizer, section, total_steps=3 * 7).config.total_num_steps == 21
 
@@ -140,14 +141,16 @@ assert "OptForgeSchedule" in lr_schedules.VALID_LR_SCHEDULES
 """
 
 
+@pytest.mark.promise("client-optimizer")
 @pytest.mark.parametrize("door", ["build_optimizer", "MuonWithAuxAdam"])
 def test_objects_are_known_to_deepspeed_where_it_takes_part(door: str) -> None:
-    """checklist 66; elsewhere plain PyTorch does not wait for its import, which takes seconds."""
+    """Elsewhere plain PyTorch does not wait for its import, which takes seconds."""
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, door], check=True, timeout=120)
 
 
+@pytest.mark.promise("averaged-round-trip")
 def test_averaged_weights_in_plain_pytorch() -> None:
-    """checklist 17: as with an engine, given the optimizer; a framework's own optimizer.eval() inside changes nothing."""
+    """As with an engine, given the optimizer; a framework's own optimizer.eval() inside changes nothing."""
     model = models.build()
     optimizer = build_optimizer(model, {"name": "schedule_free_adamw", "lr": 0.01})
     for step in range(3):

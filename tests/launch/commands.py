@@ -9,8 +9,8 @@ import shlex
 import socket
 import subprocess
 import sysconfig
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,17 @@ def free_port() -> str:
             return str(probe.getsockname()[1])
 
 
+@contextmanager
+def port_of_a_run() -> Iterator[str]:
+    """A `free_port` for one launch, cleaned up after."""
+    port = free_port()
+    try:
+        yield port
+    finally:
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            buffer.unlink()  # 69 MB of memory that DeepSpeed's launcher leaves behind for every rank and port
+
+
 def environment() -> dict[str, str]:
     """This process's environment, as in a shell with the virtual environment active."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -47,13 +58,12 @@ def environment() -> dict[str, str]:
 
 def on_this_machine(command: str, **variables: str) -> Process:
     """Run the command line from the repository's root, at a port of its own, with these variables in its environment."""
-    port = free_port()
-    for program, option in PORT_OPTIONS.items():
-        if command.startswith(program):
-            command = command.replace(program, f"{program}{option}={port} ", 1)
-    # mpirun has no such option; and it counts one slot a core, where a machine may have a single one.
-    for_mpi = {"MASTER_PORT": port, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} if "mpi" in command else {}
-    try:
+    with port_of_a_run() as port:
+        for program, option in PORT_OPTIONS.items():
+            if command.startswith(program):
+                command = command.replace(program, f"{program}{option}={port} ", 1)
+        # mpirun has no such option; and it counts one slot a core, where a machine may have a single one.
+        for_mpi = {"MASTER_PORT": port, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"} if "mpi" in command else {}
         return subprocess.run(
             ["bash", "-c", command],
             cwd=ROOT,
@@ -62,9 +72,6 @@ def on_this_machine(command: str, **variables: str) -> Process:
             text=True,
             timeout=LAUNCH_LIMIT,
         )
-    finally:
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink()  # 69 MB of memory that DeepSpeed's launcher leaves behind for every rank and port
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ COMMANDS = {kind: FILE.format(kind=kind) + f"train.py --ds_config ds_configs/muo
 COMMANDS["loop"] = FILE.format(kind="zero2") + "examples/accelerate_gpt.py --ds_config ds_configs/muon_zero2.json"
 
 
+@pytest.mark.promise("accelerate-launch")
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_the_losses_are_those_of_the_deepspeed_launcher(launched: Launches, kind: str):
     """Other stages reduce gradients in another order, which bfloat16 products then round elsewhere."""

@@ -24,10 +24,12 @@ def root_may_run_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
 
 
+@pytest.mark.promise("mpi")
 def test_the_losses_of_mpirun_are_those_of_the_deepspeed_launcher(launched: Launches):
     assert launched(COMMANDS["mpirun"]).losses == pytest.approx(launched(DEEPSPEED).losses, rel=1e-5)
 
 
+@pytest.mark.promise("mpi")
 def test_the_losses_of_mpi_sh_are_those_of_torchrun(launched: Launches):
     """1e-3: ZeRO-3 with offload adds gradients up in another order, and rounding to bfloat16 makes more of it."""
     assert launched(COMMANDS["mpi.sh"]).losses == pytest.approx(launched(TORCHRUN).losses, rel=1e-3)

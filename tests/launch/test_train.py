@@ -6,8 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ds_optforge.checkpoint.convert import export
+from tests.distributed.checkpoints import logical_tensors
 from tests.launch.commands import DEEPSPEED, STEPS, TORCHRUN, Launches, Process, Run, on_this_machine
+from workload import build_model, load_corpus
 
 COMMANDS = {  # tests/distributed/test_presets.py trains with every config
     "muon_zero1": "python train.py --ds_config ds_configs/muon_zero1.json",
@@ -23,6 +28,7 @@ def runs(launched: Launches) -> dict[str, Run]:
     return {config: launched(command) for config, command in COMMANDS.items()}
 
 
+@pytest.mark.promise("deepspeed-launcher")
 @pytest.mark.parametrize("config", COMMANDS)
 def test_a_run_ends_cleanly(runs: dict[str, Run], config: str):
     process = runs[config].process
@@ -43,6 +49,7 @@ def test_metrics_have_a_row_for_each_step(runs: dict[str, Run], config: str):
         assert 0.1 < row["peak_memory_gb"] < 10
 
 
+@pytest.mark.promise("adamw-beside-curve")
 def test_each_role_has_its_own_learning_rate_and_all_fall_to_zero_together(runs: dict[str, Run]):
     first, second, third = (row["learning_rate"] for row in runs["muon_zero3"].metrics)
     params = runs["muon_zero3"].summary["config"]["optimizer"]["params"]
@@ -71,14 +78,34 @@ def test_the_loss_is_drawn(runs: dict[str, Run], config: str):
     assert len(image) > 10_000
 
 
+@pytest.mark.promise("deepspeed-launcher", "zero-stages")
 def test_launcher_world_size_and_zero_stage_leave_the_curve_alone(runs: dict[str, Run]):
     assert runs["muon_zero2"].losses == pytest.approx(runs["muon_zero1"].losses, rel=1e-3)
     assert runs["muon_zero3"].losses == pytest.approx(runs["muon_zero1"].losses, rel=1e-3)
 
 
+@pytest.mark.promise("muon-counts")
 def test_rank_0_logs_the_routing_once(runs: dict[str, Run]):
     lines = [line for line in runs["muon_zero2"].process.stderr.splitlines() if line.startswith("ds_optforge")]
     assert len([line for line in lines if "Muon" in line and "AdamW" in line]) == 1
+
+
+@pytest.mark.promise("averaged-evaluation")
+def test_the_average_of_schedule_free_is_evaluated_and_exported(launched: Launches, text: Path, tmp_path: Path):
+    """A checkpoint holds the training weights, of which `export` makes the average."""
+    run = launched("python train.py --ds_config ds_configs/schedule_free_adamw_zero2.json --save-every 3")
+    export(run.out / "checkpoints" / "step_00000003", tmp_path / "average")
+    (averaged,) = map(load_file, (tmp_path / "average").glob("*.safetensors"))
+    trained = logical_tensors(run.out / "checkpoints" / "step_00000003")
+    exported = load_file(run.out / "model.safetensors")
+    assert exported.keys() == averaged.keys()
+    assert all(torch.equal(exported[name], averaged[name]) for name in exported)
+    assert not any(torch.equal(exported[name].flatten(), trained[f"model/{name}"]) for name in exported)
+    model = build_model("tiny", sequence_length=32)
+    model.load_state_dict(exported)
+    with torch.no_grad():
+        loss = model(*load_corpus(str(text)).validation_windows(32, 512)).item()
+    assert run.summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- bad input

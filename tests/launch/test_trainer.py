@@ -14,6 +14,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.promise("accelerate-launch")
 def test_launchers_and_stages_give_one_curve(launched: Launches):
     expected = launched(COMMANDS["deepspeed"]).losses
     assert len(expected) == 3

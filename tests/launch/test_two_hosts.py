@@ -44,6 +44,7 @@ def on_both(hosts: Hosts, command: str) -> Process:
     return process
 
 
+@pytest.mark.promise("mpi")
 @pytest.mark.parametrize(
     ("command", "runner", "same"),
     [("mpi.sh", on_node1, TORCHRUN), ("deepspeed, Open MPI", on_node1, DEEPSPEED), ("deepspeed, no ssh", on_both, DEEPSPEED)],

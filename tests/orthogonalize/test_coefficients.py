@@ -156,8 +156,8 @@ def test_the_iteration_on_a_matrix_is_the_polynomial_of_its_singular_values(name
     torch.testing.assert_close(found, scalar(values, chosen.triples), rtol=0, atol=1e-12)
 
 
+@pytest.mark.promise("muon-defaults")
 def test_quintic_is_torchs() -> None:
-    """checklist 46"""
     assert COEFFICIENT_SETS["quintic"].triples == QUINTIC
 
 
@@ -178,8 +178,8 @@ def test_bfm_is_its_orthogonalize() -> None:
     assert (chosen.triples, chosen.eps) == (((3.0, -3.2, 1.2),) * 10, 1e-8)
 
 
+@pytest.mark.promise("muon-defaults")
 def test_the_default_number_of_steps_is_the_sets_own() -> None:
-    """checklist 46"""
     assert {name: len(coefficient_set(name).sequence(None)) for name in COEFFICIENT_SETS} == {
         "quintic": 5,
         "polar_express": 5,
@@ -218,8 +218,8 @@ def test_one_triple_of_ones_own_repeats_and_several_do_not() -> None:
         coefficient_set([[3, -3, 1], [2, -1.5, 0.5]]).sequence(3)
 
 
+@pytest.mark.promise("unknown-name")
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    """checklist 2"""
     with pytest.raises(ValueError, match=r"got 'newton'; allowed: quintic, polar_express, you, .* or a list of triples"):
         coefficient_set("newton")
 

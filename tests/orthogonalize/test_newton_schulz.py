@@ -38,10 +38,11 @@ def test_every_set_comes_close_to_the_polar_factor(name: str, shape: tuple[int, 
     assert relative_error(found, polar_factor(matrix(*shape))) < DISTANCES[name]
 
 
+@pytest.mark.promise("muon-defaults")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_default_is_five_quintic_steps(shape: tuple[int, int], method: Any) -> None:
-    """checklist 46; against the formula. 1e-10: float64."""
+    """It is compared with the formula. 1e-10: float64."""
     found = orthogonalize(matrix(*shape), method=method, dtype=torch.float64)
     assert relative_error(found, newton_schulz(matrix(*shape))) < 1e-10
 
@@ -219,14 +220,15 @@ def test_auto_leaves_the_gram_form_out_where_it_is_inaccurate(name: str, steps: 
     assert counter.get_total_flops() == flops(24, 96, steps, "gram" if gram else "standard")
 
 
+@pytest.mark.promise("orthogonalize")
 def test_it_is_usable_on_its_own() -> None:
-    """checklist 30; 5%: bfloat16 in the Gram form."""
+    """5%: bfloat16 in the Gram form."""
     found = ds_optforge.orthogonalize(matrix(24, 96, dtype=torch.float32))
     assert relative_error(found, newton_schulz(matrix(24, 96, dtype=torch.float32))) < 0.05
 
 
+@pytest.mark.promise("muon-settings")
 def test_steps_and_coefficients_take_effect() -> None:
-    """checklist 12, 26"""
     triples = ((3.0, -3.2, 1.2),) * 3
     found = orthogonalize(matrix(6, 20), triples, 3, dtype=torch.float64)
     assert relative_error(found, newton_schulz(matrix(6, 20), triples)) < 1e-10

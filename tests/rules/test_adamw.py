@@ -33,10 +33,11 @@ def formula(weight: Tensor, gradients: list[Tensor], lr: float, decay: float, be
     return weight
 
 
+@pytest.mark.promise("adamw-is-torchs")
 @pytest.mark.parametrize("eps", [1e-8, 0.5])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_ten_steps_follow_the_formula(decay: float, eps: float) -> None:
-    """checklist 4; 1e-6: float32."""
+    """1e-6: float32."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(50, generator=generator)
     gradients = [torch.randn(50, generator=generator) for _ in range(10)]
@@ -46,8 +47,9 @@ def test_ten_steps_follow_the_formula(decay: float, eps: float) -> None:
     torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.promise("role-betas")
 def test_the_betas_are_the_groups() -> None:
-    """checklist 32; a schedule may change them."""
+    """A schedule may change them."""
     state = run(torch.ones(1), [torch.tensor([2.0])], betas=(0.5, 0.75))
     assert (state["exp_avg"].item(), state["exp_avg_sq"].item()) == pytest.approx((1.0, 1.0))
 
@@ -58,8 +60,8 @@ def test_gradients_stay_unchanged() -> None:
     assert torch.equal(gradient, torch.tensor([1.0, -2.0]))
 
 
+@pytest.mark.promise("state-buffers")
 def test_it_is_an_elementwise_rule_with_two_buffers() -> None:
-    """checklist 19"""
     assert isinstance(AdamW(1e-8), ElementwiseRule)
     assert not isinstance(AdamW(1e-8), MatrixRule)
     assert [buffer.name for buffer in AdamW.buffers] == ["exp_avg", "exp_avg_sq"]

@@ -13,11 +13,10 @@ bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
+@pytest.mark.promise("adamw-8bit")
 @pytest.mark.parametrize("shape", [(64, 128), (65, 131), (256, 256)], ids=["whole blocks", "a short block", "square"])
 def test_twenty_steps_are_bitsandbytes(shape: tuple[int, int]) -> None:
-    """checklist 48
-
-    The codes agree but for a few in a thousand: a float32 value on the edge between two codes may round either way, since
+    """The codes agree but for a few in a thousand: a float32 value on the edge between two codes may round either way, since
     the products are taken in another order. The change of the weights agrees to 1e-3 for the same reason: such a code is
     off by 1%, of one element in one step. (float32 state is 5% away: see the next test.)
     """
@@ -55,8 +54,9 @@ def test_the_agreement_is_that_of_the_format() -> None:
     assert 0.01 < relative_error(changes[0], changes[1]) < 0.2
 
 
+@pytest.mark.promise("choose-by-name", "adamw-8bit")
 def test_it_is_adamw_with_8_bit_state() -> None:
-    """checklist 48: an alias."""
+    """The name is an alias."""
     weights = []
     for config in ({"name": "adamw_8bit", **SETTINGS}, {"name": "adamw", "state_dtype": "8bit", **SETTINGS}):
         model = linears(matrix(64, 128))
@@ -68,8 +68,9 @@ def test_it_is_adamw_with_8_bit_state() -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.promise("8bit-loss")
 def test_the_loss_tracks_float32() -> None:
-    """checklist 50; 1%, over 60 steps."""
+    """They differ by 1% at most after 60 steps."""
     losses: dict[str, list[float]] = {"adamw": [], "adamw_8bit": []}
     for name, found in losses.items():
         model = models.build(depth=1, width=96)  # matrices of more than 4096 elements: smaller ones keep float32

@@ -26,11 +26,12 @@ class Formula:
         self.average = self.betas[1] * self.average + (1 - self.betas[1]) * gradient
 
 
+@pytest.mark.promise("choose-by-name", "lion-formula")
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("betas", [(0.9, 0.99), (0.5, 0.3)])
 @pytest.mark.parametrize("shape", [(40, 40), (24, 96), (33, 7), (1, 5)])
 def test_twenty_steps_follow_the_formula(shape: tuple[int, int], betas: tuple[float, float], decay: float) -> None:
-    """checklist 1, 5; 1e-13: float64 throughout, since state follows the parameter's dtype."""
+    """1e-13: float64 throughout, since state follows the parameter's dtype."""
     model = linears(matrix(*shape, dtype=F64))
     reference = Formula(model[0].weight.detach(), 0.01, betas, decay)
     optimizer = build_optimizer(model, {"name": "lion", "lr": 0.01, "betas": betas, "weight_decay": decay})
@@ -42,8 +43,9 @@ def test_twenty_steps_follow_the_formula(shape: tuple[int, int], betas: tuple[fl
     torch.testing.assert_close(optimizer.state[model[0].weight]["exp_avg"], reference.average, rtol=0, atol=1e-13)
 
 
+@pytest.mark.promise("lion-formula")
 def test_the_signs_are_the_same_in_float32() -> None:
-    """checklist 5; 1e-5: twenty roundings of weights up to 4; every step is lr, so one wrong sign would be off by 2e-2."""
+    """1e-5: twenty roundings of weights up to 4; every step is lr, so one wrong sign would be off by 2e-2."""
     model = linears(matrix(40, 40))
     reference = Formula(model[0].weight.detach(), 0.01, (0.9, 0.99), 0.1)
     optimizer = build_optimizer(model, {"name": "lion", "lr": 0.01, "weight_decay": 0.1})
@@ -62,8 +64,8 @@ def test_an_element_without_gradient_and_momentum_stays() -> None:
     assert torch.equal(model[0].weight, torch.tensor([[0.75, 1.0], [1.0, 1.25]]))
 
 
+@pytest.mark.promise("lion-formula", "state-buffers")
 def test_its_state_is_one_buffer() -> None:
-    """checklist 5, 19"""
     model = linears(matrix(8, 12))
     optimizer = build_optimizer(model, {"name": "lion"})
     set_gradients(model.parameters(), 0)
@@ -71,8 +73,8 @@ def test_its_state_is_one_buffer() -> None:
     assert set(optimizer.state[model[0].weight]) == {"exp_avg", "step"}
 
 
+@pytest.mark.promise("lion-no-eps", "unread-field")
 def test_it_takes_no_eps() -> None:
-    """checklist 6"""
     with pytest.raises(ConfigError, match=r"^optimizer\.params\.eps: 'lion' does not read it"):
         build_optimizer(linears(matrix(4, 4)), {"name": "lion", "eps": 1e-8})
 

@@ -38,10 +38,11 @@ def test_the_scales_below_are_all_there_are() -> None:
     assert set(SCALES) == set(get_args(Scale))
 
 
+@pytest.mark.promise("muon-scale")
 @pytest.mark.parametrize(("rows", "cols"), [(12, 3), (3, 12), (5, 5)])
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: int, cols: int) -> None:
-    """checklist 7; 1e-6: the scale is a float32 number."""
+    """1e-6: the scale is a float32 number."""
     given = matrices(2, rows, cols)
     found = rule(scale=scale).update(Batch(given.clone(), torch.ones(2)), {})
     expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
@@ -71,9 +72,9 @@ def test_only_active_matrices_have_an_update() -> None:
     assert [one.any().item() for one in found] == [True, False, True]
 
 
+@pytest.mark.promise("muon-settings", "muon-defaults")
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_the_direction_is_a_moving_average_with_nesterov_or_without(nesterov: bool) -> None:
-    """checklist 26, 46"""
     gradient, average = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 5.0])
     state = {"momentum_buffer": [average.clone()]}
     (found,) = rule(nesterov).direction([gradient], [], state, {}, GROUP)
@@ -136,8 +137,8 @@ def test_its_cost_follows_the_configured_steps() -> None:
     assert rule(steps=2, method="standard").cost(8, 24) == 2 * (4 * 8 * 8 * 24 + 2 * 8**3)
 
 
+@pytest.mark.promise("state-buffers")
 def test_it_is_a_matrix_rule_with_one_buffer() -> None:
-    """checklist 19"""
     assert isinstance(rule(), MatrixRule)
     assert not isinstance(rule(), ElementwiseRule)
     assert [buffer.name for buffer in Muon.buffers] == ["momentum_buffer"]

@@ -40,11 +40,12 @@ class Formula:
         self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * scale * normalised
 
 
+@pytest.mark.promise("choose-by-name", "normuon-formula")
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize(("nesterov", "beta2"), [(True, 0.95), (False, 0.5)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_twenty_steps_follow_the_formula(shape: tuple[int, int], nesterov: bool, beta2: float, decay: float) -> None:
-    """checklist 48; 1e-4 of the change: twenty times float32's rounding, magnified by Newton-Schulz's steep start."""
+    """1e-4 of the change: twenty times float32's rounding, magnified by Newton-Schulz's steep start."""
     settings = {"lr": 0.02, "momentum": 0.95, "beta2": beta2, "weight_decay": decay, "nesterov": nesterov}
     weight = 0.1 * matrix(*shape)
     model, reference = linears(weight), Formula(weight, **settings)
@@ -79,8 +80,9 @@ def test_an_update_keeps_the_norm_of_muons(shape: tuple[int, int]) -> None:
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
+@pytest.mark.promise("normuon-beta2")
 def test_beta2_has_an_effect() -> None:
-    """checklist 52; not in the first step, where the rescaling cancels it."""
+    """It has none in the first step, where the rescaling cancels it."""
     after: dict[float, list[Tensor]] = {}
     for beta2 in (0.5, 0.95):
         model = linears(torch.zeros(24, 40))
@@ -94,9 +96,10 @@ def test_beta2_has_an_effect() -> None:
     assert relative_error(after[0.5][4], after[0.95][4]) > 0.01
 
 
+@pytest.mark.promise("normuon-rows")
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (8, 8)])
 def test_one_value_per_output_row(shape: tuple[int, int]) -> None:
-    """checklist 54: rows, float32."""
+    """They are float32 numbers."""
     model = linears(matrix(*shape))
     optimizer = build_optimizer(model, NORMUON)
     set_gradients(model.parameters(), 0)
@@ -106,8 +109,8 @@ def test_one_value_per_output_row(shape: tuple[int, int]) -> None:
     assert (state["row_second_moment"].shape, state["row_second_moment"].dtype) == ((shape[0],), torch.float32)
 
 
+@pytest.mark.promise("normuon-rows")
 def test_one_value_per_output_row_of_every_matrix_in_a_bank() -> None:
-    """checklist 54"""
     bank = nn.ParameterList([matrix(4, 6, 10)])
     optimizer = build_optimizer(bank, NORMUON)
     set_gradients(bank.parameters(), 0)
@@ -115,9 +118,10 @@ def test_one_value_per_output_row_of_every_matrix_in_a_bank() -> None:
     assert optimizer.state[bank[0]]["row_second_moment"].shape == (4 * 6,)
 
 
+@pytest.mark.promise("normuon-rows")
 @pytest.mark.parametrize(("out", "into"), [(24, 40), (40, 24), (8, 8)])
 def test_a_weight_stored_in_out_is_stepped_as_its_transpose(out: int, into: int) -> None:
-    """checklist 54: statistics of the outputs, wherever they are stored. 1e-5: float32, in the other order of products."""
+    """The statistics are those of the outputs, wherever they are stored. 1e-5: float32, in the other order of products."""
     conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
     stored, reference = conv1d(out, into), linears(matrix(out, into))
     stored.weight.data.copy_(reference[0].weight.T)
@@ -175,9 +179,10 @@ def test_an_idle_matrix_does_not_dilute_its_neighbours_in_the_batch() -> None:
         assert relative_error(rows[index], own_rows[0]) < 1e-6
 
 
+@pytest.mark.promise("muon-scale")
 @pytest.mark.parametrize("scale", ["shape", "match_rms_adamw", "spectral", "none"])
 def test_the_scale_is_that_of_muon(scale: Any) -> None:
-    """checklist 7; 1e-5: float32."""
+    """1e-5: float32."""
     given = matrix(1, 12, 3)
     updates = [
         NorMuon(True, Orthogonalization(dtype=torch.float32, scale=s)).update(

@@ -38,6 +38,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps:
         optimizer.step()
 
 
+@pytest.mark.promise("schedule-free-points")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("warmup_steps", [0, 5, 40])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.7, 0.9)])
@@ -45,7 +46,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps:
 def test_all_three_points_are_the_oracles(
     shape: tuple[int, int], betas: tuple[float, float], warmup_steps: int, weight_decay: float
 ) -> None:
-    """checklist 14; y after every step, z and x at the end. 1e-12: float64, in another order of operations."""
+    """y is compared after every step, z and x at the end. 1e-12: float64, in another order of operations."""
     settings = {"betas": betas, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "eps": 1e-8}
     ours, reference = linears(matrix(*shape, dtype=torch.float64)), linears(matrix(*shape, dtype=torch.float64))
     optimizer, theirs = build_optimizer(ours, {**CONFIG, **settings}), oracle(reference, **settings)
@@ -62,9 +63,10 @@ def test_all_three_points_are_the_oracles(
     torch.testing.assert_close(weight.detach(), expected.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.promise("schedule-free-warm-up")
 @pytest.mark.parametrize("warmup_steps", [0, 4])
 def test_the_first_steps_ramp_up(warmup_steps: int) -> None:
-    """checklist 16: with a constant gradient, z moves by the learning rate, which grows by lr / warmup_steps a step."""
+    """With a constant gradient, z moves by the learning rate, which grows by lr / warmup_steps a step."""
     model = linears(torch.zeros(2, 2, dtype=torch.float64))
     optimizer = build_optimizer(model, {**CONFIG, "warmup_steps": warmup_steps})
     moved = []
@@ -77,8 +79,9 @@ def test_the_first_steps_ramp_up(warmup_steps: int) -> None:
     assert moved == pytest.approx(expected, rel=1e-6)  # eps beside a gradient of 1
 
 
+@pytest.mark.promise("state-buffers")
 def test_its_state_is_two_buffers() -> None:
-    """checklist 19: the average is recomputed, not stored."""
+    """The average is recomputed, not stored."""
     model = linears(matrix(8, 12))
     optimizer = build_optimizer(model, CONFIG)
     set_gradients(model.parameters(), 0)
@@ -88,8 +91,9 @@ def test_its_state_is_two_buffers() -> None:
 
 
 class TestEvaluation:
+    @pytest.mark.promise("schedule-free-points", "averaged-round-trip")
     def test_the_average_is_the_oracles_on_a_real_model(self) -> None:
-        """checklist 14, 17; 1e-5: float32, with an eps that keeps tiny gradients from deciding."""
+        """1e-5: float32, with an eps that keeps tiny gradients from deciding."""
         model, optimizer = trained(steps=20, eps=1e-5, warmup_steps=5)
         reference = models.build()
         theirs = oracle(reference, eps=1e-5, warmup_steps=5, weight_decay=0.0)
@@ -99,8 +103,8 @@ class TestEvaluation:
         for name, weight in snapshot(reference).items():
             torch.testing.assert_close(model.get_parameter(name).detach(), weight, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.promise("averaged-round-trip")
     def test_there_and_back_is_bit_exact(self) -> None:
-        """checklist 17"""
         model, optimizer = trained()
         before = snapshot(model)
         optimizer.eval()
@@ -109,8 +113,8 @@ class TestEvaluation:
         for name, weight in before.items():
             assert torch.equal(model.get_parameter(name), weight), name
 
+    @pytest.mark.promise("averaged-evaluation")
     def test_the_model_computes_with_the_average(self) -> None:
-        """checklist 18"""
         model, optimizer = trained(steps=10)
         at_training_point = model(*models.batch(0)).item()
         optimizer.eval()
@@ -120,8 +124,8 @@ class TestEvaluation:
         assert at_average != at_training_point
         assert exported(*models.batch(0)).item() == at_average
 
+    @pytest.mark.promise("averaged-round-trip")
     def test_training_goes_on_as_if_nothing_had_been(self) -> None:
-        """checklist 17"""
         straight, _ = trained(steps=6)
         model, optimizer = trained(steps=3)
         optimizer.eval()
@@ -148,8 +152,8 @@ class TestEvaluation:
         optimizer.eval()
         assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
 
+    @pytest.mark.promise("averaged-refusal")
     def test_a_step_inside_is_refused(self) -> None:
-        """checklist 18"""
         model, optimizer = trained()
         optimizer.eval()
         inside = snapshot(model)
@@ -159,8 +163,8 @@ class TestEvaluation:
         optimizer.train()
         optimizer.step()
 
+    @pytest.mark.promise("averaged-refusal")
     def test_a_training_checkpoint_inside_is_refused(self) -> None:
-        """checklist 18"""
         _, optimizer = trained()
         optimizer.eval()
         with pytest.raises(RuntimeError, match=r"^state_dict\(\) on averaged weights; leave evaluation_weights\(\) or call"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_optforge.workload import Corpus, DataError, load_corpus, micro_batch_rows
+from workload import Corpus, DataError, load_corpus, micro_batch_rows
 
 COUNTING = Corpus(train=torch.arange(200, dtype=torch.uint8), validation=torch.arange(100, dtype=torch.uint8))
 

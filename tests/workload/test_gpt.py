@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ds_optforge.workload import GPT, PRESETS, GPTConfig, build_model
+from workload import GPT, PRESETS, GPTConfig, build_model
 
 CONFIG = GPTConfig(layers=2, width=16, heads=2, sequence_length=12)
 

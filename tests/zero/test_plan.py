@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ds_optforge.zero.buckets import NO_STATISTICS, Kept, RankBucket, Section, exchange_buckets, local_buckets
+from ds_optforge.zero.buckets import NO_STATISTICS, BufferPlace, Kept, RankBucket, exchange_buckets, local_buckets
 from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, Per
 from ds_optforge.zero.plan import ExchangePlan, critical_path, make_plan
 
@@ -137,8 +137,8 @@ class TestLayout:
         for rank, piece in enumerate(world.slices):
             for fragment in world.layout.fragments(rank):
                 matrix = world.layout.matrices[fragment.matrix]
-                elements = range(fragment.start, fragment.start + fragment.numel)
-                held = piece[fragment.offset : fragment.offset + fragment.numel]
+                elements = range(fragment.within.start, fragment.within.end)
+                held = piece[fragment.slice_start : fragment.slice_start + fragment.numel]
                 assert held == tuple((matrix.parameter, matrix.start + element) for element in elements)
                 seen[fragment.matrix] += elements
         assert [sorted(elements) for elements in seen] == [list(range(m.numel)) for m in world.layout.matrices]
@@ -148,8 +148,8 @@ class TestLayout:
         for rank, piece in enumerate(world.slices):
             end = 0
             for fragment in world.layout.fragments(rank):
-                assert fragment.offset >= end
-                end = fragment.offset + fragment.numel
+                assert fragment.slice_start >= end
+                end = fragment.slice_start + fragment.numel
             assert end <= len(piece)
 
     @holds_for(worlds)
@@ -165,9 +165,9 @@ class TestLayout:
         for rank in range(world.layout.world_size):
             for fragment in world.layout.fragments(rank):
                 matrix = world.layout.matrices[fragment.matrix]
-                first, count = matrix.outputs_in(fragment.start, fragment.numel)
-                rows = beginning_in(matrix, fragment.start, fragment.numel)
-                assert rows == list(range(first, first + count))
+                found = matrix.outputs_in(fragment.within)
+                rows = beginning_in(matrix, fragment.within.start, fragment.numel)
+                assert rows == list(range(found.start, found.end))
                 seen[fragment.matrix] += rows
         assert seen == [list(range(matrix.outputs)) for matrix in world.layout.matrices]
 
@@ -395,27 +395,27 @@ def pack(bucket: RankBucket, piece: tuple[Element | None, ...], rank: int, layou
         assert buffer[position : position + len(values)] == [None] * len(values)  # nothing is written twice
         buffer[position : position + len(values)] = values
 
-    for fragment, section in zip(bucket.fragments, bucket.sent, strict=True):
-        assert (section.matrix, section.start, section.numel) == (fragment.matrix, fragment.start, fragment.numel)
-        put(section.position, piece[fragment.offset : fragment.offset + fragment.numel])
-        for index, values in enumerate(section.statistics):
-            put(values.position, statistics(bucket, section, index, layout))
-        put(section.flag, [(FLAG, fragment.matrix, rank)])
+    for fragment, place in zip(bucket.fragments, bucket.sent, strict=True):
+        assert (place.matrix, place.within) == (fragment.matrix, fragment.within)
+        put(place.position, piece[fragment.slice_start : fragment.slice_start + fragment.numel])
+        for index, values in enumerate(place.statistics):
+            put(values.position, statistics(bucket, place, index, layout))
+        put(place.flag, [(FLAG, fragment.matrix, rank)])
     assert None not in buffer  # no gaps
     return buffer
 
 
-def statistics(bucket: RankBucket, section: Section, index: int, layout: PartitionLayout) -> list[object]:
-    """The values of one statistic whose first element lies in the section's fragment."""
-    values = section.statistics[index]
-    found = beginning_in(layout.matrices[section.matrix], section.start, section.numel, bucket.kept.per[index])
-    assert found == list(range(values.first, values.first + values.count))
-    return [(index, section.matrix, value, word) for value in found for word in range(bucket.kept.words)]
+def statistics(bucket: RankBucket, place: BufferPlace, index: int, layout: PartitionLayout) -> list[object]:
+    """The values of one statistic whose first element lies in the place's fragment."""
+    values = place.statistics[index]
+    found = beginning_in(layout.matrices[place.matrix], place.within.start, place.within.numel, bucket.kept.per[index])
+    assert found == list(range(values.within.start, values.within.end))
+    return [(index, place.matrix, value, word) for value in found for word in range(bucket.kept.words)]
 
 
-def statistic_positions(bucket: RankBucket, section: Section, index: int) -> range:
-    values = section.statistics[index]
-    return range(values.position, values.position + values.count * bucket.kept.words)
+def statistic_positions(bucket: RankBucket, place: BufferPlace, index: int) -> range:
+    values = place.statistics[index]
+    return range(values.position, values.position + values.within.numel * bucket.kept.words)
 
 
 def unpack(bucket: RankBucket, buffer: list[object], layout: PartitionLayout) -> None:
@@ -424,12 +424,12 @@ def unpack(bucket: RankBucket, buffer: list[object], layout: PartitionLayout) ->
     kinds = range(len(bucket.kept.per))
     values: dict[tuple[int, int], list[object]] = {(m, kind): [] for m in bucket.owned for kind in kinds}
     flags: dict[int, list[object]] = {m: [] for m in bucket.owned}
-    for section in bucket.received:
-        arrived = buffer[section.position : section.position + section.numel]
-        elements[section.matrix][section.start : section.start + section.numel] = arrived
+    for place in bucket.received:
+        arrived = buffer[place.position : place.position + place.within.numel]
+        elements[place.matrix][place.within.start : place.within.end] = arrived
         for kind in kinds:
-            values[section.matrix, kind] += [buffer[at] for at in statistic_positions(bucket, section, kind)]
-        flags[section.matrix].append(buffer[section.flag])
+            values[place.matrix, kind] += [buffer[at] for at in statistic_positions(bucket, place, kind)]
+        flags[place.matrix].append(buffer[place.flag])
     for index in bucket.owned:
         matrix = layout.matrices[index]
         words = range(bucket.kept.words)
@@ -443,10 +443,10 @@ def unpack(bucket: RankBucket, buffer: list[object], layout: PartitionLayout) ->
 def update(bucket: RankBucket, buffer: list[object]) -> list[object]:
     """What an owner gives back: everything that it received, marked, in its place."""
     marked: list[object] = [None] * len(buffer)
-    for section in bucket.received:
-        elements = range(section.position, section.position + section.numel)
-        values = [at for kind in range(len(bucket.kept.per)) for at in statistic_positions(bucket, section, kind)]
-        for position in (*elements, *values, section.flag):
+    for place in bucket.received:
+        elements = range(place.position, place.position + place.within.numel)
+        values = [at for kind in range(len(bucket.kept.per)) for at in statistic_positions(bucket, place, kind)]
+        for position in (*elements, *values, place.flag):
             marked[position] = ("updated", buffer[position])
     return marked
 

@@ -8,8 +8,8 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from ds_optforge.config import THIN_ROWS, ShardingSettings
-from ds_optforge.planning import (
+from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
+from ds_optforge.forecast.forecast import (
     AFFORDABLE,
     Forecast,
     Hardware,
@@ -20,7 +20,7 @@ from ds_optforge.planning import (
     modes,
     zero_seconds,
 )
-from ds_optforge.roles import Route
+from ds_optforge.routing.roles import Route
 
 _ALL_RANKS = 16  # more are summed up
 _BUSIEST = 5

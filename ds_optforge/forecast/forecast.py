@@ -13,15 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from ds_optforge.config import OptimizerConfig, ShardingSettings
-from ds_optforge.roles import Route, routes_of
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.group_plan import matrices_of
-from ds_optforge.zero.partition import Matrix, PartitionLayout, cuts_of_group, cuts_of_parameters
+from ds_optforge.zero.partition import Matrix, PartitionLayout, Range, cuts_of_group, cuts_of_parameters
 from ds_optforge.zero.plan import ExchangePlan, critical_path, make_plan
 
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default of zero_optimization.sub_group_size
@@ -249,12 +250,12 @@ class _Group:
             figures[owner].flops += cost
         for alike in _cut_alike(self.layout, range(len(self.costs))):
             matrix = self.layout.matrices[alike[0]]
-            for rank, start, numel in _fragments(self.layout, alike[0]):
-                touched = matrix.rows_touched(start, numel)
+            for rank, within in _fragments(self.layout, alike[0]):
+                touched = matrix.rows_touched(within).numel
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched))
-                if numel < matrix.numel:
+                if within.numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)
-                kept = sum(matrix.values_in(per, start, numel)[1] for per in self.kept.per)
+                kept = sum(matrix.values_in(per, within).numel for per in self.kept.per)
                 figures[rank].state_bytes += 4 * len(alike) * kept
 
     def _add_workspace(self, plan: ExchangePlan, figures: list[RankFigures], sizes: "Sequence[ExchangeSizes]") -> None:
@@ -309,8 +310,8 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
         for alike in _cut_alike(plan.layout, exchange):
             matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
             elements = [
-                numel + 1 + kept.words * sum(matrix.values_in(per, start, numel)[1] for per in kept.per)
-                for _, start, numel in _fragments(plan.layout, alike[0])
+                within.numel + 1 + kept.words * sum(matrix.values_in(per, within).numel for per in kept.per)
+                for _, within in _fragments(plan.layout, alike[0])
             ]
             for rank, count in enumerate(elements, start=first):
                 size.sends[rank] += len(alike) * count
@@ -332,15 +333,15 @@ def _cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list
     return groups.values()
 
 
-def _fragments(layout: PartitionLayout, index: int) -> Iterator[tuple[int, int, int]]:
-    """(rank, start, numel) of the matrix's fragments."""
+def _fragments(layout: PartitionLayout, index: int) -> Iterator[tuple[int, Range]]:
+    """(rank, elements within the matrix) of each of its fragments."""
     matrix = layout.matrices[index]
     cut = layout.cuts[matrix.parameter]
     begin = cut.base + matrix.start
     at = 0
     for rank in layout.holders(index):
         end = min((rank + 1) * cut.size - begin, matrix.numel)
-        yield rank, at, end - at
+        yield rank, Range(at, end - at)
         at = end
 
 

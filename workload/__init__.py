@@ -1,6 +1,6 @@
 """The small GPT and the byte corpus that train.py, the benchmarks and the tests share."""
 
-from ds_optforge.workload.corpus import Corpus, DataError, load_corpus, micro_batch_rows
-from ds_optforge.workload.gpt import GPT, PRESETS, GPTConfig, build_model
+from workload.corpus import Corpus, DataError, load_corpus, micro_batch_rows
+from workload.gpt import GPT, PRESETS, GPTConfig, build_model
 
 __all__ = ["GPT", "PRESETS", "Corpus", "DataError", "GPTConfig", "build_model", "load_corpus", "micro_batch_rows"]

@@ -1,0 +1,208 @@
+"""What torch.distributed.checkpoint does for `ds_optforge.checkpoint.files`: its planners, its writer and its reader.
+
+Importing torch.distributed.checkpoint takes long, so that module imports this one when it first writes or reads.
+"""
+
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
+
+from ds_optforge.checkpoint.chunks import Chunk, Request, files_of
+from ds_optforge.checkpoint.manifest import MANIFEST, incomplete, sha256_of, sync_folder, write_manifest
+
+
+def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Write a checkpoint with the ranks of ``group``. Raises CheckpointException and what file systems raise."""
+    planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
+    save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+
+
+def start_writing(
+    folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any], group: dist.ProcessGroup | None
+) -> Future[Any]:
+    """As `write`, but return when the chunks have been copied."""
+    planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
+    saving = async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
+    assert isinstance(saving, Future)
+    return saving
+
+
+def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
+    """Write whole tensors as the weights of a Hugging Face model, this process alone."""
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files_of([chunks]))
+    save(_values(chunks), storage_writer=writer, planner=_SavePlanner(chunks), no_dist=True)
+
+
+def _values(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    return {chunk.name: chunk.values for chunk in chunks}
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Lists one rank's chunks. What several ranks list is written once; gaps and overlaps are refused (by the base class)."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._chunks = chunks
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(chunk) for chunk in self._chunks])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        values = self.state_dict[index.fqn]
+        tensor: Tensor = values() if callable(values) else values
+        return tensor
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    offsets = torch.Size(chunk.offsets)
+    return WriteItem(
+        MetadataIndex(chunk.name, offsets),
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            ChunkStorageMetadata(offsets, torch.Size(chunk.shape)), TensorProperties(chunk.dtype), torch.Size(chunk.size)
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    nbytes: int
+    sha256: str
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Adds what the base class lacks: bounded files, checksums, a manifest, and all or nothing."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self._folder, self._temporary, self._manifest = folder, incomplete(folder), manifest
+        super().__init__(str(self._temporary), save_distributed=True)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the coordinator alone, before any rank writes."""
+        if self._folder.exists():
+            raise FileExistsError(f"{self._folder} is there already; a checkpoint is never overwritten")
+        shutil.rmtree(self._temporary)  # of a save that was killed; prepare_local_plan has made it in any case
+        self._temporary.mkdir()
+        self.fqn_to_index_mapping = _share_out(plans)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: Any) -> Any:
+        results = super().write_data(plan, planner).value()
+        first = {result.storage_data.relative_path: result for result in results}
+        records = []
+        for name, result in first.items():
+            path = self._temporary / name
+            record = _File(name, path.stat().st_size, sha256_of(path))
+            records.append(WriteResult(result.index, record.nbytes, record))
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result(records)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator, when all ranks have written."""
+        files = {record.name: record for of_rank in results for record in (result.storage_data for result in of_rank)}
+        for record in files.values():
+            path = self._temporary / record.name
+            if not path.is_file() or path.stat().st_size != record.nbytes:
+                raise FileNotFoundError(
+                    f"{path}: written by another rank, but not seen by rank 0; the folder must be one that all hosts share"
+                )
+        listed = {r.name: {"bytes": r.nbytes, "sha256": r.sha256} for r in files.values()}
+        write_manifest(self._temporary / MANIFEST, {**self._manifest, "files": dict(sorted(listed.items()))})
+        sync_folder(self._temporary)
+        self._temporary.rename(self._folder)
+        sync_folder(self._folder.parent)
+
+
+def _share_out(plans: Sequence[SavePlan]) -> dict[str, int]:
+    """`files_of`, from DCP's plans."""
+    as_chunks = []
+    for plan in plans:
+        data = [(item.index.fqn, item.tensor_data) for item in plan.items]
+        as_chunks.append([Chunk(n, (), (), tuple(d.chunk.sizes), d.properties.dtype, torch.empty(0)) for n, d in data if d])
+    return files_of(as_chunks)
+
+
+class Reader(HuggingFaceStorageReader):
+    """Reads ranges of tensors, this process alone; opens the files for their headers once only."""
+
+    @cached_property
+    def headers(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.headers
+
+    def fill(self, requests: Sequence[Request]) -> None:
+        """Names and ranges must be those of the checkpoint."""
+        load({}, storage_reader=self, planner=_LoadPlanner(requests), no_dist=True)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads ranges out of whatever chunks the checkpoint has."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._requests = requests
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None
+        self._stored = metadata.state_dict_metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        for index, request in enumerate(self._requests):
+            items += _read_items(index, request, self._stored[request.name].chunks)  # type: ignore[union-attr]
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        index = read_item.dest_index.index
+        assert index is not None
+        return self._requests[index].values.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It was read into its place."""
+
+
+def _read_items(index: int, request: Request, chunks: Sequence[ChunkStorageMetadata]) -> Iterator[ReadItem]:
+    chunks = sorted(chunks, key=lambda chunk: chunk.offsets[0])
+    end = request.start + request.values.numel()
+    first = max(bisect_right([chunk.offsets[0] for chunk in chunks], request.start) - 1, 0)
+    for chunk in chunks[first:]:
+        low, high = max(request.start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
+        if low >= end:
+            break
+        yield ReadItem(
+            LoadItemType.TENSOR,
+            MetadataIndex(request.name, index=index),
+            torch.Size([low - request.start]),
+            MetadataIndex(request.name, chunk.offsets),
+            torch.Size([low - chunk.offsets[0]]),
+            torch.Size([high - low]),
+        )

@@ -1,0 +1,161 @@
+"""Reads a DeepSpeed configuration, and refuses what OptForge cannot train with."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.schedule import schedule_config
+from ds_optforge.config.sections import ROLES
+from ds_optforge.validation import ConfigError
+
+logger = logging.getLogger("ds_optforge")
+
+# The types of the sections, which are the names of the classes.
+OPTIMIZER, SCHEDULER = "OptForge", "OptForgeSchedule"
+
+# DeepSpeed's own schedulers: they write the same learning rate into every group.
+_FLATTENING_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+
+
+def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration as a dict. Raises ConfigError for a file that is missing or is no JSON object."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    try:
+        loaded = json.loads(Path(config).read_text())
+    except OSError as error:
+        raise ConfigError(f"{config}: {error.strerror}; allowed: a DeepSpeed configuration file") from None
+    except ValueError as error:
+        raise ConfigError(f"{config}: not JSON ({error}); allowed: a DeepSpeed configuration file") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{config}: got a {type(loaded).__name__}; allowed: a JSON object")
+    return loaded
+
+
+def optimizer_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The "params" of the optimizer section; ``config`` may also be those params alone. Raises ConfigError."""
+    return _params(config, "optimizer", OPTIMIZER) if "optimizer" in config else config
+
+
+def scheduler_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The "params" of the scheduler section; ``config`` may also be those params alone. Raises ConfigError."""
+    if "scheduler" in config:
+        return _params(config, "scheduler", SCHEDULER)
+    if "optimizer" in config or "train_batch_size" in config:
+        raise ConfigError('scheduler: missing; allowed: {"type": "OptForgeSchedule", "params": {...}}')
+    return config
+
+
+def check(config: Mapping[str, Any], filled: bool = True) -> None:
+    """Validate what OptForge reads of a DeepSpeed configuration, as far as that is possible without a model.
+
+    Args:
+        config: the whole configuration.
+        filled: False for a file: the "auto" values that frameworks and train.py fill are accepted.
+
+    Raises:
+        ConfigError: bad "params", a DeepSpeed scheduler that would flatten different learning rates to one, a ZeRO
+            feature that hides the optimizer's slices.
+    """
+    if "optimizer" not in config:
+        raise ConfigError('optimizer: missing; allowed: {"type": "OptForge", "params": {"name": ...}}')
+    params = _params(config, "optimizer", OPTIMIZER)
+    optimizer = OptimizerConfig(params if filled else _without_auto(params, ("lr", "betas", "eps", "weight_decay")))
+    check_beside_optimizer(config, _rates(optimizer), filled)
+
+
+def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float], filled: bool = True) -> None:
+    """As `check`, but for the optimizer section. ``rates``: the learning rates that will be asked for, by group or role."""
+    if "scheduler" in config:
+        kind = _section(config, "scheduler").get("type")
+        if kind == SCHEDULER:
+            section = _params(config, "scheduler", SCHEDULER)
+            if not filled:
+                length = {"total_num_steps": sys.maxsize} if section.get("total_num_steps") == "auto" else {}
+                section = {**_without_auto(section, ("total_num_steps", "warmup_num_steps")), **length}
+            schedule_config(section)
+        elif kind is None:
+            raise ConfigError("scheduler.type: got None; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
+        elif kind in _FLATTENING_SCHEDULERS:
+            _refuse_flattening(kind, rates)
+    _refuse_zero_features(config)
+
+
+def _without_auto(section: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if not (key in keys and value == "auto")}
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = config[key]
+    if not isinstance(section, Mapping):
+        raise ConfigError(f'{key}: got {section!r}; allowed: an object {{"type": ..., "params": ...}}')
+    return section
+
+
+def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]:
+    section = _section(config, key)
+    if section.get("type") != kind:
+        raise ConfigError(f"{key}.type: got {section.get('type')!r}; allowed: '{kind}'")
+    params = section.get("params", {})
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{key}.params: got {params!r}; allowed: an object")
+    return params
+
+
+def _rates(optimizer: OptimizerConfig) -> dict[str, float]:
+    """Every learning rate that the section asks for, by what asks for it."""
+    rates: dict[str, float] = {role: optimizer.settings(role).lr for role in ROLES}
+    rates["matrix beyond max_aspect_ratio"] = optimizer.settings("matrix", too_thin=True).lr
+    for index, override in enumerate(optimizer.common.overrides):
+        if "lr" in override.settings:
+            rates[f"overrides[{index}]"] = override.settings["lr"]
+    return rates
+
+
+def _refuse_flattening(kind: str, rates: Mapping[str, float]) -> None:
+    if len(set(rates.values())) > 1:
+        found = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+        raise ConfigError(
+            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while the optimizer asks for "
+            f"different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
+        )
+
+
+def _refuse_zero_features(config: Mapping[str, Any]) -> None:
+    zero = _object(config, "zero_optimization", "zero_optimization")
+    offload = _object(zero, "offload_optimizer", "zero_optimization.offload_optimizer")
+    checkpoint = _object(config, "checkpoint", "checkpoint")
+    here = "zero_optimization.offload_optimizer"
+    problems = []
+    if offload.get("device") == "nvme":
+        problems.append(f"{here}.device: got 'nvme'; allowed: 'cpu' or 'none'")
+    ratio = offload.get("ratio", 1.0)
+    if not isinstance(ratio, int | float) or ratio < 1.0:
+        problems.append(f"{here}.ratio: got {ratio!r}; allowed: 1.0 (DeepSpeed would step the rest itself)")
+    if offload.get("super_offload"):
+        problems.append(f"{here}.super_offload: got true; allowed: false")
+    if zero.get("zenflow"):
+        problems.append("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
+    if zero.get("elastic_checkpoint"):
+        problems.append("zero_optimization.elastic_checkpoint: got true; allowed: false")
+    if checkpoint.get("load_universal"):
+        problems.append("checkpoint.load_universal: got true; allowed: false (DeepSpeed's loader knows only Adam's state)")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if _object(config, "bf16", "bf16").get("check_grad_overflow") is False or zero.get("compute_grad_norm") is False:
+        logger.warning(
+            "bf16.check_grad_overflow or zero_optimization.compute_grad_norm is false: DeepSpeed then steps with gradients "
+            "that are not finite, and they reach weights and state"
+        )
+
+
+def _object(owner: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
+    """A section that may be missing."""
+    section = owner.get(key)
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"{path}: got {section!r}; allowed: an object")
+    return section or {}

@@ -1,0 +1,122 @@
+"""The "params" of an OptForge section, validated, and resolved for one parameter at a time."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds_optforge.config.sections import ROLES, CommonSettings, Role
+from ds_optforge.rules.base import MatrixRule
+from ds_optforge.rules.registry import rule_names, rule_settings
+from ds_optforge.rules.settings import RuleSettings
+from ds_optforge.validation import ConfigError, refuse_auto, validate
+
+# What a rule beside the main one takes over from the top level, where it reads it at all.
+_SHARED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")
+
+
+class OptimizerConfig:
+    """The validated "params" of an OptForge section; `settings` resolves them for one parameter."""
+
+    def __init__(self, section: Mapping[str, Any], path: str = "optimizer.params") -> None:
+        """Raises ConfigError for anything that a parameter could run into later, whatever its role."""
+        self._path = path
+        refuse_auto(section, path)
+        common = {key: value for key, value in section.items() if key in CommonSettings.model_fields}
+        if "name" not in common:
+            raise ConfigError(f"{path}.name: missing; allowed: {', '.join(rule_names())}")
+        _settings_of(common["name"], path)
+        self.common = validate(CommonSettings, common, path)
+        self._top = {key: value for key, value in section.items() if key not in common}
+        self.main = self._resolve(self.common.name, [(path, self._top)])
+        if self.common.adamw and not self.main.needs_matrix():
+            raise ConfigError(f"{path}.adamw: got a section; allowed: none, '{self.main.rule}' takes every parameter itself")
+        for role in ROLES:
+            self.settings(role)
+        for index, override in enumerate(self.common.overrides):
+            self._check_override(index, (override.role,) if override.role else ROLES)
+
+    def settings(
+        self,
+        role: Role,
+        overrides: Sequence[int] = (),
+        too_thin: bool = False,
+        own: Mapping[str, Any] | None = None,
+        place: str = "param_groups",
+    ) -> RuleSettings:
+        """The rule and its settings for a parameter.
+
+        Args:
+            role: of the parameter.
+            overrides: indices of the overrides that match it; later ones win.
+            too_thin: the parameter's aspect ratio is beyond ``max_aspect_ratio``, so a matrix rule does not take it.
+            own: settings of its own parameter group, weaker than overrides and stronger than everything else.
+            place: names that group in messages.
+        """
+        layers = [(f"{self._path}.roles.{role}", dict(self.common.roles.get(role, {}))), (place, dict(own or {}))]
+        layers += [(f"{self._path}.overrides[{i}]", self.common.overrides[i].settings) for i in overrides]
+        for_itself = any("name" in layer for _, layer in layers[1:])
+        names = [(path, layer.pop("name")) for path, layer in layers if "name" in layer]
+        path, name = names[-1] if names else (self._path, self.common.name)
+        if _settings_of(name, path).needs_matrix() and ((too_thin and not for_itself) or (role != "matrix" and not names)):
+            name = "adamw"
+            if too_thin and role == "matrix":  # what was said of matrices does not hold for it
+                layers = layers[1:]
+        return self._resolve(name, [*self._base(role, name), *layers])
+
+    def _check_override(self, index: int, roles: Sequence[Role]) -> None:
+        """Its parameters are not known yet: it must make sense for at least one role."""
+        problems = []
+        for role in roles:
+            try:
+                self.settings(role, (index,))
+            except ConfigError as error:
+                problems.append(error)
+        if len(problems) == len(roles):
+            raise problems[0]
+
+    def _base(self, role: Role, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """What a rule's settings start from: the top level for the main rule, the ``adamw`` section beside a matrix rule."""
+        top = self._top
+        if name != self.common.name:
+            fields = _settings_of(name, self._path).model_fields
+            readable = [key for key in _SHARED if key in fields]
+            top = {key: value for key, value in top.items() if key in readable}
+            if name == "adamw":
+                top.setdefault("lr", self.main.lr)
+        beside = [(f"{self._path}.adamw", self.common.adamw)] if name == "adamw" else []
+        # Decay is for matrices and tables, unless the scalar role itself asks for it.
+        decays = role != "scalar" or "weight_decay" not in _settings_of(name, self._path).model_fields
+        no_decay = [] if decays else [(self._path, {"weight_decay": 0.0})]
+        return [(self._path, top), *beside, *no_decay]
+
+    def _resolve(self, name: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> RuleSettings:
+        merged: dict[str, Any] = {}
+        paths: dict[str, str] = {}
+        for path, layer in layers:
+            for key, value in layer.items():
+                if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+                    value = {**merged[key], **value}
+                merged[key] = value
+                paths[key] = path
+        return self._checked(validate(_settings_of(name, self._path), merged, self._path, paths, CommonSettings.model_fields))
+
+    def _checked(self, settings: RuleSettings) -> RuleSettings:
+        """Refuse a sharding mode that the rule cannot have."""
+        rule, mode = settings.builds, self.common.sharding.mode
+        if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
+            raise ConfigError(
+                f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which needs sums over whole matrices; "
+                "allowed: 'gather'"
+            )
+        return settings
+
+
+def _names() -> str:
+    return f"{', '.join(rule_names())} (a rule of another package: install it, or import it first)"
+
+
+def _settings_of(name: Any, path: str) -> type[RuleSettings]:
+    """The settings of a rule. Raises ConfigError for a name that nothing offers."""
+    found = rule_settings(name)
+    if found is None:
+        raise ConfigError(f"{path}.name: got {name!r}; allowed: {_names()}")
+    return found

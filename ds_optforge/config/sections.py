@@ -1,0 +1,99 @@
+"""The keys of an OptForge section that belong to no rule."""
+
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import ConfigDict, Field, Strict, field_validator, model_validator
+
+from ds_optforge.rules.settings import DTypeName
+from ds_optforge.validation import Section
+
+Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
+ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
+
+# With fewer whole rows on a rank, what shard_local does is row normalisation rather than Muon.
+THIN_ROWS = 32
+
+
+class ShardingSettings(Section):
+    """How the matrices that ZeRO has cut are orthogonalized."""
+
+    mode: Literal["gather", "shard_local"] = Field(
+        "gather", description="gather: whole, by the rank that owns the matrix; shard_local: each rank its own rows, no traffic"
+    )
+    gather_every: int | None = Field(
+        None, ge=2, description="shard_local: every how many steps to gather, from the first on (block-periodic); null: never"
+    )
+    wire_dtype: DTypeName = Field("bfloat16", description="fragments and updates are rounded to it, travelling or not")
+    bucket_numel: int = Field(
+        2**26, ge=1, description="elements of a bucket's send and of its receive buffer; a step works in two buckets"
+    )
+
+    @model_validator(mode="after")
+    def _periodic(self) -> "ShardingSettings":
+        if self.gather_every and self.mode == "gather":
+            raise ValueError(f"gather_every: got {self.gather_every} with mode 'gather'; allowed: mode 'shard_local'")
+        return self
+
+    @property
+    def travels(self) -> bool:
+        """Whether matrices are ever gathered."""
+        return self.mode == "gather" or self.gather_every is not None
+
+    def gathers(self, step: int) -> bool:
+        """Whether the matrices are gathered in this step (from 1)."""
+        return self.mode == "gather" or (self.gather_every is not None and (step - 1) % self.gather_every == 0)
+
+
+class TelemetrySettings(Section):
+    """Numbers about the steps, for the whole model."""
+
+    every: int = Field(ge=1, description="steps from one record to the next; 10 cost less than 1% of a step's time")
+
+
+class Override(Section):
+    """Settings for the parameters whose name matches a regular expression (searched anywhere in the name)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    match: str = Field(description="a regular expression")
+    role: Role | None = None
+    split: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
+        None, description="rows of each matrix that is fused into the parameter"
+    )
+    heads: int | tuple[int, ...] | None = Field(
+        None, description="equal row blocks that each matrix is cut into; a list: one count per entry of split"
+    )
+
+    @field_validator("heads", mode="wrap")
+    @classmethod
+    def _counts(cls, value: Any, handler: Any) -> Any:
+        counts = value if isinstance(value, list | tuple) else [value]
+        if not counts or any(type(count) is not int or count < 1 for count in counts):
+            raise ValueError("an integer of at least 1, or a list of them")
+        return value if isinstance(value, int) else tuple(value)
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"a regular expression ({error})") from None
+        return pattern
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class CommonSettings(Section):
+    """The keys of "params" that belong to no rule."""
+
+    name: str = Field(description="the rule of the model's matrices, or of all parameters")
+    adamw: dict[str, Any] = Field(default_factory=dict, description="for parameters that a matrix rule does not take")
+    roles: dict[Role, dict[str, Any]] = Field(default_factory=dict, description="settings by role, name included")
+    overrides: Annotated[tuple[Override, ...], Strict(False)] = Field((), description="settings by parameter name")
+    sharding: ShardingSettings = ShardingSettings()
+    telemetry: TelemetrySettings | None = Field(None, description='numbers about every k-th step: {"every": 10}')
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = Field(10.0, description="a longer, thinner matrix falls back to adamw")

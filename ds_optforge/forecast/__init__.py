@@ -1,0 +1,1 @@
+"""Cost of a run that does not exist, from shapes alone."""

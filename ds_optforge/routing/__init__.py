@@ -1,0 +1,1 @@
+"""Which rule each parameter gets, and which matrices it is."""

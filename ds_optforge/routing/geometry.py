@@ -1,0 +1,55 @@
+"""Which matrices a parameter is: members of a bank, filters of a convolution, or what ``split`` and ``heads`` say."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.routing.tags import tags_of
+from ds_optforge.validation import ConfigError
+from ds_optforge.zero.layout import full_shape
+
+
+def matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(start, rows, cols) of each matrix: a bank's members, a conv filter bank, or what ``split`` and ``heads`` say."""
+    shape, tags = full_shape(parameter), tags_of(parameter)
+    if tags.matrix is not None:
+        rows, cols = tags.matrix
+    elif len(shape) < 2:
+        rows, cols = 1, shape.numel()
+    elif tags.name is not None:
+        rows, cols = shape[-2:]
+    else:  # KellerJordan's groups are not registered; more dimensions than two are convolution filters there
+        rows, cols = shape[0], shape.numel() // shape[0]
+    blocks = [rows]
+    for key in ("split", "heads"):
+        asked = [(i, value) for i in matched if (value := getattr(config.common.overrides[i], key)) is not None]
+        if asked:
+            index, value = asked[-1]
+            if tags.transposed:
+                raise ConfigError(f"{name}: overrides[{index}].{key} cuts rows, but this weight is stored (in, out)")
+            cut = _split if key == "split" else _heads
+            blocks = cut(blocks, value, f"{name}: overrides[{index}]")
+    matrices = []
+    for bank in range(0, shape.numel(), rows * cols):
+        start = bank
+        for block in blocks:
+            matrices.append((start, block, cols))
+            start += block * cols
+    return matrices
+
+
+def _split(blocks: list[int], parts: tuple[int, ...], where: str) -> list[int]:
+    if sum(parts) != blocks[0]:
+        raise ConfigError(f"{where}.split: got {list(parts)}, {sum(parts)} rows; allowed: parts of its {blocks[0]} rows")
+    return list(parts)
+
+
+def _heads(blocks: list[int], heads: int | tuple[int, ...], where: str) -> list[int]:
+    counts = [heads] * len(blocks) if isinstance(heads, int) else list(heads)
+    if len(counts) != len(blocks):
+        raise ConfigError(f"{where}.heads: got {len(counts)} counts; allowed: {len(blocks)}, one per entry of split")
+    for rows, count in zip(blocks, counts, strict=True):
+        if rows % count:
+            raise ConfigError(f"{where}.heads: got {count} for {rows} rows; allowed: a divisor of {rows}")
+    return [rows // count for rows, count in zip(blocks, counts, strict=True) for _ in range(count)]

@@ -1,0 +1,146 @@
+"""Decides which rule each parameter gets, from its tags, its shape and the configuration."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.sections import Role
+from ds_optforge.routing.geometry import matrices_in
+from ds_optforge.routing.tags import parameter_name, tag, tags_of
+from ds_optforge.rules.registry import rule_settings
+from ds_optforge.rules.settings import RuleSettings
+from ds_optforge.validation import ConfigError
+from ds_optforge.zero.layout import full_shape
+
+logger = logging.getLogger("ds_optforge")
+
+# Smaller parameters keep float32 where the state is 8-bit, as in bitsandbytes: there is nothing to save.
+_SMALLEST_8BIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What happens to one parameter.
+
+    Attributes:
+        name, shape, numel: of the parameter (the whole of it, under ZeRO-3 too).
+        role: matrix, embedding, unembedding or scalar.
+        settings: its rule's.
+        matrices: (start, rows, cols) of each matrix in the flattened parameter; empty for an elementwise rule.
+        transposed: the weight is stored (in, out).
+        group: identifies the parameter group: a function of the configuration alone.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    role: Role
+    settings: RuleSettings
+    matrices: tuple[tuple[int, int, int], ...]
+    transposed: bool
+    group: str
+
+
+def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | None = None, place: str = "") -> Route:
+    """Decide one parameter's rule.
+
+    Args:
+        parameter: of the model, tagged.
+        config: of the optimizer.
+        own: the settings of the parameter group that the user put it into, KellerJordan's ``use_muon`` included.
+        place: the parameter's place in the given groups ("param_groups[0].params[3]"): its name, where ``use_muon`` says
+            all that is needed and it has no tag.
+
+    Raises:
+        ConfigError: an unregistered parameter, settings that its rule does not read, a matrix rule for a vector.
+    """
+    own = dict(own or {})
+    use_muon = own.pop("use_muon", None)
+    tags = tags_of(parameter)
+    name = tags.name or place if use_muon is not None else parameter_name(parameter)
+    shape = full_shape(parameter)
+    matched = [i for i, override in enumerate(config.common.overrides) if re.search(override.match, name)]
+    role, certain = _role(parameter, config, matched, use_muon)
+    if use_muon is not None:
+        own.setdefault("name", _rule_for_flag(config, use_muon))
+    found = matrices_in(parameter, name, config, matched)
+    fused = any(config.common.overrides[i].split or config.common.overrides[i].heads for i in matched)
+    thin = any(max(rows, cols) > config.common.max_aspect_ratio * min(rows, cols) for _, rows, cols in found)
+    try:
+        settings = config.settings(role, matched, thin and not (certain or fused), own, place.rpartition(".")[0])
+    except ConfigError as error:
+        raise ConfigError(str(error) if name == place else f"{name}: {error}") from None
+    if settings.needs_matrix() and len(shape) < 2:
+        raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
+    group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
+    if settings.state_dtype == "8bit" and (role == "scalar" or shape.numel() < _SMALLEST_8BIT):
+        settings = settings.model_copy(update={"state_dtype": "float32"})
+        group += ".float32"
+    matrices = tuple(found) if settings.needs_matrix() else ()
+    return Route(name, tuple(shape), shape.numel(), role, settings, matrices, tags.transposed, group)
+
+
+def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
+    if not use_muon:
+        return "adamw"
+    return config.main.rule if config.main.needs_matrix() else "muon"
+
+
+def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], use_muon: bool | None) -> tuple[Role, bool]:
+    """The role, and whether it was asked for by name (then the aspect ratio does not matter)."""
+    asked = [role for i in matched if (role := config.common.overrides[i].role) is not None]
+    if asked:
+        return asked[-1], True
+    if use_muon:
+        return "matrix", True
+    placed = tags_of(parameter).role
+    if placed is not None:
+        return placed, False
+    return ("scalar" if len(full_shape(parameter)) < 2 else "matrix"), False
+
+
+def routing_table(routes: Iterable[Route]) -> str:
+    """One line per parameter, the same on every rank that has the same model and configuration."""
+    return "\n".join(
+        f"{r.name} {'x'.join(map(str, r.shape))} {r.role} {r.settings.rule} {len(r.matrices)} {r.settings!r}" for r in routes
+    )
+
+
+def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
+    """The route of each trainable parameter of ``model``, which is tagged here and may be on the meta device."""
+    tag(model)
+    return [route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
+    """The line that says how many parameters each rule got, and the warnings that go with it."""
+    counts: dict[str, int] = {}
+    for r in routes:
+        counts[r.settings.rule] = counts.get(r.settings.rule, 0) + r.numel
+    main = config.main
+    if main.needs_matrix():
+        counts = {main.rule: 0, "adamw": 0} | counts
+    logger.info(", ".join(f"{_title(rule)}: {numel:,} params" for rule, numel in counts.items()))
+    if not main.needs_matrix():
+        return
+    if not any(r.settings.needs_matrix() for r in routes):
+        logger.warning("no parameter is a matrix for '%s': every one is trained by adamw", main.rule)
+        return
+    beside = [r for r in routes if not r.settings.needs_matrix()]
+    if not main.matches_adamw and "lr" not in config.common.adamw and any(r.settings.lr == main.lr for r in beside):
+        logger.warning(
+            "adamw.lr is not set: AdamW runs at '%s's lr = %g, which is usually too high; set adamw.lr, or "
+            "orthogonalization.scale = 'match_rms_adamw' to share one learning rate",
+            main.rule,
+            main.lr,
+        )
+
+
+def _title(rule: str) -> str:
+    settings = rule_settings(rule)
+    return settings.title if settings else rule

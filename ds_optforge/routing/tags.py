@@ -1,0 +1,81 @@
+"""Facts that only the module tree knows, written onto the parameters before DeepSpeed flattens them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ds_optforge.validation import ConfigError
+from ds_optforge.zero.layout import full_shape
+
+_NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
+_HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """What `tag` wrote onto a parameter.
+
+    Attributes:
+        name: qualified; None for a parameter that was never tagged.
+        role: "embedding" or "unembedding"; None where the shape decides.
+        matrix: (rows, cols) of each of its matrices; None where the shape tells.
+        transposed: it is stored (in, out).
+    """
+
+    name: str | None
+    role: Literal["embedding", "unembedding"] | None
+    matrix: tuple[int, int] | None
+    transposed: bool
+
+
+def tags_of(parameter: Tensor) -> Tags:
+    """Read what `tag` wrote."""
+    return Tags(
+        getattr(parameter, _NAME, None),
+        getattr(parameter, _ROLE, None),
+        getattr(parameter, _MATRIX, None),
+        getattr(parameter, _TRANSPOSED, False),
+    )
+
+
+def tag(model: nn.Module) -> None:
+    """Write each parameter's qualified name and its place in the module tree onto it."""
+    heads = {id(parameter) for parameter in _head_weights(model)}
+    for name, parameter in model.named_parameters():  # the first name of a tied parameter
+        setattr(parameter, _NAME, name)
+        setattr(parameter, _ROLE, "unembedding" if id(parameter) in heads else None)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            setattr(module.weight, _ROLE, "embedding")  # also where the head is tied to it
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            shape = full_shape(module.weight)
+            setattr(module.weight, _MATRIX, (shape[0], shape.numel() // shape[0]))
+            setattr(module.weight, _TRANSPOSED, module.transposed)
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored (in, out)
+            setattr(module.weight, _TRANSPOSED, True)
+
+
+def _head_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Weights of output embeddings: what a Hugging Face model calls so, and Linears named as the head outside any layer."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    weight = getattr(get_output_embeddings(), "weight", None) if get_output_embeddings else None
+    if isinstance(weight, Tensor):
+        yield weight
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        if isinstance(module, nn.Linear) and last in _HEAD_NAMES and not any(part.isdigit() for part in path):
+            yield module.weight
+
+
+def parameter_name(parameter: Tensor) -> str:
+    """The qualified name that `tag` wrote. Raises ConfigError for a parameter that was never tagged."""
+    name = tags_of(parameter).name
+    if name is None:
+        raise ConfigError(
+            f"a parameter of shape {tuple(full_shape(parameter))} is not registered; call ds_optforge.register(model) "
+            "before deepspeed.initialize, Accelerator.prepare or Trainer, with the model that is trained (in plain PyTorch, "
+            "ds_optforge.build_optimizer(model, config) does so)"
+        )
+    return name

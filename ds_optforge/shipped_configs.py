@@ -1,0 +1,56 @@
+"""The DeepSpeed configurations that come with the package, to start from. Files and JSON only: no torch."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_optforge.errors import ConfigError
+
+# In the repository a link to ds_configs/; in an installed package a folder with copies of its files.
+FOLDER = Path(__file__).parent / "configs"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def listing() -> str:
+    """A line about each configuration, from its file."""
+    rows = [("name", "rule", "ZeRO stage", "optimizer offload")]
+    rows += [(name, *_summary(json.loads(_path(name).read_text()))) for name in names()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _summary(config: dict[str, Any]) -> tuple[str, str, str]:
+    params, zero = config["optimizer"]["params"], config["zero_optimization"]
+    rule = f"{params['name']}, state {params['state_dtype']}" if "state_dtype" in params else params["name"]
+    return rule, str(zero["stage"]), zero.get("offload_optimizer", {}).get("device", "none")
+
+
+def _path(name: str) -> Path:
+    return FOLDER / f"{name}.json"
+
+
+def write(name: str, folder: Path) -> Path:
+    """Write the configuration ``name`` into a folder that is there; returns the file.
+
+    Raises:
+        ConfigError: another name, a folder that cannot be written to, or a file of that name in it.
+    """
+    name = name.removesuffix(".json")
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ConfigError(f"configuration: got '{name}'; {hint}allowed: {', '.join(names())}")
+    path = folder / f"{name}.json"
+    try:
+        with path.open("x") as file:
+            file.write(_path(name).read_text())
+    except FileExistsError:
+        raise ConfigError(f"{path}: is there already; allowed: a folder without a file of that name") from None
+    except OSError as error:
+        raise ConfigError(f"--out: got '{folder}' ({error.strerror}); allowed: a folder that can be written to") from None
+    return path

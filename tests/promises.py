@@ -1,0 +1,108 @@
+"""What this project promises to its users. A test shows one of these by ``@pytest.mark.promise("its-key")``.
+
+docs/promises.md lists each with the tests that show it. A promise without a test is an error (tests/test_promises.py), so a
+new one comes together with its test.
+"""
+
+# By heading, in the order of the page: a key for the marker, and the promise itself.
+BY_SUBJECT: dict[str, dict[str, str]] = {
+    "Choosing an optimizer": {
+        "choose-by-name": "One field, `name`, chooses the optimizer.",
+        "unknown-name": "A name that is unknown is an error that lists the known ones.",
+        "validated-fields": "Every field is validated, and a message says which one is wrong, what was found there and what is "
+        "allowed.",
+        "unread-field": "A field that the chosen optimizer does not read is an error.",
+        "one-config": "Optimizer and learning-rate schedule are built from one configuration.",
+        "frozen-parameters": "Parameters that are frozen, or do not hold floating-point numbers, are left out.",
+        "no-matrix": "Muon for a model that has no matrix for it trains all of it with AdamW, and says so.",
+        "client-optimizer": "DeepSpeed finds the optimizers by name in its configuration, and takes them as objects.",
+    },
+    "AdamW and Lion": {
+        "adamw-is-torchs": "AdamW trains as `torch.optim.AdamW` does.",
+        "adamw-fused": "AdamW runs as torch's fused kernel.",
+        "adamw-8bit": "`adamw_8bit` is AdamW with 8-bit state, and trains as the one of bitsandbytes does.",
+        "lion-formula": "Lion follows its sign formula, with exactly one buffer of state.",
+        "lion-no-eps": "Lion takes no `eps`.",
+    },
+    "Muon": {
+        "muon-scale": "Muon's update of a matrix with m rows and n columns is scaled by √max(1, m / n).",
+        "muon-defaults": "Muon's defaults are those of the original: momentum 0.95, Nesterov, five Newton-Schulz steps.",
+        "muon-settings": "Muon's momentum, Nesterov and number of Newton-Schulz steps can be set, and take effect.",
+        "muon-aspect-ratio": "A matrix goes to Muon if its longer side is at most 10 times the shorter one, else to AdamW.",
+        "muon-counts": "One line of the log says how many parameters Muon trains, and how many AdamW does.",
+        "muon-convolutions": "The filters of a convolution are one matrix, of outputs by all the rest.",
+        "adamw-beside-curve": "AdamW's learning rate beside Muon follows the curve of the same schedule.",
+        "adamw-beside-rate": "AdamW's learning rate beside Muon has an initial value of its own, Muon's if nothing is said.",
+        "lr-transfer": "The best learning rate stays put as a model grows wider.",
+        "orthogonalize": "`orthogonalize(G)` can be used on its own.",
+    },
+    "Parameter groups in the style of KellerJordan/Muon": {
+        "use-muon": "Groups with a flag `use_muon` train as they do with KellerJordan/Muon.",
+        "use-muon-missing": "A group without the flag, or with one that is no boolean, is an error that names the group.",
+        "use-muon-several": "There may be several groups of each kind, with hyperparameters of their own.",
+    },
+    "NorMuon and weight decay": {
+        "normuon-formula": "NorMuon follows the published algorithm.",
+        "normuon-beta2": "NorMuon's `beta2` has an effect.",
+        "normuon-rows": "NorMuon keeps one second moment for each output row of a matrix.",
+        "normuon-routing": "NorMuon trains the matrices inside a model; AdamW trains embeddings, norms, biases and the head, "
+        "with 8-bit state for what is large if that is wished.",
+        "cautious-decay": "Cautious weight decay acts where update and weight have the same sign, and is plain when it is off.",
+        "cautious-matrices": "Cautious weight decay stays with the matrices unless it is asked for elsewhere.",
+        "decay-schedule": "Weight decay can follow a schedule: constant, linear (1 - progress) or cosine.",
+    },
+    "Schedule-Free AdamW": {
+        "schedule-free-points": "The points x, y and z of Schedule-Free AdamW are those of the reference implementation.",
+        "schedule-free-warm-up": "Schedule-Free AdamW's own warm-up ramps the learning rate up.",
+        "schedule-free-schedule": "A schedule that decays is refused beside Schedule-Free AdamW.",
+        "averaged-round-trip": "Putting the averaged weights in and taking them out again leaves the training weights as they "
+        "were, bit for bit.",
+        "averaged-evaluation": "train.py, this package's helpers and its Accelerate adapter evaluate and export the averaged "
+        "weights without being asked.",
+        "averaged-refusal": "A step, or a training checkpoint, while the averaged weights are in is refused.",
+    },
+    "Optimizer state": {
+        "state-buffers": "A parameter has one buffer of state with Lion and Muon, and two with AdamW and Schedule-Free AdamW.",
+        "8bit-size": "8-bit state is about two bytes a parameter with AdamW, and one with a rule that has only a momentum.",
+        "8bit-loss": "The loss with 8-bit state tracks the loss with float32 state.",
+    },
+    "Roles": {
+        "role-rates": "Embeddings, the unembedding, matrices and scalars can each have a learning rate of their own.",
+        "role-betas": "Each of these roles can have betas of its own.",
+    },
+    "Learning-rate schedules": {
+        "schedule-shapes": "Schedules are linear, cosine or wsd, with a warm-up given in steps or as a fraction of all steps.",
+        "schedule-parts": "The warm-up and the main curve are each optional.",
+        "schedule-floor": "The floor is reached exactly in the last step, whatever the warm-up.",
+        "schedule-cool-down": "A cool-down leads from wherever the curve is to the floor, without a jump.",
+        "schedule-recipe": "Warm-up, warm-down and the final rate can be given as fractions, as in the autoresearch recipe.",
+        "schedule-epochs": "The total number of steps may come from the caller: epochs times the length of the loader.",
+    },
+    "ZeRO, ranks and offload": {
+        "world-size": "One process and any number of ranks train the same parameters.",
+        "zero-stages": "ZeRO 1, 2 and 3 train the same parameters.",
+        "accumulation": "Gradient accumulation gives the parameters that the large batch gives.",
+        "clipping": "DeepSpeed's `gradient_clipping` limits the norm of the gradient; 0 turns it off.",
+        "offload": "The optimizer can be offloaded to host memory, pinned or not, and trains the same parameters.",
+        "sharding-modes": "A matrix is gathered and orthogonalized whole, or each rank orthogonalizes the rows that it holds.",
+        "shard-local-error": "Orthogonalizing only the rows that a rank holds is compared with orthogonalizing whole "
+        "matrices, in tests and in docs/performance.md.",
+    },
+    "Launching": {
+        "deepspeed-launcher": "`deepspeed --num_gpus N train.py --ds_config ds_configs/muon_zero2.json` trains.",
+        "accelerate-launch": "`accelerate launch` gives the losses that the deepspeed launcher gives.",
+        "mpi": "MPI jobs, on one host or several, give the losses that the other launchers give.",
+    },
+    "Comparisons and sweeps": {
+        "fair-comparison": "Optimizers are compared on the same seeds, data, steps and batch, each with its own learning rate.",
+        "steady-loss": "The steady-state loss is the mean after 200 steps, or after three times the warm-up if that is longer.",
+        "comparison-metrics": "A comparison also reports gradient norm, peak memory and tokens per second.",
+        "sweep-file": "A sweep file with all experiments of the autoresearch recipe is shipped.",
+        "sweep-order": "Experiments run by priority, those marked to be tried first before all others.",
+        "sweep-winner": "The winner of a phase is the baseline of the next one.",
+        "sweep-combined": "A last run combines all winners, and is reported against the first baseline.",
+        "sweep-grid": "Pairs that may interact can be run as a grid.",
+        "sweep-budget": "An experiment has a budget of time, and what exceeds its limit is ended.",
+    },
+}
+PROMISES: dict[str, str] = {key: promise for subject in BY_SUBJECT.values() for key, promise in subject.items()}
