@@ -164,7 +164,7 @@ class Slices:
         if not store:
             return
         for buffer in buffers:
-            for span, value in zip(spans, values[buffer.name], strict=True):
+            for span, value in zip(spans, values.pop(buffer.name), strict=True):  # no longer held while the next is written
                 self.format_of(span.tensor, buffer).write(states[span.tensor], buffer, span.within.start, value)
 
     def format_of(self, tensor: int, buffer: Buffer) -> StateFormat:

@@ -99,8 +99,8 @@ def _moved(subject: Subject, before: Mapping[str, Any]) -> Iterator[str]:
     statistics = {
         statistic.name for members in groups_of(subject.optimizer).members.values() for statistic in statistics_of(members.rule)
     }
-    kept = [name for name in before if name.rpartition(", ")[2] in statistics]
-    yield from other({name: after[name] for name in kept}, {name: before[name] for name in kept})
+    kept = {name: value for name, value in after.items() if name.rpartition(", ")[2] in statistics}
+    yield from other(kept, {name: before.get(name, torch.zeros_like(value)) for name, value in kept.items()})
     broken = [name for name, value in after.items() if isinstance(value, Tensor) and not value.float().isfinite().all()]
     if broken:
         yield f"{', '.join(broken)}: not finite"
