@@ -27,11 +27,11 @@ class RuleError(TypeError):
 
 
 def register_rule(settings: S) -> S:
-    """Make a rule's settings, and so the rule, known by its name: a decorator of a subclass of `RuleSettings`.
+    """Make a rule known by its name: a decorator of its settings, a subclass of `RuleSettings`.
 
     Raises:
-        RuleError: a class that is no complete rule, or a name that is taken. (The same class may come again, as when a
-            module is reloaded.)
+        RuleError: a class that is no complete rule, or a name that is taken. (The same class may be registered again, as
+            when a module is reloaded.)
     """
     problems = list(_problems(settings))
     if problems:
@@ -46,13 +46,13 @@ def register_rule(settings: S) -> S:
 
 
 def rule_names() -> tuple[str, ...]:
-    """All rules that a configuration can name, in alphabetical order."""
+    """Return the names of all rules that a configuration can ask for, in alphabetical order."""
     _import_own()
     return tuple(sorted({*REGISTERED, *_offers()}))
 
 
 def rule_settings(name: Any) -> type[RuleSettings] | None:
-    """The settings of a rule; None for a name that nothing offers.
+    """Return the settings class of a rule; None for a name that nothing offers.
 
     Raises:
         ConfigError: another package offers the rule, but cannot be imported, or does not register it; or two offer it.
@@ -71,14 +71,14 @@ def rule_settings(name: Any) -> type[RuleSettings] | None:
 
 @cache
 def _import_own() -> None:
-    """Every file of this folder registers its rules."""
+    """Import every file of this folder, so that it registers its rules."""
     package = importlib.import_module("ds_optforge.rules")
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 
 
 def _offers() -> dict[str, tuple[EntryPoint, ...]]:
-    """What installed packages offer, by the rule's name. (One package that is found twice on the path counts once.)"""
+    """Return the entry points of installed packages by the rule's name; a package found twice on the path counts once."""
     found: dict[str, dict[str, EntryPoint]] = {}
     for offer in entry_points(group=ENTRY_POINTS):
         found.setdefault(offer.name, {})[offer.value] = offer
@@ -105,7 +105,7 @@ def _place(thing: Any) -> str:
 
 
 def _problems(settings: Any) -> Iterator[str]:
-    """What keeps a class from being a rule's settings, a sentence each."""
+    """Yield every problem that keeps a class from being a rule's settings, one phrase each."""
     if not (isinstance(settings, type) and issubclass(settings, RuleSettings)):
         yield "is no rule; allowed: a subclass of RuleSettings"
         return
