@@ -55,7 +55,7 @@ class CoefficientSet:
 
 
 def _with_margin(triples: tuple[Triple, ...], margin: float) -> tuple[Triple, ...]:
-    """Replace p(x) by p(x / margin) in every step but the last, so that rounding in bfloat16 cannot leave its range."""
+    """Replace p(x) by p(x / margin) in every step but the last: room for bfloat16's rounding where p is steep beyond 1."""
     return tuple((a / margin, b / margin**3, c / margin**5) for a, b, c in triples[:-1]) + triples[-1:]
 
 

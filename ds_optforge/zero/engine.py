@@ -14,7 +14,7 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
 
 def make_trusted(optimizer: type, scheduler: type) -> None:
-    """Enter an optimizer class and a scheduler class into DeepSpeed's lists of those that it accepts from a configuration."""
+    """Enter both classes into DeepSpeed's lists: of optimizers supported with ZeRO, and of schedulers valid in its JSON."""
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.zero import utils as zero_utils
 
