@@ -140,7 +140,7 @@ def accurate_method(method: Method, steps: int, dtype: torch.dtype, steep: bool 
 
 
 def uses_gram(rows: int, cols: int, steps: int, method: Method = "auto") -> bool:
-    """Whether `orthogonalize` takes the Gram form for a (rows, cols) matrix and a method that `accurate_method` returned."""
+    """Whether `orthogonalize` takes the Gram form for a (rows, cols) matrix, ``steps`` and a ``method`` that is accurate."""
     if method == "auto":
         return flops(rows, cols, steps, "gram") < flops(rows, cols, steps, "standard")
     return method == "gram"

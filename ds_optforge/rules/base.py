@@ -272,7 +272,7 @@ class MatrixRule(Rule):
 
 
 def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:
-    """Return the buffers that are advanced by the update (``of_update``), or those that are advanced by the gradient."""
+    """Return the buffers of ``rule`` that the update advances (``of_update``), or those that the gradient advances."""
     return tuple(buffer for buffer in rule.buffers if buffer.of_update == of_update)
 
 

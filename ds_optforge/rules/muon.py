@@ -60,7 +60,11 @@ class Orthogonalization:
         return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
 
     def flops(self, rows: int, cols: int) -> int:
-        """Return the FLOPs of orthogonalizing one (rows, cols) matrix; see `ds_optforge.orthogonalize.flops`."""
+        """Return the FLOPs of orthogonalizing one (rows, cols) matrix: see `ds_optforge.orthogonalize.flops`.
+
+        Raises:
+            ValueError: see `orthogonalize`.
+        """
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
         return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype, chosen.steep))

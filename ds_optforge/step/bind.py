@@ -66,7 +66,7 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
-    """Return the format of one tensor's state; "float32" means the tensor's own dtype, which differs in plain PyTorch only."""
+    """Return the format of a tensor's state; "float32" is the tensor's own dtype, which differs in plain PyTorch only."""
     if name == "8bit":
         return EightBit(fragments)
     return Plain(tensor.dtype if name == "float32" else getattr(torch, name))

@@ -15,7 +15,7 @@ from ds_optforge.step.telemetry import Telemetry, Watch
 
 
 class GroupStep:
-    """One call of ``step()`` for one group: `check` comes first, then `run`.
+    """The step of one parameter group in one call of ``step()``: `check` comes first, then `run`.
 
     Args:
         group: the group's dict in ``param_groups``.
@@ -41,7 +41,7 @@ class GroupStep:
         self._gradients = [_flat_gradient(tensor) for tensor in slices.tensors]
 
     def check(self) -> None:
-        """Refuse gradients that are not finite, unless DeepSpeed decides about that: under ZeRO it skips such steps.
+        """Refuse gradients that are not finite, except under ZeRO, where DeepSpeed decides whether to skip the step.
 
         Raises:
             RuntimeError: a gradient that is not finite; the message names its parameter.

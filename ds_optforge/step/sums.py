@@ -100,7 +100,7 @@ class BucketSums:
         return found
 
     def of_matrices(self, matrices: Sequence[int]) -> Mapping[str, Tensor]:
-        """Return the finished sums of the gradients for ``matrices`` of one shape: (n, outputs) or (n, 1) in float32, by sum."""
+        """Return, by sum of the gradients, (n, outputs) or (n, 1) in float32 for these ``matrices`` of one shape."""
         found = {}
         for item in self.of(False):
             count = self._layout.matrices[matrices[0]].values(item.per)

@@ -53,7 +53,7 @@ class BufferPlace:
 
 @dataclass(frozen=True, slots=True)
 class RankBucket:
-    """One rank's share of one bucket.
+    """The share of one rank in one bucket: its buffers, and the matrices that it owns.
 
     The send buffer has one block per destination rank: the fragments of matrices that this rank owns, in matrix order (by
     shape in a bucket that does not travel), then their statistics, then their flags. The receive buffer has one block per

@@ -14,7 +14,12 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
 
 def make_trusted(optimizer: type, scheduler: type) -> None:
-    """Enter both classes into DeepSpeed's lists: of optimizers supported with ZeRO, and of schedulers valid in its JSON."""
+    """Enter two classes into DeepSpeed's lists.
+
+    Args:
+        optimizer: enters the list of optimizers that ZeRO supports.
+        scheduler: enters, by its name, the list of schedulers that a configuration may name.
+    """
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.zero import utils as zero_utils
 
@@ -157,7 +162,11 @@ def _dynamic_scaler(wrapper: Any) -> Any:
 
 
 def expert_parallel(parameter: Tensor) -> bool:
-    """Whether other ranks have other experts' parameters under the name of this one (``ep_size`` above 1)."""
+    """Whether other ranks hold other experts' parameters under the name of ``parameter`` (``ep_size`` above 1).
+
+    Raises:
+        LayoutError: see `expert_group_name`.
+    """
     name = expert_group_name(parameter)
     return bool(name) and dist.get_world_size(_expert_data_group(name)) < dist.get_world_size()
 

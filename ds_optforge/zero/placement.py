@@ -36,7 +36,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One rank's view of a `PartitionLayout`.
+    """A `PartitionLayout` as seen by one rank, whose slice may consist of several tensors.
 
     Attributes:
         layout: of the group.
