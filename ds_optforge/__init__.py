@@ -1,7 +1,7 @@
 """Optimizers for DeepSpeed that know where ZeRO put each weight matrix.
 
-In a script that has imported torch, the names below are imported with this package. Elsewhere that waits until one of them is
-used, or DeepSpeed is imported: ``ds-optforge --help`` and ``--version`` need none of them, and torch takes seconds.
+In a script that has imported torch, the names below are imported with this package. Otherwise they are imported when one of
+them is used, or DeepSpeed is imported: ``ds-optforge --help`` and ``--version`` need none of them, and torch takes seconds.
 """
 
 import sys
@@ -65,7 +65,7 @@ def _import_names() -> None:
 
 
 class _Package(ModuleType):
-    """This module: importing the sub-package ``orthogonalize`` does not hide the function of that name."""
+    """Class of this module, in which importing the sub-package ``orthogonalize`` does not hide the function of that name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):
@@ -73,7 +73,7 @@ class _Package(ModuleType):
 
 
 class _BeforeDeepSpeed(MetaPathFinder):
-    """Finds nothing; imports the names when DeepSpeed is about to be imported, for a script that has used none so far."""
+    """Finder that finds nothing, but imports the names when DeepSpeed is about to be imported."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname == "deepspeed":

@@ -1,4 +1,4 @@
-"""The errors that callers catch, in a module that needs neither torch nor pydantic: the command line imports it."""
+"""The errors that callers catch. Without torch and pydantic, since the command line imports this file."""
 
 
 class ConfigError(ValueError):
@@ -6,4 +6,4 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read, or used by this run. Nothing was changed."""
+    """A checkpoint that cannot be written, read, or used by this run. Nothing was changed when it is raised."""

@@ -1,6 +1,6 @@
 """OptForge: a torch optimizer whose matrix rules see whole matrices, wherever ZeRO put their fragments.
 
-It keeps groups, state dicts and averaged weights; `ds_optforge.step` runs a step.
+This file keeps groups, state dicts and averaged weights; `ds_optforge.step` runs a step.
 """
 
 import logging
@@ -29,7 +29,9 @@ _FALLING_RATE = (
 
 
 class OptForge(torch.optim.Optimizer):
-    """Every rule of ds_optforge, in any mix by role, on plain PyTorch and on every stage of DeepSpeed's ZeRO.
+    """Optimizer with every rule of ds_optforge, in any mix by role, in plain PyTorch and on every stage of DeepSpeed's ZeRO.
+
+    The layout of ZeRO is read in the first ``step()``, which raises LayoutError if it cannot be read or ranks disagree.
 
     Args:
         params: the model's parameters after ``ds_optforge.register(model)``, or groups of them. A group's other keys are
@@ -38,8 +40,6 @@ class OptForge(torch.optim.Optimizer):
 
     Raises:
         ConfigError: a bad configuration, or parameters that were not registered.
-
-    ``step()`` raises LayoutError when ZeRO's layout cannot be read or ranks disagree about it.
     """
 
     def __init__(self, params: Iterable[Any], **config: Any) -> None:
@@ -49,27 +49,37 @@ class OptForge(torch.optim.Optimizer):
         self._highest_rates: dict[str, float] = {}  # by group
         self._warned: set[str] = set()
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # while averaged weights are in their place
-        super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})  # Accelerate reads it
+        super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})  # Accelerate reads the defaults
         asked = checked.common.telemetry
         self._telemetry = Telemetry(asked.every, self._groups.members) if asked else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's constructor adds the groups that were made from the configuration; others cannot follow."""
+        """Add one of the groups that were made from the configuration; torch's constructor calls it.
+
+        Raises:
+            ConfigError: any other group; all parameters must be given when the optimizer is built.
+        """
         if GROUP not in param_group:
             raise ConfigError("add_param_group: got a group of its own; allowed: all parameters when OptForge is built")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the parameters of all groups (DeepSpeed narrows them to one), given their ``.grad``.
+        """Update the parameters of all groups (DeepSpeed narrows them to one), given their ``.grad``. Collective.
 
         A missing gradient counts as zeros; a matrix whose whole gradient is zero is neither updated nor decayed.
 
+        Args:
+            closure: computes the loss and the gradients; None if the gradients are there already.
+
+        Returns:
+            The closure's loss; None without a closure.
+
         Raises:
-            LayoutError: see the class.
-            ConfigError: a scheduler that broke what the configuration asks for.
-            RuntimeError: a gradient that is not finite (where DeepSpeed does not skip such a step), before any change;
-                or a step on averaged weights.
+            LayoutError: ZeRO's layout cannot be read, or ranks disagree about it or about the configuration.
+            ConfigError: a scheduler that contradicts the configuration.
+            RuntimeError: a gradient that is not finite (except under ZeRO, where DeepSpeed decides whether to skip the
+                step), before any change; or a step on averaged weights.
         """
         self._refuse_while_averaged("step()")
         loss = None
@@ -103,7 +113,7 @@ class OptForge(torch.optim.Optimizer):
         if settings.builds.replaces_schedule and group["lr"] < self._highest_rates.get(name, 0.0):
             self._warn_once(_FALLING_RATE.format(rule=settings.rule))
         self._highest_rates[name] = max(group["lr"], self._highest_rates.get(name, 0.0))
-        if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; zero tells nothing yet
+        if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; from zero they cannot be told
             return
         step = int(self.state[group["params"][0]].get("step", 0))
         self._rates_seen[name] = (step, settings.lr, group["lr"])
@@ -122,7 +132,7 @@ class OptForge(torch.optim.Optimizer):
 
     @property
     def telemetry(self) -> dict[str, Any]:
-        """What ``"telemetry": {"every": k}`` last recorded: {"step": n, "groups": {group: {name: value}}}; empty before."""
+        """The last record of ``"telemetry": {"every": k}``: {"step": n, "groups": {group: {name: value}}}; empty before."""
         return self._telemetry.last if self._telemetry else {}
 
     @property
@@ -131,10 +141,10 @@ class OptForge(torch.optim.Optimizer):
         return any(members.rule.averages for members in self._groups.members.values())
 
     def eval(self) -> None:
-        """Put the averaged weights into the parameters until `train`. (With an engine: ``evaluation_weights(engine)``.)
+        """Put the averaged weights into the parameters until `train`. With an engine use ``evaluation_weights(engine)``.
 
-        Frameworks call this on an engine's optimizer too, where it would reach the slices and not the model: there it
-        only logs a warning.
+        Frameworks call this on an engine's optimizer too, where it would change the slices and not the model: it then only
+        logs a warning.
         """
         if self._groups.hold([tensor for group in self.param_groups for tensor in group["params"]]):
             if self._training_weights is None:
@@ -143,11 +153,11 @@ class OptForge(torch.optim.Optimizer):
             self._warn_once("optimizer.eval() does not reach an engine's weights: evaluate inside evaluation_weights(engine)")
 
     def train(self) -> None:
-        """Take the averaged weights out again, bit-exactly."""
+        """Put the trained weights back in place of the averaged ones, bit-exactly."""
         leave_averages(self)
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(tensor, its averaged values as a new tensor) for each stepped tensor of a rule that averages."""
+        """Yield (tensor, its averaged values as a new tensor) for each stepped tensor of a rule that averages."""
         for tensor, state in self.state.items():
             if state and (names := (rule := self._groups.rule_of(tensor)).averages):
                 scalars = {key: value for key, value in state.items() if isinstance(value, float)}
@@ -158,9 +168,10 @@ class OptForge(torch.optim.Optimizer):
             raise RuntimeError(f"{what} on averaged weights; leave evaluation_weights() or call optimizer.train() first")
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under "optforge" where every parameter lies in the stepped tensors.
+        """Return torch's state dict plus, under "optforge", the place of every parameter in the stepped tensors.
 
-        Raises RuntimeError while the averaged weights are in the model.
+        Raises:
+            RuntimeError: averaged weights are in the model.
         """
         self._refuse_while_averaged("state_dict()")
         stepped = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -173,7 +184,7 @@ class OptForge(torch.optim.Optimizer):
         return {**super().state_dict(), "optforge": described}
 
     def _described(self, slices: Slices) -> dict[str, Any]:
-        """What the slices hold, as plain data. `ds-optforge convert` reads it."""
+        """Describe the contents of ``slices`` as plain data, which `ds-optforge convert` reads."""
         names = slices.placement.layout.names
         identifier, members = self._groups.members_with(names[0])
         shapes = {route.name: list(route.shape) for route in members.routes}
@@ -187,7 +198,15 @@ class OptForge(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` returned for the same groups. Raises ConfigError, before any change, for others."""
+        """Load what ``state_dict()`` returned for the same groups.
+
+        Args:
+            state_dict: of an optimizer with the same groups, state formats and places of parameters.
+
+        Raises:
+            ConfigError: other groups or state formats, or a rule that nothing here offers; before any change.
+            RuntimeError: averaged weights are in the model.
+        """
         self._refuse_while_averaged("load_state_dict()")
         _refuse_missing_rules(state_dict)
         found = [group.get(GROUP) for group in state_dict["param_groups"]]
@@ -204,7 +223,7 @@ class OptForge(torch.optim.Optimizer):
         self._restore_dtypes(state_dict)
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Members, Tensor, Mapping[str, Any]]]:
-        """(members, tensor, its saved state) of each tensor that has any."""
+        """Yield (members, tensor, its saved state) for each tensor that has any."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for tensor, index in zip(group["params"], saved["params"], strict=False):
                 if state_dict["state"].get(index):
@@ -223,7 +242,7 @@ class OptForge(torch.optim.Optimizer):
                     )
 
     def _restore_dtypes(self, state_dict: Mapping[str, Any]) -> None:
-        """torch casts state to the parameter's dtype; take the saved values where that changed anything."""
+        """Undo torch's casts of state to the parameter's dtype, by taking the saved values."""
         for _, tensor, saved in self._loaded(state_dict):
             state = self.state[tensor]
             for key, value in saved.items():
@@ -234,7 +253,7 @@ class OptForge(torch.optim.Optimizer):
 
 
 def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:
-    """Name a rule of another package that is not installed here."""
+    """Raise ConfigError for a rule of another package that is not installed here."""
     for described in state_dict.get("optforge", ()):
         if rule_settings(described["rule"]) is None:
             raise ConfigError(
@@ -244,19 +263,23 @@ def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:
 
 
 def groups_of(optimizer: OptForge) -> Groups:
-    """The groups of an optimizer, for checkpoints and schedules."""
+    """Return the groups of ``optimizer``, for checkpoints and schedules."""
     return optimizer._groups
 
 
 def send_telemetry(optimizer: OptForge, monitor: Monitor) -> None:
-    """Write every record to DeepSpeed's ``engine.monitor`` too."""
+    """Write every later record of ``optimizer`` to ``monitor``, DeepSpeed's ``engine.monitor``, too."""
     if optimizer._telemetry:
         optimizer._telemetry.send_to(monitor)
 
 
 @torch.no_grad()
 def enter_averages(optimizer: OptForge) -> None:
-    """Point the stepped tensors at their averages. Raises RuntimeError when they are there already."""
+    """Point the stepped tensors of ``optimizer`` at their averages.
+
+    Raises:
+        RuntimeError: they are there already.
+    """
     optimizer._refuse_while_averaged("averaging")
     optimizer._training_weights = []
     for tensor, average in optimizer._averages():
@@ -266,12 +289,20 @@ def enter_averages(optimizer: OptForge) -> None:
 
 @torch.no_grad()
 def leave_averages(optimizer: OptForge) -> None:
-    """Undo `enter_averages`."""
+    """Undo `enter_averages` of ``optimizer``; does nothing without it."""
     for tensor, weights in optimizer._training_weights or []:
         tensor.data = weights
     optimizer._training_weights = None
 
 
 def refuse_while_averaged(optimizer: OptForge, what: str) -> None:
-    """Raise RuntimeError between `enter_averages` and `leave_averages`."""
+    """Refuse an action while averaged weights are in the model.
+
+    Args:
+        optimizer: whose weights.
+        what: names the action in the message.
+
+    Raises:
+        RuntimeError: `enter_averages` was called, and `leave_averages` was not.
+    """
     optimizer._refuse_while_averaged(what)

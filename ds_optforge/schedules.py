@@ -1,4 +1,4 @@
-"""Learning-rate curves of the step, and OptForgeSchedule, which moves every group along one curve from its own rate."""
+"""Learning-rate curves, and OptForgeSchedule, which moves every group along one curve from its own initial rate."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,16 @@ from ds_optforge.validation import ConfigError
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig) -> float:
-    """The factor of the initial learning rate in optimizer step ``step`` (counted from 0).
+    """Return the factor of the initial learning rate in optimizer step ``step``.
 
-    The warm-up rises linearly over W steps, its first step being 1 / W and its last 1. Every falling curve reaches
-    ``final_lr_fraction`` exactly in the last step, total_num_steps - 1; a cool-down over C steps starts from the value that
-    the curve has in the step before it.
+    The warm-up rises linearly over W steps; its first factor is 1 / W and its last 1. Every falling curve reaches
+    ``final_lr_fraction`` exactly in the last step, total_num_steps - 1. A cool-down over C steps starts from the value that
+    the curve has in the step before it. Constant with a cool-down is WSD (Hu et al. 2024, arXiv 2404.06395); the cool-down
+    "1-sqrt" is from Hägele et al. 2024, arXiv 2405.18392.
+
+    Args:
+        step: counted from 0.
+        config: of the curve.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -39,7 +44,7 @@ _REMAINING: dict[str, Callable[[float], float]] = {
 
 
 def _curve(step: int, config: ScheduleConfig) -> float:
-    """The main curve, after the warm-up and without a cool-down."""
+    """Return the factor of the main curve, after the warm-up and without a cool-down."""
     if config.name in ("none", "constant", "wsd"):
         return 1.0
     progress = _progress(step, config)
@@ -49,27 +54,35 @@ def _curve(step: int, config: ScheduleConfig) -> float:
 
 
 def _progress(step: int, config: ScheduleConfig) -> float:
-    """0 in the last step of the warm-up (or step 0 without one), 1 in the last step of the run."""
-    assert config.total_num_steps is not None  # validated: whoever asks has it
+    """Return the progress: 0 in the last step of the warm-up (or step 0 without one), 1 in the last step of training."""
+    assert config.total_num_steps is not None  # validated: every falling curve has it
     peak = max(config.warmup - 1, 0)
     return min(max(step - peak, 0) / max(config.total_num_steps - 1 - peak, 1), 1.0)
 
 
 def weight_decay_factor(step: int, schedule: str, total_num_steps: int) -> float:
-    """The factor of the initial weight decay in step ``step``: linear is 1 - progress, progress being step / total."""
+    """Return the factor of the initial weight decay in optimizer step ``step``, with progress p = step / total_num_steps.
+
+    Args:
+        step: counted from 0.
+        schedule: "linear", 1 - p, or "cosine", (1 + cos(pi p)) / 2.
+        total_num_steps: optimizer steps of the whole training.
+    """
     return _REMAINING[schedule](min(step / total_num_steps, 1.0))
 
 
 class OptForgeSchedule(LRScheduler):
-    """Multiplies each group's initial learning rate by `learning_rate_factor`.
+    """Scheduler that multiplies each group's initial learning rate by `learning_rate_factor`.
+
+    It moves weight decay too, in groups of an OptForge that are configured with a ``weight_decay_schedule``.
 
     Args:
         optimizer: OptForge, or DeepSpeed's wrapper around it (DeepSpeed hands a scheduler its ZeRO optimizer).
-        last_epoch: as in torch: -1 starts afresh.
-        config: the "params" of the scheduler section (see `ds_optforge.config.ScheduleConfig`).
+        last_epoch: number of the last step as in torch; -1 starts at step 0.
+        config: the "params" of the scheduler section (see `ds_optforge.config.schedule.ScheduleConfig`).
 
     Raises:
-        ConfigError: a bad section.
+        ConfigError: a bad section, or one that contradicts the optimizer's configuration.
     """
 
     def __init__(self, optimizer: Any, last_epoch: int = -1, **config: Any) -> None:
@@ -95,12 +108,12 @@ class OptForgeSchedule(LRScheduler):
                 group.setdefault("initial_weight_decay", group["weight_decay"])
 
     def get_lr(self) -> list[float | Any]:
-        """Each group's learning rate in the coming step. (From the groups, which DeepSpeed may drop or replace.)"""
+        """Return each group's learning rate in the coming step, computed from ``initial_lr`` in the group's dict."""
         factor = learning_rate_factor(self.last_epoch, self.config)
         return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
 
     def step(self, epoch: int | None = None) -> None:
-        """Move on to the next optimizer step: learning rates, and weight decay where it has a schedule."""
+        """Advance learning rates, and weight decays with a schedule, to the next optimizer step; ``epoch`` as in torch."""
         super().step(epoch)
         self._schedule_weight_decay()
 
@@ -109,18 +122,18 @@ class OptForgeSchedule(LRScheduler):
             if "initial_weight_decay" in group and isinstance(self.optimizer, OptForge):
                 assert self.config.total_num_steps is not None  # checked when the schedule was made
                 schedule = groups_of(self.optimizer)[group].settings.needs_schedule
-                if not schedule:  # the checkpoint's run had one, this one has not
+                if not schedule:  # the run that wrote the checkpoint had a schedule, this one has none
                     group["weight_decay"] = group.pop("initial_weight_decay")
                     continue
                 factor = weight_decay_factor(self.last_epoch, schedule, self.config.total_num_steps)
                 group["weight_decay"] = group["initial_weight_decay"] * factor
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers only: where the run is on the curve."""
+        """Return plain data only: the step on the curve, and the configuration."""
         return {"last_epoch": self.last_epoch, "config": self.config.model_dump()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the saved step, along the curve that this run was configured with."""
+        """Resume at the step saved in ``state_dict``, along the curve with which this schedule was configured."""
         self.last_epoch = state_dict["last_epoch"]
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):

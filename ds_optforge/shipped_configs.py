@@ -12,11 +12,12 @@ FOLDER = Path(__file__).parent / "configs"
 
 
 def names() -> list[str]:
+    """Return the names of all configurations, in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def listing() -> str:
-    """A line about each configuration, from its file."""
+    """Return a table with a line about each configuration: its name, rule, ZeRO stage and optimizer offload."""
     rows = [("name", "rule", "ZeRO stage", "optimizer offload")]
     rows += [(name, *_summary(json.loads(_path(name).read_text()))) for name in names()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -35,10 +36,14 @@ def _path(name: str) -> Path:
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write the configuration ``name`` into a folder that is there; returns the file.
+    """Write a configuration into an existing folder, and return the path of the file.
+
+    Args:
+        name: one of `names`, with or without ".json".
+        folder: to write to.
 
     Raises:
-        ConfigError: another name, a folder that cannot be written to, or a file of that name in it.
+        ConfigError: an unknown name, a folder that cannot be written to, or a file of that name in it.
     """
     name = name.removesuffix(".json")
     if name not in names():

@@ -1,4 +1,4 @@
-"""Sections of the configuration and the one error that says everything that is wrong with one of them."""
+"""Sections of the configuration, and their validation by one error that lists every problem."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from ds_optforge.errors import ConfigError as ConfigError
 
 
 class Section(BaseModel):
-    """A JSON object with known keys only; numbers are numbers, not strings."""
+    """Base of the models of JSON objects: it allows known keys only, and no strings for numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @classmethod
     def refuse_key(cls, key: str) -> str:
-        """Why ``key`` is not one of this section's."""
+        """Say why ``key`` is not one of this section's keys."""
         return "unknown key"
 
 
@@ -30,9 +30,17 @@ def validate(
     paths: Mapping[str, str] | None = None,
     beside: Iterable[str] = (),
 ) -> M:
-    """``model(**values)``, or a ConfigError whose lines start with ``path`` (``paths[key]`` where the key came from there).
+    """Make ``model(**values)``.
 
-    ``beside``: keys that are allowed at ``path`` too, and read by another model.
+    Args:
+        model: of the section.
+        values: the section, as read from JSON.
+        path: of the section, for messages.
+        paths: by key, the path of a value that came from another section.
+        beside: keys that another model reads at ``path``, to be named in messages.
+
+    Raises:
+        ConfigError: bad values; the message has a line per problem.
     """
     try:
         return model.model_validate(dict(values))
@@ -53,7 +61,14 @@ def _join(path: str, location: Sequence[int | str]) -> str:
 
 
 def problem(model: type[BaseModel], detail: Any, where: str, beside: Iterable[str] = ()) -> str:
-    """One of pydantic's error details as a line: where, what was found, what is allowed."""
+    """Turn one of pydantic's error details into a line: the path, what was found, what is allowed.
+
+    Args:
+        model: that was validated.
+        detail: an entry of ``ValidationError.errors()``.
+        where: path of the value.
+        beside: keys that another model reads at the same path.
+    """
     found = detail["input"]
     if detail["type"] == "extra_forbidden":
         owner = _model_at(model, detail["loc"])
@@ -74,7 +89,7 @@ def _got(found: Any) -> str:
 
 
 def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> Any:
-    """The section that the last part of ``location`` is a key of."""
+    """Return the section of which the last entry of ``location`` is a key."""
     inner: Any = model
     for part in location[:-1]:
         if isinstance(part, str):
@@ -90,7 +105,15 @@ def _unknown_key(owner: type[Section], key: str, beside: Iterable[str]) -> str:
 
 
 def refuse_auto(value: Any, path: str) -> None:
-    """A framework fills "auto" before it builds an optimizer; one that is left is a mistake."""
+    """Refuse values "auto", which a framework fills before it builds an optimizer.
+
+    Args:
+        value: a section, or a value in it.
+        path: of the value, for messages.
+
+    Raises:
+        ConfigError: any "auto" that is left, except where it is a valid value; the message has a line for each.
+    """
     left = list(_autos(value, path))
     if left:
         raise ConfigError("\n".join(f'{where}: got "auto" that no framework filled; allowed: a value' for where in left))

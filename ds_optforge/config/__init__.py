@@ -1,1 +1,1 @@
-"""The configuration: sections of a DeepSpeed file, validated, and what they mean for one parameter."""
+"""The configuration: sections of a DeepSpeed file, validated, and resolved for one parameter at a time."""

@@ -14,7 +14,7 @@ from ds_optforge.validation import ConfigError
 
 logger = logging.getLogger("ds_optforge")
 
-# The types of the sections, which are the names of the classes.
+# The sections' types, which are the names of the classes.
 OPTIMIZER, SCHEDULER = "OptForge", "OptForgeSchedule"
 
 # DeepSpeed's own schedulers: they write the same learning rate into every group.
@@ -22,7 +22,14 @@ _FLATTENING_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCyc
 
 
 def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration as a dict. Raises ConfigError for a file that is missing or is no JSON object."""
+    """Return a DeepSpeed configuration as a dict.
+
+    Args:
+        config: the configuration, or the path of its JSON file.
+
+    Raises:
+        ConfigError: a file that cannot be read, or does not hold a JSON object.
+    """
     if isinstance(config, Mapping):
         return dict(config)
     try:
@@ -37,12 +44,20 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def optimizer_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The "params" of the optimizer section; ``config`` may also be those params alone. Raises ConfigError."""
+    """Return the "params" of the optimizer section; ``config`` may also be those params alone.
+
+    Raises:
+        ConfigError: a section that is no object, or of another type than OptForge.
+    """
     return _params(config, "optimizer", OPTIMIZER) if "optimizer" in config else config
 
 
 def scheduler_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The "params" of the scheduler section; ``config`` may also be those params alone. Raises ConfigError."""
+    """Return the "params" of the scheduler section; ``config`` may also be those params alone.
+
+    Raises:
+        ConfigError: a section that is missing, no object, or of another type than OptForgeSchedule.
+    """
     if "scheduler" in config:
         return _params(config, "scheduler", SCHEDULER)
     if "optimizer" in config or "train_batch_size" in config:
@@ -55,7 +70,7 @@ def check(config: Mapping[str, Any], filled: bool = True) -> None:
 
     Args:
         config: the whole configuration.
-        filled: False for a file: the "auto" values that frameworks and train.py fill are accepted.
+        filled: whether frameworks have filled their values; False, for a file, accepts the "auto" that they will fill.
 
     Raises:
         ConfigError: bad "params", a DeepSpeed scheduler that would flatten different learning rates to one, a ZeRO
@@ -69,7 +84,16 @@ def check(config: Mapping[str, Any], filled: bool = True) -> None:
 
 
 def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float], filled: bool = True) -> None:
-    """As `check`, but for the optimizer section. ``rates``: the learning rates that will be asked for, by group or role."""
+    """Validate like `check`, without the optimizer section.
+
+    Args:
+        config: the whole configuration.
+        rates: the learning rates that the optimizer will ask for, by group or role.
+        filled: as in `check`.
+
+    Raises:
+        ConfigError: as in `check`.
+    """
     if "scheduler" in config:
         kind = _section(config, "scheduler").get("type")
         if kind == SCHEDULER:
@@ -107,7 +131,7 @@ def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]
 
 
 def _rates(optimizer: OptimizerConfig) -> dict[str, float]:
-    """Every learning rate that the section asks for, by what asks for it."""
+    """Return every learning rate in the section, by the role or override that asks for it."""
     rates: dict[str, float] = {role: optimizer.settings(role).lr for role in ROLES}
     rates["matrix beyond max_aspect_ratio"] = optimizer.settings("matrix", too_thin=True).lr
     for index, override in enumerate(optimizer.common.overrides):
@@ -154,7 +178,7 @@ def _refuse_zero_features(config: Mapping[str, Any]) -> None:
 
 
 def _object(owner: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
-    """A section that may be missing."""
+    """Return a section that may be missing, then empty. Raises ConfigError for anything but an object."""
     section = owner.get(key)
     if section is not None and not isinstance(section, Mapping):
         raise ConfigError(f"{path}: got {section!r}; allowed: an object")

@@ -9,15 +9,28 @@ from ds_optforge.rules.registry import rule_names, rule_settings
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.validation import ConfigError, refuse_auto, validate
 
-# What a rule beside the main one takes over from the top level, where it reads it at all.
-_SHARED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")
+# Keys that a rule beside the main one inherits from the top level, if it reads them.
+_INHERITED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")
 
 
 class OptimizerConfig:
-    """The validated "params" of an OptForge section; `settings` resolves them for one parameter."""
+    """The validated "params" of an OptForge section; `settings` resolves them for one parameter.
+
+    Every role and every override is validated at once, before any parameter is known.
+
+    Args:
+        section: the "params".
+        path: of the section, for messages.
+
+    Attributes:
+        common: the keys that belong to no rule.
+        main: settings of the rule that ``name`` asks for.
+
+    Raises:
+        ConfigError: unknown keys, bad values, or settings that their rule does not read.
+    """
 
     def __init__(self, section: Mapping[str, Any], path: str = "optimizer.params") -> None:
-        """Raises ConfigError for anything that a parameter could run into later, whatever its role."""
         self._path = path
         refuse_auto(section, path)
         common = {key: value for key, value in section.items() if key in CommonSettings.model_fields}
@@ -42,14 +55,18 @@ class OptimizerConfig:
         own: Mapping[str, Any] | None = None,
         place: str = "param_groups",
     ) -> RuleSettings:
-        """The rule and its settings for a parameter.
+        """Return the settings of a parameter's rule, which name the rule.
 
         Args:
             role: of the parameter.
             overrides: indices of the overrides that match it; later ones win.
-            too_thin: the parameter's aspect ratio is beyond ``max_aspect_ratio``, so a matrix rule does not take it.
+            too_thin: whether the parameter's aspect ratio is beyond ``max_aspect_ratio``, so that a matrix rule leaves it to
+                adamw unless a rule is named for it.
             own: settings of its own parameter group, weaker than overrides and stronger than everything else.
             place: names that group in messages.
+
+        Raises:
+            ConfigError: an unknown rule, or settings that the rule does not read.
         """
         layers = [(f"{self._path}.roles.{role}", dict(self.common.roles.get(role, {}))), (place, dict(own or {}))]
         layers += [(f"{self._path}.overrides[{i}]", self.common.overrides[i].settings) for i in overrides]
@@ -58,12 +75,12 @@ class OptimizerConfig:
         path, name = names[-1] if names else (self._path, self.common.name)
         if _settings_of(name, path).needs_matrix() and ((too_thin and not for_itself) or (role != "matrix" and not names)):
             name = "adamw"
-            if too_thin and role == "matrix":  # what was said of matrices does not hold for it
+            if too_thin and role == "matrix":  # settings of the matrix role are not meant for it
                 layers = layers[1:]
         return self._resolve(name, [*self._base(role, name), *layers])
 
     def _check_override(self, index: int, roles: Sequence[Role]) -> None:
-        """Its parameters are not known yet: it must make sense for at least one role."""
+        """Refuse an override that is valid for none of the roles; its parameters are not known yet."""
         problems = []
         for role in roles:
             try:
@@ -74,11 +91,11 @@ class OptimizerConfig:
             raise problems[0]
 
     def _base(self, role: Role, name: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """What a rule's settings start from: the top level for the main rule, the ``adamw`` section beside a matrix rule."""
+        """Return the weakest layers of a rule's settings: the top level, and for adamw the ``adamw`` section."""
         top = self._top
         if name != self.common.name:
             fields = _settings_of(name, self._path).model_fields
-            readable = [key for key in _SHARED if key in fields]
+            readable = [key for key in _INHERITED if key in fields]
             top = {key: value for key, value in top.items() if key in readable}
             if name == "adamw":
                 top.setdefault("lr", self.main.lr)
@@ -115,7 +132,7 @@ def _names() -> str:
 
 
 def _settings_of(name: Any, path: str) -> type[RuleSettings]:
-    """The settings of a rule. Raises ConfigError for a name that nothing offers."""
+    """Return the settings class of a rule. Raises ConfigError for a name that nothing offers."""
     found = rule_settings(name)
     if found is None:
         raise ConfigError(f"{path}.name: got {name!r}; allowed: {_names()}")

@@ -46,6 +46,7 @@ class ScheduleConfig(Section):
 
     @property
     def cools_down(self) -> bool:
+        """Whether a cool-down is configured."""
         return bool(self.cooldown_num_steps or self.cooldown_ratio)
 
     @property
@@ -55,18 +56,26 @@ class ScheduleConfig(Section):
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up, however they were given."""
+        """Steps of warm-up, given as a number or as a ratio."""
         return self.warmup_num_steps or round(self.warmup_ratio * (self.total_num_steps or 0))
 
     @property
     def cooldown(self) -> int:
-        """Steps of cool-down, however they were given."""
+        """Steps of cool-down, given as a number or as a ratio."""
         if self.cooldown_num_steps or not self.cooldown_ratio:
             return self.cooldown_num_steps
-        return max(int(self.cooldown_ratio * (self.total_num_steps or 0)), 1)  # down, where a warm-up rounds up
+        return max(int(self.cooldown_ratio * (self.total_num_steps or 0)), 1)  # rounded down; a warm-up to the nearest
 
 
 def schedule_config(section: Mapping[str, Any], path: str = "scheduler.params") -> ScheduleConfig:
-    """Validate the "params" of an OptForgeSchedule section. Raises ConfigError."""
+    """Validate the "params" of an OptForgeSchedule section.
+
+    Args:
+        section: the "params".
+        path: of the section, for messages.
+
+    Raises:
+        ConfigError: unknown keys, bad or contradictory values, or an "auto" that is left.
+    """
     refuse_auto(section, path)
     return validate(ScheduleConfig, section, path)

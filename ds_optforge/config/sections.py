@@ -11,12 +11,12 @@ from ds_optforge.validation import Section
 Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
 ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
 
-# With fewer whole rows on a rank, what shard_local does is row normalisation rather than Muon.
+# With fewer whole rows on a rank, shard_local is row normalisation rather than Muon.
 THIN_ROWS = 32
 
 
 class ShardingSettings(Section):
-    """How the matrices that ZeRO has cut are orthogonalized."""
+    """Settings of the orthogonalization of matrices that ZeRO has cut."""
 
     mode: Literal["gather", "shard_local"] = Field(
         "gather", description="gather: whole, by the rank that owns the matrix; shard_local: each rank its own rows, no traffic"
@@ -41,12 +41,12 @@ class ShardingSettings(Section):
         return self.mode == "gather" or self.gather_every is not None
 
     def gathers(self, step: int) -> bool:
-        """Whether the matrices are gathered in this step (from 1)."""
+        """Whether matrices are gathered in this ``step``, counted from 1."""
         return self.mode == "gather" or (self.gather_every is not None and (step - 1) % self.gather_every == 0)
 
 
 class TelemetrySettings(Section):
-    """Numbers about the steps, for the whole model."""
+    """Settings of the per-group statistics of steps."""
 
     every: int = Field(ge=1, description="steps from one record to the next; 10 cost less than 1% of a step's time")
 
@@ -84,6 +84,7 @@ class Override(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
+        """The keys that are settings of a rule, with their values; "name" is one of them."""
         return dict(self.model_extra or {})
 
 

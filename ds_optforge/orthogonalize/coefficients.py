@@ -1,7 +1,7 @@
 """Coefficients (a, b, c) of the Newton-Schulz step ``X <- a X + (b A + c A A) X``, with ``A = X X^T``. Data only.
 
-A set either repeats one triple (any number of steps) or is a sequence designed as a whole (its prefixes are usable, more
-steps than it holds are not).
+A set either repeats one triple for any number of steps, or is a sequence that was designed as a whole: its prefixes are
+usable, but not more steps than it holds.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,15 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class CoefficientSet:
-    """A named sequence of Newton-Schulz triples and the normalisation that it was designed for.
+    """A sequence of Newton-Schulz triples and the normalisation that it was designed for.
 
-    The start is ``X0 = G / (||G||_F * safety + eps)``. ``repeats`` tells that the last triple may be used for any number
-    of steps; ``len(triples)`` is the default number of steps.
+    The start is ``X0 = G / (||G||_F * safety + eps)``.
+
+    Attributes:
+        triples: (a, b, c) of each step; their number is the default number of steps.
+        repeats: whether the last triple may be repeated for any number of steps.
+        safety: factor of the Frobenius norm.
+        eps: added to the norm.
     """
 
     triples: tuple[Triple, ...]
@@ -28,13 +33,18 @@ class CoefficientSet:
     def steep(self) -> bool:
         """Whether small singular values rise so fast that the Gram form is inaccurate in 16 bits.
 
-        Measured: sets up to 4.1 in their first coefficient keep their range on matrices of low rank; of those above 8,
-        ``cans`` takes a direction to 0.23 (exact: 0.84) and ``polar_express`` the largest singular value to 1.6 (1.14).
+        Measured on matrices of low rank: sets whose first coefficient is at most 4.1 keep their range; of those above 8,
+        ``cans`` takes a direction to 0.23 (exact: 0.84) and ``polar_express`` the largest singular value to 1.6 (exact:
+        1.14).
         """
         return max(a for a, _, _ in self.triples) > 5.0
 
     def sequence(self, steps: int | None) -> tuple[Triple, ...]:
-        """The triples of ``steps`` steps (None: the set's own number). Raises ValueError for more steps than it has."""
+        """Return the triples of ``steps`` steps; None takes the set's own number.
+
+        Raises:
+            ValueError: fewer than one step, or more than the set holds unless it repeats.
+        """
         if steps is None or steps == len(self.triples):
             return self.triples
         if steps < 1:
@@ -45,7 +55,7 @@ class CoefficientSet:
 
 
 def _with_margin(triples: tuple[Triple, ...], margin: float) -> tuple[Triple, ...]:
-    """p(x / margin) for every step but the last: room for the rounding of bfloat16 where a step is steep beyond 1."""
+    """Replace p(x) by p(x / margin) in every step but the last: room for bfloat16's rounding where p is steep beyond 1."""
     return tuple((a / margin, b / margin**3, c / margin**5) for a, b, c in triples[:-1]) + triples[-1:]
 
 
@@ -98,7 +108,11 @@ COEFFICIENT_SETS: dict[str, CoefficientSet] = {
 
 
 def coefficient_set(coefficients: str | Sequence[Sequence[float]]) -> CoefficientSet:
-    """The set named ``coefficients``, or a custom one from a sequence of (a, b, c) triples. Raises ValueError."""
+    """Return the set named ``coefficients``, or make one from a sequence of (a, b, c) triples (a single one repeats).
+
+    Raises:
+        ValueError: a name that is not in `COEFFICIENT_SETS`, or a sequence that is not one of triples.
+    """
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENT_SETS:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Newton-Schulz orthogonalization of (batches of) matrices, in standard and in Gram form. Pure tensor math.
 
 Standard form: Bernstein & Newhouse 2024 (arXiv 2409.20325), Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
-Gram form: Dao et al., tridao.me/blog/2026/gram-newton-schulz: the iteration runs on ``R = X X^T``, which is small when the
-matrix is long.
+Gram form: Dao et al. 2026 (tridao.me/blog/2026/gram-newton-schulz), which iterates on ``R = X X^T``: a small matrix when X is
+long.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from ds_optforge.orthogonalize.coefficients import CoefficientSet, Triple, coeff
 Method = Literal["auto", "standard", "gram"]
 
 
-# The Gram form's rounding errors in 16 bits grow with each step on matrices of singular values from 1 to 0.01: the largest
-# of five quintic steps is 1.4 (1.2 in standard form), of six 3.1, of seven 400.
+# The Gram form's rounding errors in 16 bits grow with each step. On matrices with singular values from 1 to 0.01 the largest
+# singular value after five quintic steps is 1.4 (1.2 in standard form), after six 3.1, after seven 400.
 _GRAM_STEPS_IN_16_BITS = 5
 
 
@@ -26,7 +26,7 @@ _CACHED_NUMEL = 2**19
 
 
 def _restarts(step: int) -> bool:
-    """Whether the Gram form starts afresh from X before this step (counted from 0): before 2, 5, 8, ...
+    """Whether the Gram form recomputes R from X before this step (counted from 0): before steps 2, 5, 8, ...
 
     R squares the condition number and each step multiplies its rounding errors, so more than three steps on one R
     diverge in bfloat16.
@@ -43,15 +43,19 @@ def orthogonalize(
     dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False,
 ) -> Tensor:
-    """Approximate the polar factor ``U V^T`` of each matrix ``U S V^T``.
+    """Approximate the polar factor ``U V^T`` of each matrix ``U S V^T`` by Newton-Schulz steps.
+
+    One step is ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` and one triple (a, b, c) per step. The start is X divided by
+    its Frobenius norm: see `CoefficientSet`.
 
     Args:
         matrices: (..., rows, cols), any floating dtype. Matrices of a batch do not influence each other.
         coefficients: the name of a set (in `COEFFICIENT_SETS`) or a list of triples.
         steps: the number of steps; None takes the set's own (5 for ``quintic``).
-        method: ``auto`` takes the form that needs fewer FLOPs for this shape, if it is accurate in ``dtype``.
-        dtype: of the matrix products; not float16. The norm that scales the start is the root of the trace of X X^T.
-        overwrite: ``matrices`` may serve as workspace; else they are left unchanged.
+        method: ``standard``, ``gram``, or ``auto``, which takes the form with fewer FLOPs for this shape if that form is
+            accurate in ``dtype``.
+        dtype: of the matrix products; not float16. The norm is the root of the trace of X X^T.
+        overwrite: whether ``matrices`` may serve as workspace; else they are left unchanged.
 
     Returns:
         (..., rows, cols) in ``dtype``. A zero matrix stays zero.
@@ -82,9 +86,12 @@ def orthogonalize(
 
 
 def at_once(batch: Tensor) -> int:
-    """How many matrices to iterate on together: all; on a CPU one for each thread, or as many as stay in its cache.
+    """Return the number of matrices to iterate on together: on a CPU one per thread, or more if they fit its cache; else all.
 
-    (24 of 512x512 together took 1.4 times as long as two at a time, in one thread.)
+    (On a CPU, 24 matrices of 512x512 together took 1.4 times as long as two at a time, in one thread.)
+
+    Args:
+        batch: (n, rows, cols), not empty.
     """
     if batch.device.type != "cpu":
         return len(batch)
@@ -92,7 +99,14 @@ def at_once(batch: Tensor) -> int:
 
 
 def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
-    """Floating-point operations of orthogonalizing one (rows, cols) matrix, matrix products alone."""
+    """Return the FLOPs of orthogonalizing one (rows, cols) matrix: those of the matrix products, 2 n m k each.
+
+    Args:
+        rows: of the matrix.
+        cols: of the matrix.
+        steps: number of Newton-Schulz steps.
+        method: ``standard``, ``gram``, or ``auto`` for the smaller of both.
+    """
     n, m = min(rows, cols), max(rows, cols)
     standard = steps * (4 * n * n * m + 2 * n**3)
     products, long_products = _gram_products(steps)
@@ -101,9 +115,16 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
 
 
 def accurate_method(method: Method, steps: int, dtype: torch.dtype, steep: bool = False) -> Method:
-    """``auto`` leaves the Gram form out where it diverges (too many steps) or is inaccurate (``steep`` coefficients).
+    """Return ``standard`` for ``auto`` where the Gram form diverges or is inaccurate, and any other method as it is.
 
-    Raises ValueError where it was asked for by name and diverges.
+    Args:
+        method: as configured.
+        steps: number of steps; more than five diverge in 16 bits.
+        dtype: of the matrix products; with 32 bits or more every form is accurate.
+        steep: see `CoefficientSet.steep`; the Gram form is then inaccurate in 16 bits.
+
+    Raises:
+        ValueError: ``gram`` where it diverges.
     """
     diverges = steps > _GRAM_STEPS_IN_16_BITS
     if method == "standard" or not (diverges or steep) or torch.finfo(dtype).bits >= 32:
@@ -119,14 +140,14 @@ def accurate_method(method: Method, steps: int, dtype: torch.dtype, steep: bool 
 
 
 def uses_gram(rows: int, cols: int, steps: int, method: Method = "auto") -> bool:
-    """Whether ``orthogonalize`` takes the Gram form for this shape."""
+    """Whether `orthogonalize` takes the Gram form for a (rows, cols) matrix, ``steps`` and a ``method`` that is accurate."""
     if method == "auto":
         return flops(rows, cols, steps, "gram") < flops(rows, cols, steps, "standard")
     return method == "gram"
 
 
 def _gram_products(steps: int) -> tuple[int, int]:
-    """(n x n by n x n products, n x n by n x m products) of the Gram form, as `_gram` below makes them."""
+    """Count the products that `_gram` makes: (of n x n by n x n matrices, of n x n by n x m matrices)."""
     small = long = 0
     for step in range(steps):
         fresh = step == 0 or _restarts(step)
@@ -138,7 +159,7 @@ def _gram_products(steps: int) -> tuple[int, int]:
 
 
 def _standard(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out: Tensor) -> None:
-    """given: (batch, rows, cols), overwritten; out: the same shape."""
+    """Iterate in standard form on ``given``, (batch, rows, cols), which is overwritten; write to ``out``, of the same shape."""
     tall = given.shape[1] > given.shape[2]
     x = _transposed(given, out.view(given.mT.shape)) if tall else given
     last = given.view(x.shape) if tall else out
@@ -156,7 +177,10 @@ def _standard(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, 
 
 
 def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out: Tensor) -> None:
-    """given: (batch, rows, cols), left unchanged. Accumulates the product Q of all steps; X <- Q X before a restart."""
+    """Iterate in Gram form on ``given``, (batch, rows, cols), which is left unchanged; write to ``out``, of the same shape.
+
+    Q accumulates the product of the steps; X <- Q X before a restart.
+    """
     x, q = given, None
     tall = x.shape[1] > x.shape[2]
     r = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
@@ -176,10 +200,13 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
 
 
 def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
-    """Make ``X X^T`` that of ``X0 = X / (||X||_F * safety + eps)``, in place. Returns the factor of X, (batch, 1, 1).
+    """Turn ``X X^T``, (batch, n, n), into that of ``X0 = X / (||X||_F * safety + eps)``, in place.
 
-    The norm is the root of the trace, so that X itself is neither read nor written for it. The factor has the dtype of X
-    (mixed types are slow on a CPU); what that rounds, up to 0.2% in bfloat16, only makes the norm of X0 differ from 1.
+    The norm is the root of the trace, so that X itself is neither read nor written. The factor has the dtype of X, since
+    mixed types are slow on a CPU; its rounding, up to 0.2% in bfloat16, only makes the norm of X0 differ from 1.
+
+    Returns:
+        The factor from X to X0, (batch, 1, 1).
     """
     wide = torch.promote_types(gram.dtype, torch.float32)
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide).sqrt_()
@@ -189,7 +216,7 @@ def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
 
 
 def _polynomial(gram: Tensor, triple: Triple) -> Tensor:
-    """a I + b A + c A A: one step is X <- (a I + b A + c A A) X."""
+    """Compute a I + b A + c A A, (batch, n, n), by which a step multiplies X; A is ``gram``."""
     a, b, c = triple
     result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     result.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -197,7 +224,7 @@ def _polynomial(gram: Tensor, triple: Triple) -> Tensor:
 
 
 def _transposed(x: Tensor, out: Tensor) -> Tensor:
-    """(batch, n, m) -> out, (batch, m, n); on a CPU one by one, which has a fast path."""
+    """Write the transposes of ``x``, (batch, n, m), to ``out``, (batch, m, n); one by one on a CPU, which is faster there."""
     if x.device.type != "cpu":
         return out.copy_(x.mT)
     for target, source in zip(out, x, strict=True):

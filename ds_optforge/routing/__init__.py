@@ -1,1 +1,1 @@
-"""Which rule each parameter gets, and which matrices it is."""
+"""The choice of a rule for each parameter, and of the matrices in it."""

@@ -1,4 +1,4 @@
-"""Which matrices a parameter is: members of a bank, filters of a convolution, or what ``split`` and ``heads`` say."""
+"""The matrices in a parameter: members of a bank, filters of a convolution, or blocks as ``split`` and ``heads`` say."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,20 @@ from ds_optforge.zero.layout import full_shape
 
 
 def matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(start, rows, cols) of each matrix: a bank's members, a conv filter bank, or what ``split`` and ``heads`` say."""
+    """Find the matrices in a parameter: a bank's members, a convolution's filters, or blocks as ``split`` and ``heads`` say.
+
+    Args:
+        parameter: of the model.
+        name: its qualified name, for messages.
+        config: of the optimizer.
+        matched: indices of the overrides that match the parameter; the last one with a key wins.
+
+    Returns:
+        (start in the flattened parameter, rows, cols) of each matrix. A vector counts as one row.
+
+    Raises:
+        ConfigError: ``split`` or ``heads`` do not fit the rows, or the weight is stored (in, out).
+    """
     shape, tags = full_shape(parameter), tags_of(parameter)
     if tags.matrix is not None:
         rows, cols = tags.matrix

@@ -19,21 +19,23 @@ from ds_optforge.zero.layout import full_shape
 
 logger = logging.getLogger("ds_optforge")
 
-# Smaller parameters keep float32 where the state is 8-bit, as in bitsandbytes: there is nothing to save.
+# Smaller parameters keep float32 when the state is 8-bit, as in bitsandbytes, since there is little to save.
 _SMALLEST_8BIT = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What happens to one parameter.
+    """The rule and settings of one parameter, and the matrices in it.
 
     Attributes:
-        name, shape, numel: of the parameter (the whole of it, under ZeRO-3 too).
+        name: qualified name of the parameter.
+        shape: of the whole parameter, under ZeRO-3 too.
+        numel: elements of the whole parameter.
         role: matrix, embedding, unembedding or scalar.
-        settings: its rule's.
-        matrices: (start, rows, cols) of each matrix in the flattened parameter; empty for an elementwise rule.
-        transposed: the weight is stored (in, out).
-        group: identifies the parameter group: a function of the configuration alone.
+        settings: of the parameter's rule.
+        matrices: (start in the flattened parameter, rows, cols) of each matrix; empty for an elementwise rule.
+        transposed: whether the weight is stored (in, out).
+        group: identifier of the parameter group: a function of the configuration alone.
     """
 
     name: str
@@ -53,8 +55,8 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
         parameter: of the model, tagged.
         config: of the optimizer.
         own: the settings of the parameter group that the user put it into, KellerJordan's ``use_muon`` included.
-        place: the parameter's place in the given groups ("param_groups[0].params[3]"): its name, where ``use_muon`` says
-            all that is needed and it has no tag.
+        place: the parameter's place in the given groups ("param_groups[0].params[3]"), which is its name if it has no tag
+            and ``use_muon`` makes one unnecessary.
 
     Raises:
         ConfigError: an unregistered parameter, settings that its rule does not read, a matrix rule for a vector.
@@ -92,7 +94,7 @@ def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
 
 
 def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], use_muon: bool | None) -> tuple[Role, bool]:
-    """The role, and whether it was asked for by name (then the aspect ratio does not matter)."""
+    """Return the role, and whether the user asked for it by name (the aspect ratio then does not matter)."""
     asked = [role for i in matched if (role := config.common.overrides[i].role) is not None]
     if asked:
         return asked[-1], True
@@ -105,20 +107,29 @@ def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], us
 
 
 def routing_table(routes: Iterable[Route]) -> str:
-    """One line per parameter, the same on every rank that has the same model and configuration."""
+    """Return a text with a line per route, the same on every rank with the same model and configuration."""
     return "\n".join(
         f"{r.name} {'x'.join(map(str, r.shape))} {r.role} {r.settings.rule} {len(r.matrices)} {r.settings!r}" for r in routes
     )
 
 
 def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
-    """The route of each trainable parameter of ``model``, which is tagged here and may be on the meta device."""
+    """Tag ``model``, which may be on the meta device, and return the route of each trainable parameter.
+
+    Raises:
+        ConfigError: see `route`.
+    """
     tag(model)
     return [route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
-    """The line that says how many parameters each rule got, and the warnings that go with it."""
+    """Log the number of parameters (elements) of each rule, and warn of a configuration that is probably not meant.
+
+    Args:
+        routes: of all parameters.
+        config: of the optimizer.
+    """
     counts: dict[str, int] = {}
     for r in routes:
         counts[r.settings.rule] = counts.get(r.settings.rule, 0) + r.numel

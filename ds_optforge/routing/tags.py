@@ -15,13 +15,13 @@ _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """What `tag` wrote onto a parameter.
+    """The facts that `tag` wrote onto a parameter.
 
     Attributes:
-        name: qualified; None for a parameter that was never tagged.
-        role: "embedding" or "unembedding"; None where the shape decides.
-        matrix: (rows, cols) of each of its matrices; None where the shape tells.
-        transposed: it is stored (in, out).
+        name: qualified name; None for a parameter that was never tagged.
+        role: "embedding" or "unembedding"; None if the shape decides.
+        matrix: (rows, cols) of each of its matrices; None if the shape decides.
+        transposed: whether it is stored (in, out).
     """
 
     name: str | None
@@ -31,7 +31,7 @@ class Tags:
 
 
 def tags_of(parameter: Tensor) -> Tags:
-    """Read what `tag` wrote."""
+    """Read what `tag` wrote onto ``parameter``."""
     return Tags(
         getattr(parameter, _NAME, None),
         getattr(parameter, _ROLE, None),
@@ -41,7 +41,7 @@ def tags_of(parameter: Tensor) -> Tags:
 
 
 def tag(model: nn.Module) -> None:
-    """Write each parameter's qualified name and its place in the module tree onto it."""
+    """Write onto each parameter of ``model`` its qualified name, and what its module says of its role and shape."""
     heads = {id(parameter) for parameter in _head_weights(model)}
     for name, parameter in model.named_parameters():  # the first name of a tied parameter
         setattr(parameter, _NAME, name)
@@ -58,7 +58,7 @@ def tag(model: nn.Module) -> None:
 
 
 def _head_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Weights of output embeddings: what a Hugging Face model calls so, and Linears named as the head outside any layer."""
+    """Yield the weights of output embeddings: Hugging Face's, and those of Linears named like a head outside any layer."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     weight = getattr(get_output_embeddings(), "weight", None) if get_output_embeddings else None
     if isinstance(weight, Tensor):
@@ -70,7 +70,11 @@ def _head_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def parameter_name(parameter: Tensor) -> str:
-    """The qualified name that `tag` wrote. Raises ConfigError for a parameter that was never tagged."""
+    """Return the qualified name that `tag` wrote onto ``parameter``.
+
+    Raises:
+        ConfigError: a parameter that was never tagged.
+    """
     name = tags_of(parameter).name
     if name is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The update rules, and what a rule of another package is made of: see docs/adding_a_rule.md."""
+"""The update rules, and the base classes of a rule of another package: see docs/adding_a_rule.md."""
 
 from ds_optforge.rules.base import (
     Batch,

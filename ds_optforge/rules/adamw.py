@@ -15,7 +15,14 @@ from ds_optforge.rules.settings import Betas, DecaySettings, Positive, StateDTyp
 
 @dataclass(frozen=True, slots=True)
 class AdamW(ElementwiseRule):
-    """m, v: moving averages of g and g^2; W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), ^ being bias-corrected."""
+    """AdamW: W <- (1 - lr wd) W - lr m^ / (sqrt(v^) + eps), with m and v the moving averages of g and g^2.
+
+    m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t) are corrected for their start at zero.
+
+    Attributes:
+        eps: added to the root of v^.
+        cautious: whether weight decay is cautious: see `decay`.
+    """
 
     eps: float
     cautious: bool = False
@@ -24,22 +31,25 @@ class AdamW(ElementwiseRule):
 
     @property
     def in_place(self) -> bool:
+        """True unless cautious decay needs a copy of the weights."""
         return not self.cautious
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
+        """Add the number of the step, for the bias correction; arguments as in `Rule.begin`."""
         return {**group, "step": step}
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
+        """Update the parameters and both moments in place; arguments as in `ElementwiseRule.step`."""
         before = [parameter.clone() for parameter in parameters] if self.cautious and now["weight_decay"] else []
         self._fused(parameters, gradients, state, now, 0.0 if before else now["weight_decay"])
-        if before:  # the update does not depend on the weight, so it may come first
+        if before:  # the update does not depend on the weight, so it can be computed before the decay
             updates = torch._foreach_sub(before, list(parameters))
             torch._foreach_copy_(list(parameters), before)
             decay(parameters, updates, now["lr"] * now["weight_decay"], cautious=True)
             torch._foreach_sub_(list(parameters), updates)
 
     def _fused(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters, weight_decay: float) -> None:
-        # The kernel counts for itself: it adds 1 to each counter.
+        # The kernel adds 1 to each of these counters itself.
         steps = torch.full((len(parameters),), now["step"] - 1.0, dtype=torch.float32, device=parameters[0].device)
         beta1, beta2 = now["betas"]
         adamw(
@@ -74,6 +84,7 @@ class AdamWSettings(DecaySettings):
     eps: Positive = Field(1e-8, description="added to the root of the second moment")
 
     def build(self) -> AdamW:
+        """Return the rule with these settings."""
         return AdamW(eps=self.eps, cautious=self.cautious_weight_decay)
 
 

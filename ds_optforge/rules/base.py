@@ -1,11 +1,11 @@
-"""What an update rule is: state declared as data, and tensor math on lists of tensors.
+"""The base classes of update rules: state declared as data, and tensor math on lists of tensors.
 
-A rule never sees DeepSpeed, a process group or a partition. What a schedule may change (lr, weight_decay, momentum, betas)
-it reads from the group's dict at every step; everything else it is constructed with. `ds_optforge.rules.registry` refuses
-a rule that lacks a member.
+A rule never sees DeepSpeed, a process group or a partition. It reads what a schedule may change (lr, weight_decay,
+momentum, betas) from the group's dict at every step, and is constructed with everything else.
+`ds_optforge.rules.registry` refuses a rule that lacks a member.
 
-Tensors of a rule's elementwise members are flat, (elements,): contiguous parts of parameters, cut anywhere, in the dtype
-in which the parameters are stepped (float32 under DeepSpeed, the model's own in plain PyTorch).
+The tensors that a rule's elementwise members get are flat, (elements,): contiguous ranges of parameters, cut anywhere, in
+the dtype in which the parameters are stepped (float32 under DeepSpeed, the model's own in plain PyTorch).
 """
 
 from abc import ABC, abstractmethod
@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 
 Tensors: TypeAlias = Sequence[Tensor]
-State: TypeAlias = Mapping[str, Tensors]  # by buffer: a tensor for each of the parameters, in shape and dtype like it
-Sums: TypeAlias = Mapping[str, Tensors]  # by sum: a float32 tensor for each of the parameters, which broadcasts with it
+State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter, of its shape and dtype
+Sums: TypeAlias = Mapping[str, Tensors]  # by sum: one float32 tensor per parameter, which broadcasts with it
 Hyperparameters: TypeAlias = Mapping[str, Any]
 Per: TypeAlias = Literal["row", "matrix"]
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One elementwise state tensor of a rule.
+    """Declaration of an elementwise state buffer.
 
     Attributes:
-        name: its key in the optimizer's state.
-        signed: whether it takes negative values (8-bit state has a map for either).
-        momentum: it is the moving average of the gradient that telemetry compares with the gradient.
-        copies_weight: it starts as a copy of the weight; other buffers start as zeros.
-        full_precision: it keeps the dtype of the parameters whatever the state format. For what lies near a weight: a step
-            is far smaller than the spacing of bfloat16 or 8-bit numbers around it.
-        of_update: a matrix rule advances it by the update, in `MatrixRule.apply`; others by the gradient, in `direction`.
+        name: key of the buffer in the optimizer's state.
+        signed: whether it takes negative values (8-bit state has one map for signed values and one for unsigned ones).
+        momentum: whether it is the moving average of the gradient that telemetry compares with the gradient.
+        copies_weight: whether it starts as a copy of the weight; other buffers start as zeros.
+        full_precision: whether it keeps the dtype of the parameters whatever the state format. Meant for values near a
+            weight: a step is far smaller than the spacing of bfloat16 or 8-bit numbers around them.
+        of_update: whether a matrix rule advances it by the update, in `MatrixRule.apply`; other buffers are advanced by
+            the gradient, in `MatrixRule.direction`.
     """
 
     name: str
@@ -47,9 +48,14 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A float32 value that is kept for each output row of a matrix, or for each matrix. It starts as 0.
+    """Declaration of a float32 value that is kept per output row of a matrix, or per matrix. It starts as 0.
 
-    It is kept where the row's, or the matrix's, first element lies, travels with it, and is advanced by `MatrixRule.update`.
+    The value is kept on the rank that holds the first element of the row, or of the matrix; it travels with that element
+    to the owner, where `MatrixRule.update` advances it.
+
+    Attributes:
+        name: key of the statistic in the optimizer's state and in `Batch.statistics`.
+        per: "row" for one value per output row, "matrix" for one value per matrix.
     """
 
     name: str
@@ -58,15 +64,16 @@ class Statistic:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A sum over each whole matrix, or over each of its output rows, of what `MatrixRule.summand` makes of its elements.
+    """Declaration of a sum over each whole matrix, or over each of its output rows, of the terms of `MatrixRule.summand`.
 
-    Added up in float64 over the fragments of all ranks, and rounded to float32: it does not depend on the layout.
+    The terms are added up in float64 over the fragments of all ranks, and the result is rounded to float32: it does not
+    depend on the layout.
 
     Attributes:
-        name: its key in the sums that the rule's members get.
-        per: what is summed over.
-        of_update: of the updates, and given to `apply` alone. Else of the gradients, and given to `direction`, `update` and
-            `apply`.
+        name: key of the sum in the ``sums`` that the rule's members get.
+        per: "row" for one sum per output row, "matrix" for one sum per matrix.
+        of_update: whether the terms come from the updates; only `MatrixRule.apply` gets such a sum. Other sums have terms
+            from the gradients, and `direction`, `update` and `apply` get them.
     """
 
     name: str
@@ -81,11 +88,12 @@ class Batch:
     Attributes:
         matrices: (n, rows, cols) directions, in the wire's dtype; may be overwritten.
         active: (n,) 1 for a matrix with any gradient that is not zero, else 0; in the wire's dtype.
-        transposed: the weights are stored (in, out), so that their output rows are the columns.
-        statistics: by name, (n, outputs) or (n, 1) in float32, to be advanced in place; negative where the rank that keeps
-            a value is another one (``sharding.mode: shard_local``).
+        transposed: whether the weights are stored (in, out), so that their output rows are the columns.
+        statistics: by name, (n, outputs) or (n, 1) in float32, to be advanced in place; negative where another rank keeps
+            the value (``sharding.mode: shard_local``).
         sums: by name, (n, outputs) or (n, 1) in float32.
-        watch: to be called with the (n, rows, cols) orthogonal factors, before anything is made of them; for telemetry.
+        watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
+            telemetry.
     """
 
     matrices: Tensor
@@ -97,14 +105,15 @@ class Batch:
 
 
 class Rule(ABC):
-    """What elementwise and matrix rules have in common.
+    """Common base of elementwise and matrix rules; a rule derives from `ElementwiseRule` or `MatrixRule`.
 
     Attributes:
-        buffers: the elementwise state.
+        buffers: the state buffers.
         scheduled: names of the settings that live in the parameter group, where a schedule may change them.
-        averages: names of the buffers from which `averaged` makes the weights to evaluate; none where the weights are
+        averages: names of the buffers from which `averaged` computes the weights to evaluate; empty if the weights are
             evaluated as they are.
-        replaces_schedule: a falling learning rate is an error, because the rule does what it is for by itself.
+        replaces_schedule: whether the rule does by itself what a falling learning rate is for. A configured falling curve
+            is then a ConfigError, and a learning rate that falls during training is warned of.
     """
 
     __slots__ = ()
@@ -115,17 +124,32 @@ class Rule(ABC):
     replaces_schedule: ClassVar[bool] = False
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
-        """The hyperparameters of step ``step`` (from 1). ``scalars``: the rule's own numbers, saved with its state."""
+        """Return the hyperparameters of one step; called once per step and group, before everything else.
+
+        Args:
+            group: the dict in ``param_groups``, with the values of `scheduled`.
+            scalars: the rule's own numbers, saved with its state; to be changed in place.
+            step: number of the step, counted from 1.
+
+        Returns:
+            What the other members get as ``now``.
+        """
         return group
 
     @staticmethod
     def averaged(weight: Tensor, buffers: Mapping[str, Tensor], scalars: Mapping[str, float]) -> Tensor:
-        """The weight to evaluate and export, as a new tensor like ``weight``.
+        """Compute the weight to evaluate and export.
 
         Args:
-            weight: (elements,) as trained.
-            buffers: those of ``averages``, by name, likewise.
-            scalars: what `begin` kept.
+            weight: the trained weight, of any shape.
+            buffers: the buffers named in ``averages``, by name, of the same shape.
+            scalars: the numbers that `begin` kept.
+
+        Returns:
+            A new tensor of the shape and dtype of ``weight``.
+
+        Raises:
+            NotImplementedError: a rule without ``averages``.
         """
         raise NotImplementedError
 
@@ -137,7 +161,7 @@ class ElementwiseRule(Rule):
 
     @property
     def in_place(self) -> bool:
-        """Whether `step` makes no temporary tensors of the parameters' size, and so may get all of them in one call."""
+        """Whether `step` allocates no temporary tensors of the parameters' size, and so may get all of them in one call."""
         return False
 
     @abstractmethod
@@ -145,18 +169,23 @@ class ElementwiseRule(Rule):
         """Update ``parameters`` and ``state`` in place.
 
         Args:
-            parameters, gradients, state: (elements,) each. ``gradients`` stay unchanged.
-            now: what `begin` returned.
+            parameters: (elements,) each.
+            gradients: (elements,) each; to be left unchanged.
+            state: by buffer, (elements,) each.
+            now: the hyperparameters that `begin` returned.
         """
 
 
 class MatrixRule(Rule):
     """A rule that needs whole matrices: all members are elementwise but `update`, which sees each matrix.
 
+    A step calls `begin`, then for each bucket `summand` and `direction` on the fragments of this rank, `update` on the
+    matrices that it owns, and `summand` and `apply` on its fragments again.
+
     Attributes:
         statistics: float32 values that are kept per output row or per matrix.
-        sums: sums over whole rows or matrices. Where there are any, no tensor of an elementwise member spans two matrices.
-        reads_weights: `direction`, and `summand` of the gradient, get the weights.
+        sums: sums over whole rows or matrices. If there are any, no tensor of an elementwise member spans two matrices.
+        reads_weights: whether `direction`, and `summand` of the gradient, get the weights.
     """
 
     __slots__ = ()
@@ -167,79 +196,107 @@ class MatrixRule(Rule):
 
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
-        """FLOPs of `update` on one (rows, cols) matrix."""
+        """Return the cost of `update` on one (rows, cols) matrix in FLOPs. The plan balances owners by it."""
 
     @abstractmethod
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
-        """Advance ``state`` in place and return what `update` is to get, like ``gradients``.
+        """Advance ``state`` in place and return the directions that `update` is to get.
 
         Args:
-            gradients: (elements,) each; they stay unchanged.
-            weights: likewise, if ``reads_weights``; else empty.
-            state: the buffers that are not of the update.
-            sums: those of the gradient: (elements,) each per row, (1,) per matrix.
-            now: what `begin` returned.
+            gradients: (elements,) each; to be left unchanged.
+            weights: (elements,) each if ``reads_weights``; else empty.
+            state: by buffer that is not of the update, (elements,) each.
+            sums: by sum of the gradient, (elements,) each for one per row, (1,) each for one per matrix; float32.
+            now: the hyperparameters that `begin` returned.
+
+        Returns:
+            (elements,) each, in the order of ``gradients``. They are rounded to the wire's dtype.
         """
 
     @abstractmethod
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
-        """(n, rows, cols) updates, in the wire's dtype or wider; zeros where ``batch.active`` is 0.
+        """Compute the updates of whole matrices, and advance ``batch.statistics`` in place.
 
         Statistics of a matrix that is not active must stay as they are.
+
+        Args:
+            batch: matrices of one shape.
+            now: the hyperparameters that `begin` returned.
+
+        Returns:
+            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0.
         """
 
     @abstractmethod
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
-        """The root mean square of the elements of `update` for one exactly orthogonal (rows, cols) matrix."""
+        """Return the root mean square of the elements of `update` for one exactly orthogonal (rows, cols) matrix.
+
+        Args:
+            rows: stored rows.
+            cols: stored columns.
+            transposed: whether the weight is stored (in, out).
+        """
 
     @abstractmethod
     def apply(
         self, parameters: Tensors, updates: Tensors, active: Tensor, state: State, sums: Sums, now: Hyperparameters
     ) -> None:
-        """Step ``parameters``, and ``state``, in place.
+        """Step ``parameters``, and the ``state`` that is of the update, in place.
 
         Args:
-            parameters: (elements,) each; each is a part of one matrix.
-            updates: likewise, in the wire's dtype.
+            parameters: (elements,) each; each lies within one matrix.
+            updates: (elements,) each, in the wire's dtype.
             active: (parameters,) 0 or 1: 0 leaves a parameter, and its state, as it is.
-            state: the buffers of the update.
-            sums: all of the rule's: (elements,) each per row, (1,) per matrix.
-            now: what `begin` returned.
+            state: by buffer of the update, (elements,) each.
+            sums: by sum, all of the rule's: (elements,) each for one per row, (1,) each for one per matrix; float32.
+            now: the hyperparameters that `begin` returned.
         """
 
     def summand(self, name: str, weights: Tensors, values: Tensors, state: State, now: Hyperparameters) -> Tensors:
-        """What the sum ``name`` adds up, an element for each of ``values``. Changes nothing.
+        """Compute the terms that the sum ``name`` adds up, without changing any argument.
 
         Args:
+            name: of one of `sums`.
             weights: (elements,) each; empty for a sum of the gradient, unless ``reads_weights``.
-            values: the gradients, or the updates in the wire's dtype.
-            state: as `direction`, or `apply`, will get it: not yet advanced.
-            now: what `begin` returned.
+            values: (elements,) each: the gradients, or the updates in the wire's dtype.
+            state: by buffer, (elements,) each, as `direction` or `apply` will get it: not yet advanced.
+            now: the hyperparameters that `begin` returned.
+
+        Returns:
+            (elements,) each, in the order of ``values``.
+
+        Raises:
+            NotImplementedError: a rule without `sums`.
         """
         raise NotImplementedError
 
 
 def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:
-    """The buffers that are advanced by the update, or the others."""
+    """Return the buffers of ``rule`` that the update advances (``of_update``), or those that the gradient advances."""
     return tuple(buffer for buffer in rule.buffers if buffer.of_update == of_update)
 
 
 def statistics_of(rule: Rule) -> tuple[Statistic, ...]:
-    """The statistics of a rule; an elementwise one has none."""
+    """Return the statistics of a rule; an elementwise rule has none."""
     return rule.statistics if isinstance(rule, MatrixRule) else ()
 
 
 def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, active: Tensor | None = None) -> None:
-    """Decoupled weight decay, before the update: W <- (1 - rate) W.
+    """Apply decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) before the update: W <- (1 - rate) W.
 
-    ``cautious`` (as in NorMuon's and MuonAdamW's recipes): only where update * W >= 0, that is where decay and update agree.
-    ``active`` (one 0 or 1 each): 0 leaves a parameter as it is.
+    Args:
+        parameters: (elements,) each; changed in place.
+        updates: (elements,) each; the amounts that will be subtracted. Read only if ``cautious``.
+        rate: learning rate times weight decay.
+        cautious: whether to decay only the elements with update * W >= 0, for which the update points towards zero too
+            (Chen et al. 2025, arXiv 2510.12402; NorMuon's recipe does so).
+        active: (parameters,) 0 or 1: 0 leaves a parameter as it is; None counts as all 1.
     """
     if rate == 0:
         return
     if not cautious:
-        # Not numbers, which foreach rounds to the parameters' dtype first; and where they come from the device, of one
-        # dimension, so that they are not either.
+        # Factors are tensors, since foreach rounds numbers to the parameters' dtype first. In a list each has one
+        # dimension, since type promotion would round those without dimensions too.
         if active is None:
             torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
         else:

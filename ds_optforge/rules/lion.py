@@ -13,13 +13,18 @@ from ds_optforge.rules.settings import Betas, DecaySettings, NonNegative
 
 @dataclass(frozen=True, slots=True)
 class Lion(ElementwiseRule):
-    """u = sign(lerp(m, g, 1 - beta1)); W <- (1 - lr wd) W - lr u; m <- lerp(m, g, 1 - beta2)."""
+    """Lion: u = sign(lerp(m, g, 1 - beta1)); W <- (1 - lr wd) W - lr u; m <- lerp(m, g, 1 - beta2).
+
+    Attributes:
+        cautious: whether weight decay is cautious: see `decay`.
+    """
 
     cautious: bool = False
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
+        """Update the parameters and the momentum in place; arguments as in `ElementwiseRule.step`."""
         beta1, beta2 = now["betas"]
         averages = list(state["exp_avg"])
         updates = torch._foreach_lerp(averages, list(gradients), 1.0 - beta1)
@@ -43,4 +48,5 @@ class LionSettings(DecaySettings):
     betas: Betas = Field((0.9, 0.99), description="interpolation of the update, and decay rate of the momentum")
 
     def build(self) -> Lion:
+        """Return the rule with these settings."""
         return Lion(cautious=self.cautious_weight_decay)

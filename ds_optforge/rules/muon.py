@@ -18,7 +18,7 @@ from ds_optforge.validation import Section
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
 
-# (out, in) -> factor of the orthogonal update.
+# Factor of the orthogonal update by (out, in).
 _SCALES: dict[Scale, Callable[[int, int], float]] = {
     "shape": lambda out, into: math.sqrt(max(1.0, out / into)),  # Keller Jordan
     "match_rms_adamw": lambda out, into: 0.2 * math.sqrt(max(out, into)),  # Moonlight, arXiv 2502.16982
@@ -29,7 +29,15 @@ _SCALES: dict[Scale, Callable[[int, int], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Orthogonalization:
-    """How a matrix is orthogonalized: the arguments of `orthogonalize`, and the shape scale of the result."""
+    """The arguments of `orthogonalize`, and the scale of its result by the matrix's shape.
+
+    Attributes:
+        coefficients, steps, method, dtype: as in `orthogonalize`.
+        scale: factor of the orthogonal matrix, for a weight of shape (out, in). ``shape``: sqrt(max(1, out / in)) (Jordan
+            et al. 2024); ``match_rms_adamw``: 0.2 sqrt(max(out, in)) (Liu et al. 2025, arXiv 2502.16982); ``spectral``:
+            sqrt(out / in) (Bernstein, jeremybernste.in/writing/deriving-muon); ``none``: 1.
+        compile: whether to go through torch.compile, once per shape.
+    """
 
     coefficients: str | tuple[tuple[float, float, float], ...] = "quintic"
     steps: int | None = None
@@ -39,15 +47,24 @@ class Orthogonalization:
     compile: bool = False
 
     def __call__(self, matrices: Tensor) -> Tensor:
-        """The orthogonal factors; ``matrices`` serve as workspace."""
+        """Return the orthogonal factors of ``matrices``, (n, rows, cols), in ``dtype``; the argument may be overwritten.
+
+        Raises:
+            ValueError: see `orthogonalize`.
+        """
         function = _compiled() if self.compile else orthogonalize
         return function(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
 
     def scale_of(self, rows: int, cols: int, transposed: bool = False) -> float:
-        """The factor for a weight of this shape, which is stored (in, out) if ``transposed``."""
+        """Return the factor of the orthogonal matrix of a weight stored as (rows, cols): (in, out) if ``transposed``."""
         return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
 
     def flops(self, rows: int, cols: int) -> int:
+        """Return the FLOPs of orthogonalizing one (rows, cols) matrix: see `ds_optforge.orthogonalize.flops`.
+
+        Raises:
+            ValueError: see `orthogonalize`.
+        """
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
         return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype, chosen.steep))
@@ -61,9 +78,15 @@ def _compiled() -> Callable[..., Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Muon(MatrixRule):
-    """m <- lerp(m, g, 1 - momentum); u = lerp(g, m, momentum) (Nesterov) or m; W <- (1 - lr wd) W - lr scale NS(u).
+    """Muon: m <- lerp(m, g, 1 - momentum); u = lerp(g, m, momentum) (Nesterov) or m; W <- (1 - lr wd) W - lr scale NS(u).
 
-    ``momentum_warmup`` (start, steps): the momentum rises linearly from ``start`` over that many steps.
+    NS is the Newton-Schulz orthogonalization, and the scale a factor by the shape: see `Orthogonalization`.
+
+    Attributes:
+        nesterov: whether u looks ahead.
+        orthogonalization: NS and the scale.
+        cautious: whether weight decay is cautious: see `decay`.
+        momentum_warmup: (start, steps): the momentum rises linearly from ``start`` over that many steps; None: constant.
     """
 
     nesterov: bool
@@ -74,9 +97,11 @@ class Muon(MatrixRule):
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
     def cost(self, rows: int, cols: int) -> int:
+        """Return the FLOPs of orthogonalizing one (rows, cols) matrix."""
         return self.orthogonalization.flops(rows, cols)
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
+        """Lower ``momentum`` during its warm-up; arguments as in `Rule.begin`."""
         if self.momentum_warmup is None:
             return group
         start, steps = self.momentum_warmup
@@ -84,26 +109,30 @@ class Muon(MatrixRule):
         return {**group, "momentum": start + progress * (group["momentum"] - start)}
 
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
+        """Advance the momentum and return u; arguments as in `MatrixRule.direction`."""
         momentum, averages = now["momentum"], list(state["momentum_buffer"])
         torch._foreach_lerp_(averages, list(gradients), 1.0 - momentum)
         return torch._foreach_lerp(list(gradients), averages, momentum) if self.nesterov else averages
 
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
+        """Orthogonalize and scale a batch; arguments as in `MatrixRule.update`."""
         # Scaled in the wire's precision: the compute dtype may be narrower.
         orthogonal = self.orthogonalization(batch.matrices).to(batch.matrices.dtype)
         batch.watch(orthogonal)
         scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
         factors = (batch.active.float() * scale).view(-1, 1, 1)
-        if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # a power of two, mostly: no mixed dtypes
+        if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # mostly a power of two: avoid mixed dtypes
             factors = factors.to(orthogonal.dtype)
         return orthogonal.mul_(factors)
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
+        """Return scale / sqrt(max(rows, cols)); arguments as in `MatrixRule.rms`."""
         return self.orthogonalization.scale_of(rows, cols, transposed) / math.sqrt(max(rows, cols))
 
     def apply(
         self, parameters: Tensors, updates: Tensors, active: Tensor, state: State, sums: Sums, now: Hyperparameters
     ) -> None:
+        """Decay the parameters and subtract lr times the updates; arguments as in `MatrixRule.apply`."""
         decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious, active)
         torch._foreach_add_(list(parameters), list(updates), alpha=-now["lr"])
 
@@ -113,7 +142,7 @@ _Triple: TypeAlias = tuple[_Finite, _Finite, _Finite]
 
 
 class OrthogonalizationSettings(Section):
-    """How the matrices of a matrix rule are orthogonalized."""
+    """Settings of the orthogonalization of a matrix rule."""
 
     coefficients: str | tuple[tuple[float, float, float], ...] = Field(
         "quintic", description="name of a coefficient set, or a list of triples [a, b, c]"
@@ -141,13 +170,13 @@ class OrthogonalizationSettings(Section):
         return self
 
     def build(self) -> Orthogonalization:
-        """The orthogonalization that a rule is constructed with."""
+        """Return the orthogonalization that a rule is constructed with."""
         dtype = getattr(torch, self.dtype)
         return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile)
 
 
 class MomentumWarmup(Section):
-    """The momentum rises linearly to its value."""
+    """Settings of a momentum that rises linearly to its value."""
 
     start: Beta = Field(0.85, alias="from", description="momentum of the first step")
     steps: int = Field(300, ge=1, description="steps until the full momentum")
@@ -171,13 +200,15 @@ class MuonSettings(DecaySettings):
 
     @property
     def matches_adamw(self) -> bool:
+        """Whether the scale makes updates as large as AdamW's."""
         return self.orthogonalization.scale == "match_rms_adamw"
 
     def build(self) -> Muon:
+        """Return the rule with these settings."""
         return Muon(**self.arguments())
 
     def arguments(self) -> dict[str, Any]:
-        """What `Muon` and the rules that derive from it are constructed with."""
+        """Return the arguments with which `Muon` and the rules that derive from it are constructed."""
         warmup = self.momentum_warmup
         return {
             "nesterov": self.nesterov,

@@ -1,4 +1,4 @@
-"""NorMuon (Li et al. 2025, arXiv 2510.05491): Muon whose rows are normalised by their own second moment."""
+"""NorMuon (Li et al. 2025, arXiv 2510.05491): Muon whose output rows are normalised by their own second moment."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,22 +17,27 @@ _EPS = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class NorMuon(Muon):
-    """O = NS(u); v <- lerp(v, mean(O^2 over the in side), 1 - beta2); O <- O / (sqrt(v) + eps), rescaled to its norm before.
+    """NorMuon: O = NS(u); v <- lerp(v, mean of O^2 per output row, 1 - beta2); O <- O / (sqrt(v) + eps).
 
-    v has one value per output row of the whole matrix, whatever the partition.
+    The result is rescaled to the Frobenius norm that O had before, and then scaled and applied as in `Muon`. v has one
+    value per output row of the whole matrix, whatever the partition.
+
+    Attributes:
+        beta2: decay rate of v.
     """
 
     beta2: float = 0.95
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic("row_second_moment", per="row"),)
 
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
+        """Orthogonalize a batch and normalise its output rows; arguments as in `MatrixRule.update`."""
         orthogonal = self.orthogonalization(batch.matrices).float()
         batch.watch(orthogonal)
         rows = batch.statistics["row_second_moment"]
         norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
         into = -2 if batch.transposed else -1
         square = orthogonal.square().mean(into)
-        # A row whose statistic is kept elsewhere (shard_local) is normalised by its own square of this step.
+        # A row whose statistic another rank keeps (shard_local) is normalised by its mean square of this step.
         moved = torch.where(rows < 0, square, torch.lerp(rows, square, 1.0 - self.beta2))
         rows.copy_(torch.where((batch.active != 0).view(-1, 1), moved, rows.clamp(min=0)))
         orthogonal.div_((rows.sqrt() + _EPS).unsqueeze(into))
@@ -53,4 +58,5 @@ class NorMuonSettings(MuonSettings):
     beta2: Beta = Field(0.95, description="decay rate of the second moment of each output row")
 
     def build(self) -> NorMuon:
+        """Return the rule with these settings."""
         return NorMuon(**self.arguments(), beta2=self.beta2)

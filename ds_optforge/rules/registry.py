@@ -31,11 +31,11 @@ class RuleError(TypeError):
 
 
 def register_rule(settings: S) -> S:
-    """Make a rule's settings, and so the rule, known by its name: a decorator of a subclass of `RuleSettings`.
+    """Make a rule known by its name: a decorator of its settings, a subclass of `RuleSettings`.
 
     Raises:
-        RuleError: a class that is no complete rule, or a name that is taken. (The same class may come again, as when a
-            module is reloaded.)
+        RuleError: a class that is no complete rule, or a name that is taken. (The same class may be registered again, as
+            when a module is reloaded.)
     """
     problems = list(_problems(settings))
     if problems:
@@ -50,13 +50,13 @@ def register_rule(settings: S) -> S:
 
 
 def rule_names() -> tuple[str, ...]:
-    """All rules that a configuration can name, in alphabetical order."""
+    """Return the names of all rules that a configuration can ask for, in alphabetical order."""
     _import_own()
     return tuple(sorted({*REGISTERED, *_offers()}))
 
 
 def rule_settings(name: Any) -> type[RuleSettings] | None:
-    """The settings of a rule; None for a name that nothing offers.
+    """Return the settings class of a rule; None for a name that nothing offers.
 
     Raises:
         ConfigError: another package offers the rule, but cannot be imported, or does not register it; or two offer it.
@@ -76,7 +76,7 @@ def rule_settings(name: Any) -> type[RuleSettings] | None:
 
 @cache
 def _import_own() -> None:
-    """Every file of this folder registers its rules."""
+    """Import every file of this folder, so that it registers its rules."""
     package = importlib.import_module("ds_optforge.rules")
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
@@ -128,7 +128,7 @@ def _place(thing: Any) -> str:
 
 
 def _problems(settings: Any) -> Iterator[str]:
-    """What keeps a class from being a rule's settings, a sentence each."""
+    """Yield every problem that keeps a class from being a rule's settings, one phrase each."""
     if not (isinstance(settings, type) and issubclass(settings, RuleSettings)):
         yield "is no rule; allowed: a subclass of RuleSettings"
         return

@@ -16,10 +16,16 @@ from ds_optforge.rules.settings import Beta, NonNegative, Positive, RuleSettings
 
 @dataclass(frozen=True, slots=True)
 class ScheduleFreeAdamW(ElementwiseRule):
-    """The weight is y, where gradients are taken; z descends; x = average of z is never stored.
+    """Schedule-Free AdamW. The trained weight is y, at which gradients are taken; z descends; x averages z and is not stored.
 
-    v: moving average of g^2; d = g / (sqrt(v^) + eps) + wd y; c = w / sum w with w = (k + 1)^r lr_max^2;
-    y <- lerp(y, z, c) + lr (beta1 (1 - c) - 1) d; z <- z - lr d. Evaluate at x = y + (1 - 1 / beta1) (z - y).
+    In step t, counted from 1: d = g / (sqrt(v^) + eps) + wd y, with v^ the bias-corrected moving average of g^2;
+    c = w / (sum of w over the steps so far), with w = t^r lr_max^2 and lr_max the largest learning rate so far;
+    y <- lerp(y, z, c) + lr (beta1 (1 - c) - 1) d; z <- z - lr d. The weight to evaluate is x = y + (1 - 1 / beta1) (z - y).
+
+    Attributes:
+        eps: added to the root of v^.
+        warmup_steps: steps of the linear warm-up of lr.
+        r: exponent of the step in w.
     """
 
     eps: float
@@ -34,8 +40,9 @@ class ScheduleFreeAdamW(ElementwiseRule):
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
+        """Add c as ``share``, 1 - beta2^t as ``bias_correction``, and the warm-up to ``lr``; arguments as in `Rule.begin`."""
         lr = group["lr"] * min(step / max(self.warmup_steps, 1), 1.0)
-        scalars["beta1"] = group["betas"][0]  # what the average is recovered with, also after a load
+        scalars["beta1"] = group["betas"][0]  # `averaged` reads it, also after a load
         scalars["lr_max"] = max(lr, scalars.get("lr_max", 0.0))
         weight = step**self.r * scalars["lr_max"] ** 2
         scalars["weight_sum"] = scalars.get("weight_sum", 0.0) + weight
@@ -43,6 +50,7 @@ class ScheduleFreeAdamW(ElementwiseRule):
         return {**group, "lr": lr, "share": share, "bias_correction": 1.0 - group["betas"][1] ** step}
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
+        """Update y, z and v in place; arguments as in `ElementwiseRule.step`."""
         (beta1, beta2), lr, share = now["betas"], now["lr"], now["share"]
         y, gradients = list(parameters), list(gradients)
         squares, z = list(state["exp_avg_sq"]), list(state["z"])
@@ -60,7 +68,7 @@ class ScheduleFreeAdamW(ElementwiseRule):
 
     @staticmethod
     def averaged(weight: Tensor, buffers: Mapping[str, Tensor], scalars: Mapping[str, float]) -> Tensor:
-        """x, of y and z."""
+        """Compute x from y and z; arguments as in `Rule.averaged`."""
         return torch.lerp(weight, buffers["z"], 1.0 - 1.0 / scalars["beta1"])
 
 
@@ -83,4 +91,5 @@ class ScheduleFreeAdamWSettings(RuleSettings):
     warmup_steps: int = Field(0, ge=0, description="steps of its own linear warm-up")
 
     def build(self) -> ScheduleFreeAdamW:
+        """Return the rule with these settings."""
         return ScheduleFreeAdamW(eps=self.eps, warmup_steps=self.warmup_steps)

@@ -1,6 +1,6 @@
 """The settings that every rule reads from the configuration, and the types of their fields.
 
-A rule's own settings are beside its math: a subclass with ``@register_rule``.
+A rule's own settings stand beside its math, in a subclass with ``@register_rule``.
 """
 
 import importlib.util
@@ -25,20 +25,20 @@ Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 _SLOWEST_IN_BFLOAT16 = 0.99
 
 
-# The settings of every rule that has been registered, by the rule's name: `ds_optforge.rules.registry` enters them.
+# The settings of every registered rule, by the rule's name. `ds_optforge.rules.registry` fills it.
 REGISTERED: dict[str, "type[RuleSettings]"] = {}
 
 
 class RuleSettings(Section):
-    """What every rule reads. A subclass adds the rule's own fields, with defaults, and declares:
+    """Base of all rules' settings. A subclass adds the rule's own fields, with defaults, and declares the attributes below.
 
     Attributes:
-        rule: its name in the configuration.
-        title: its name for people.
-        builds: the class of the rule that `build` returns.
-        decay_rates: names of the fields that are decay rates of elementwise buffers, a number or numbers each; slow ones
-            are refused where the state is bfloat16.
-        summary: what it does to a matrix, and when to use it, in a few words each: for the table of all rules.
+        rule: name of the rule in the configuration.
+        title: name of the rule for people.
+        builds: class of the rule that `build` returns.
+        decay_rates: names of the fields that are decay rates of state buffers, each a number or several. Rates above 0.99
+            are refused with bfloat16 state.
+        summary: what the rule does to a matrix, and when to use it, in a few words each, for the table of all rules.
     """
 
     rule: ClassVar[str]
@@ -69,12 +69,12 @@ class RuleSettings(Section):
 
     @classmethod
     def needs_matrix(cls) -> bool:
-        """Whether the rule takes whole matrices, and leaves the other parameters to AdamW."""
+        """Whether the rule steps whole matrices and leaves the other parameters to AdamW."""
         return issubclass(cls.builds, MatrixRule)
 
     @property
     def needs_schedule(self) -> str:
-        """The decay schedule that only an OptForgeSchedule can follow, or ""."""
+        """Name of the weight-decay schedule that only an OptForgeSchedule can follow, or "" without one."""
         return ""
 
     @property
@@ -84,21 +84,25 @@ class RuleSettings(Section):
 
     @classmethod
     def refuse_key(cls, key: str) -> str:
-        """Why ``key`` is not one of the rule's."""
+        """Say why ``key`` is not a key of the rule, and which rules read it."""
         readers = sorted(name for name, settings in REGISTERED.items() if key in settings.model_fields)
         return f"'{cls.rule}' does not read it" + (f" (read by {', '.join(readers)})" if readers else "")
 
     def build(self) -> ElementwiseRule | MatrixRule:
-        """The rule with everything that no schedule may change."""
+        """Construct the rule, with everything that no schedule may change.
+
+        Raises:
+            NotImplementedError: a subclass that does not define it.
+        """
         raise NotImplementedError
 
     def scheduled(self) -> dict[str, Any]:
-        """The values that live in the parameter group."""
+        """Return the values that live in the parameter group, where a schedule may change them, by name."""
         return {name: getattr(self, name) for name in self.builds.scheduled}
 
 
 class DecaySettings(RuleSettings):
-    """How the rules that decay towards zero do it."""
+    """Settings of the rules with decoupled weight decay."""
 
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
     cautious_weight_decay: bool = Field(False, description="decay only where the update points towards zero too")
@@ -106,6 +110,7 @@ class DecaySettings(RuleSettings):
 
     @property
     def needs_schedule(self) -> str:
+        """Name of the weight-decay schedule, or "" for a constant weight decay."""
         return "" if self.weight_decay_schedule == "constant" else self.weight_decay_schedule
 
 

@@ -1,4 +1,4 @@
-"""SGD with momentum, as torch.optim.SGD: dampening, Nesterov, and weight decay that is part of the gradient or decoupled."""
+"""SGD with momentum, as in torch.optim.SGD: dampening, Nesterov momentum, and weight decay that is added to the gradient."""
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from ds_optforge.rules.settings import Beta, NonNegative, RuleSettings
 
 @dataclass(frozen=True, slots=True)
 class SGD(ElementwiseRule):
-    """g <- g + wd W; m <- momentum m + (1 - dampening) g, in the first step m <- g; W <- W - lr m.
+    """SGD: g <- g + wd W; m <- momentum m + (1 - dampening) g, but m <- g in the first step; W <- W - lr m.
 
-    With Nesterov W <- W - lr (g + momentum m).
+    Attributes:
+        dampening: fraction of a gradient that does not enter m, from the second step on.
+        nesterov: whether the last step is W <- W - lr (g + momentum m).
     """
 
     dampening: float = 0.0
@@ -25,9 +27,11 @@ class SGD(ElementwiseRule):
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
+        """Add the factor of the gradient in m; arguments as in `Rule.begin`."""
         return {**group, "share": 1.0 if step == 1 else 1.0 - self.dampening}
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
+        """Update the parameters and the momentum in place; arguments as in `ElementwiseRule.step`."""
         weights, averages, directions = list(parameters), list(state["momentum_buffer"]), list(gradients)
         if now["weight_decay"]:
             directions = list(torch._foreach_add(directions, weights, alpha=now["weight_decay"]))
@@ -63,4 +67,5 @@ class SGDSettings(RuleSettings):
         return self
 
     def build(self) -> SGD:
+        """Return the rule with these settings."""
         return SGD(dampening=self.dampening, nesterov=self.nesterov)

@@ -1,1 +1,1 @@
-"""One step of one parameter group."""
+"""The step of a parameter group."""

@@ -1,4 +1,4 @@
-"""From a plan of matrices to buckets, portions and spans of one call's tensors, once per call."""
+"""Binds the tensors of one call of ``step()``: makes buckets, portions and spans from the plan, once per call."""
 
 import logging
 import math
@@ -23,11 +23,12 @@ logger = logging.getLogger("ds_optforge")
 
 
 def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingSettings, routing: str) -> Slices:
-    """Plan with the other ranks, and cut the tensors accordingly.
+    """Plan with the other ranks, and cut the tensors accordingly. Collective.
 
     Args:
         members: of the parameter group.
         tensors: ``group["params"]``.
+        sharding: of the optimizer.
         routing: a text with a line per parameter of the whole optimizer, on which ranks must agree.
 
     Raises:
@@ -63,7 +64,7 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
-    """float32 is what ZeRO's slices have; in plain PyTorch full precision is that of the parameter, as in torch.optim."""
+    """Return the format of a tensor's state; "float32" is the tensor's own dtype, which differs in plain PyTorch only."""
     if name == "8bit":
         return EightBit(fragments)
     return Plain(tensor.dtype if name == "float32" else getattr(torch, name))
@@ -72,7 +73,10 @@ def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat
 def _elementwise_spans(
     held: Sequence[Sequence[Held]], tensors: Sequence[Tensor], rule: ElementwiseRule, state_dtype: str
 ) -> tuple[tuple[Span, ...], ...]:
-    """A kernel that works in place on full-precision state takes everything in one call; others a bounded part at a time."""
+    """Cut tensors into the spans of each call of the rule.
+
+    A rule that works in place on full-precision state takes everything in one call, others a bounded number of elements.
+    """
     if state_dtype == "float32" and rule.in_place:
         return (tuple(Span(index, Range(0, tensor.numel()), (tensor.numel(),)) for index, tensor in enumerate(tensors)),)
     calls: list[list[Span]] = []
@@ -89,7 +93,13 @@ def _elementwise_spans(
 
 
 def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
-    """Log a line on the first rank where few rows would be orthogonalized alone: that is little more than normalising them."""
+    """Log a warning on the first rank if few rows would be orthogonalized alone, which is little more than normalising them.
+
+    Args:
+        layout: of the group.
+        fragments: those that ``rank`` orthogonalizes alone.
+        rank: this rank.
+    """
     rows = {f.matrix: f.numel // layout.matrices[f.matrix].cols for f in fragments}
     thin = [matrix for matrix, count in rows.items() if count < min(THIN_ROWS, layout.matrices[matrix].rows)]
     if thin and rank == 0:
@@ -106,14 +116,14 @@ def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment
 
 
 class _BucketBuilder:
-    """Cuts planned buckets into portions."""
+    """Builder of buckets of one rank's tensors from planned buckets."""
 
     def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool) -> None:
         self._rule, self._layout, self._binding = rule, found.placement.layout, found.binding
         self._in_blocks = in_blocks
 
     def build(self, buckets: Sequence[PlannedBucket], alone: bool = False) -> tuple[Bucket, ...]:
-        """``alone``: the buckets' fragments are orthogonalized separately."""
+        """Build a bucket from each of the plan's; ``alone`` tells that fragments are orthogonalized separately."""
         return tuple(
             Bucket(
                 bucket.exchange,
@@ -131,7 +141,7 @@ class _BucketBuilder:
         )
 
     def _norms(self, bucket: RankBucket) -> Tensor:
-        """So that a fragment's update has the root mean square that its whole matrix's would have."""
+        """Return the norm of each fragment's update, (fragments,), that gives it the root mean square of a whole matrix's."""
         norms = []
         for fragment in bucket.fragments:
             matrix = self._layout.matrices[fragment.matrix]
@@ -177,13 +187,14 @@ class _BucketBuilder:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A fragment, or elements of it that follow each other.
+    """A fragment, or a range of one, that a portion reads and updates.
 
     Attributes:
-        tensor, tensor_start: where they begin in the tensors.
-        fragment: its number within the bucket.
-        position: where they begin in the send buffer.
-        matrix, matrix_start: where they begin in the matrix.
+        tensor, tensor_start: place of its first element in the tensors.
+        numel: its elements.
+        fragment: number of the fragment within the bucket.
+        position: place of its first element in the send buffer.
+        matrix, matrix_start: number of the matrix in the layout, and place of its first element in it.
     """
 
     tensor: int

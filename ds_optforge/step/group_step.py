@@ -1,4 +1,4 @@
-"""One call of ``step()`` for one parameter group: elementwise, or matrices in buckets to their owners and back."""
+"""Runs one call of ``step()`` for one parameter group: elementwise, or with matrices that travel to owners in buckets."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,14 +15,15 @@ from ds_optforge.step.telemetry import Telemetry, Watch
 
 
 class GroupStep:
-    """Made for one call: `check_gradients`, then `update_group`.
+    """The step of one parameter group in one call of ``step()``: `check_gradients` comes first, then `update_group`.
 
     Args:
-        group: its dict in ``param_groups``.
-        name: the group's identifier.
-        members, slices: of the group.
+        group: the group's dict in ``param_groups``.
+        name: identifier of the group.
+        members: parameters, routes, settings and rule of the group.
+        slices: the group's tensors, bound to their places.
         states: the optimizer's state of each of the slices' tensors.
-        telemetry: of the optimizer, if it records.
+        telemetry: of the optimizer; None if nothing is recorded.
     """
 
     def __init__(
@@ -40,7 +41,11 @@ class GroupStep:
         self._gradients = [_flat_gradient(tensor) for tensor in slices.tensors]
 
     def check_gradients(self) -> None:
-        """Refuse gradients that are not finite, where no DeepSpeed wrapper has skipped the step. Raises RuntimeError."""
+        """Refuse gradients that are not finite, except under ZeRO, where DeepSpeed decides whether to skip the step.
+
+        Raises:
+            RuntimeError: a gradient that is not finite; the message names its parameter.
+        """
         if self._slices.binding.process_group is not None:
             return
         norms = torch.stack(torch._foreach_norm(self._gradients))
@@ -51,7 +56,7 @@ class GroupStep:
             raise RuntimeError(f"{route.name}: its gradient is not finite; nothing was changed")
 
     def update_group(self) -> None:
-        """Update the group's tensors and their state. All ranks that share its parameters take part."""
+        """Update the group's tensors and their state. Collective over the ranks that hold the group's parameters."""
         fresh, rule = not self._states[0], self._members.rule
         self._slices.allocate(rule, self._states)
         if fresh and self._is_rehearsal():
@@ -68,12 +73,12 @@ class GroupStep:
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
 
     def _is_rehearsal(self) -> bool:
-        """DeepSpeed's stage 0 in fp16 and bf16 steps its clones once with zero gradients, only to allocate state."""
+        """Whether this is the call, with zero gradients, by which DeepSpeed's stage 0 in fp16 or bf16 allocates state."""
         clones = self._slices.tensors[0] is not self._members.parameters[0] and self._slices.binding.process_group is None
         return clones and not any(gradient.any() for gradient in self._gradients)
 
     def _begin(self) -> Hyperparameters:
-        """Count the step, the same for all of the group's tensors."""
+        """Count the step, for all of the group's tensors alike, and return its hyperparameters."""
         for state in self._states:
             state["step"] += 1
         step = int(self._states[0]["step"])
@@ -86,7 +91,7 @@ class GroupStep:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What a rule works on: the slices, their state and flat gradients, and the step's hyperparameters."""
+    """The inputs of a rule: slices, their states and flat gradients, hyperparameters, and the watch if a step is recorded."""
 
     slices: Slices
     states: Sequence[MutableMapping[str, Any]]
@@ -96,7 +101,7 @@ class _Call:
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """The slices, flat."""
+        """The slices as flat tensors, (elements,) each."""
         return [tensor.detach().view(-1) for tensor in self.slices.tensors]
 
     @property
@@ -105,7 +110,7 @@ class _Call:
         return int(self.states[0]["step"])
 
     def changes(self, spans: Sequence[Span], parameters: Tensors) -> AbstractContextManager[None]:
-        """Inside, the rule changes the parameters."""
+        """Open a context in which the rule changes the parameters, for telemetry."""
         return self.watch.changes(spans, parameters) if self.watch else nullcontext()
 
 
@@ -120,13 +125,14 @@ def _step_elements(call: _Call, rule: ElementwiseRule) -> None:
 
 
 class _MatrixStep:
-    """The step of a matrix rule: each bucket is collected, updated and applied."""
+    """The step of a matrix rule: each bucket is collected, orthogonalized and applied."""
 
     def __init__(self, call: _Call, rule: MatrixRule) -> None:
         self._call, self._rule = call, rule
         self._by_gradient, self._by_update = buffers_of(rule, of_update=False), buffers_of(rule, of_update=True)
 
     def step_matrices(self) -> None:
+        """Step all buckets: with exchanges, or every fragment alone."""
         slices = self._call.slices
         if slices.sharding.gathers(self._call.step):
             self._run_exchanges()
@@ -170,7 +176,7 @@ class _MatrixStep:
         for portion in bucket.portions:
             gradients, weights = portion.views(call.gradients), self._weights(portion)
             with call.slices.opened(self._by_gradient, call.states, portion.spans) as state:
-                if bucket.sums:  # then no tensor may span two matrices
+                if bucket.sums:  # no tensor may span two matrices
                     sums = self._sums(bucket, portion, gradients[0].device, (False,))
                     given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
                     directions = rule.direction(*given, sums, call.now)
@@ -213,7 +219,7 @@ class _MatrixStep:
         for portion in bucket.portions:
             views = portion.views(call.parameters)
             parameters = portion.split(views)
-            device = parameters[0].device  # with offload not where the buckets are
+            device = parameters[0].device  # differs from the buckets' device with offload
             returned = [update.to(device) for update in portion.in_buffer(bucket.exchange.outgoing)]
             sums = self._sums(bucket, portion, device, (False, True))
             chosen = active[portion.fragments].to(device)
@@ -248,7 +254,7 @@ class _MatrixStep:
         buffers: Sequence[Any],
         given: Callable[[Portion], tuple[list[Tensor], list[Tensor]]],
     ) -> None:
-        """Sum what the rule makes of each portion's elements, over all ranks that hold some of a matrix."""
+        """Add up the rule's terms of each portion's elements, over all ranks that hold a fragment of a matrix."""
         wanted = bucket.sums.of(of_update) if bucket.sums else ()
         if not bucket.sums or not wanted:
             return
@@ -267,13 +273,13 @@ class _MatrixStep:
         return bucket.sums.given(portion.places, [size for span in portion.spans for size in span.sizes], device, of_update)
 
     def _kept(self, bucket: Bucket) -> list[Tensor]:
-        """The statistics that are kept with the bucket's fragments, as views."""
+        """Return views of the statistics that are kept with the bucket's fragments."""
         states = self._call.states
         return [states[place.tensor][name].narrow(0, place.within.start, place.within.numel) for name, place in bucket.kept]
 
 
 def _split(portion: Portion, state: State) -> State:
-    """State by span as state by item."""
+    """Cut the state of a portion's spans into that of its items."""
     return {name: portion.split(values) for name, values in state.items()}
 
 
@@ -289,14 +295,19 @@ def _flat_gradient(tensor: Tensor) -> Tensor:
 
 
 def _nonzero(fragments: Sequence[Tensor]) -> Tensor:
-    """(fragments,) 1 where the norm in float32 is not zero (NaN is not), else 0."""
+    """Return (fragments,) flags: 1 where the norm in float32 is not zero (NaN counts as not zero), else 0."""
     if not fragments:
         return torch.empty(0)
     return (torch.stack(torch._foreach_norm(list(fragments))) != 0).float()
 
 
 def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:
-    """Give each update its element of ``norms``; zeros stay zeros."""
+    """Scale each update in place to its Frobenius norm in ``norms``; zeros stay zeros.
+
+    Args:
+        updates: (elements,) each.
+        norms: (updates,) in float32.
+    """
     found = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
     factors = torch.where(found > 0, norms / found, torch.zeros_like(found))
     torch._foreach_mul_(list(updates), list(factors.view(-1, 1).unbind()))

@@ -1,4 +1,4 @@
-"""The parameter groups of an OptForge: which parameters and rule each stands for, and where ZeRO put its tensors."""
+"""The parameter groups of an OptForge: the parameters and the rule of each, and the places of its tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,29 +14,29 @@ from ds_optforge.step.slices import Members, Slices
 from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import expert_group_name, full_shape
 
-GROUP = "optforge_group"  # the key of a parameter group that says which of our groups it is
+GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier
 KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
 
 
 class Groups:
-    """Routes parameters to groups; binds each group's tensors when they are first asked for.
+    """The groups to which parameters are routed; a group's tensors are bound when they are first asked for.
 
     Args:
         params: the model's parameters, or groups of them.
         config: of the optimizer.
 
     Attributes:
-        dicts: what torch's optimizer is to get as its ``param_groups``.
+        dicts: the groups that torch's optimizer is to get as its ``param_groups``.
 
     Raises:
-        ConfigError: parameters that were not registered, or nothing to train.
+        ConfigError: parameters that were not registered, settings that do not fit them, or nothing to train.
     """
 
     def __init__(self, params: Iterable[Any], config: OptimizerConfig) -> None:
         self._config = config
         routed = [item for index, group in enumerate(_as_groups(params)) for item in self._routed(index, group)]
         log_routing([item[1] for item in routed], config)
-        # What ranks must agree on.
+        # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
@@ -44,7 +44,7 @@ class Groups:
         self.dicts = self._build(routed)
 
     def _routed(self, index: int, group: dict[str, Any]) -> Iterator[tuple[Tensor, Route, str, dict[str, Any]]]:
-        """(parameter, route, our group's identifier, what frameworks keep in the group) for one given group."""
+        """Yield (parameter, route, identifier of our group, the frameworks' keys of the group) for one given group."""
         own = {key: value for key, value in group.items() if key not in KEYS_OF_FRAMEWORKS}
         kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
         prefix = f"group{index}." if own else ""
@@ -73,7 +73,7 @@ class Groups:
         return groups
 
     def __getitem__(self, group: Mapping[str, Any]) -> Members:
-        """Members of one of ``param_groups``."""
+        """Return the members of one of ``param_groups``."""
         return self._members[group[GROUP]]
 
     @property
@@ -82,7 +82,15 @@ class Groups:
         return self._members
 
     def slices_of(self, group: Mapping[str, Any], tensors: Sequence[Tensor] | None = None) -> Slices:
-        """The group's tensors (or those given in their place), bound to their places. The first call is collective."""
+        """Return the group's tensors, bound to their places. The first call for these tensors is collective.
+
+        Args:
+            group: one of ``param_groups``.
+            tensors: to be taken in place of ``group["params"]``, which ZeRO-3 empties between steps.
+
+        Raises:
+            LayoutError: see `bind_slices`.
+        """
         tensors = group["params"] if tensors is None else tensors
         bound = self._bound.get(tensors[0])
         if bound is None or len(bound.tensors) != len(tensors):
@@ -92,30 +100,30 @@ class Groups:
         return bound
 
     def remember(self, group: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
-        """Note whose tensors these are: ZeRO-3 empties the groups between steps."""
+        """Note that ``tensors`` belong to ``group``, for `rule_of`: ZeRO-3 empties the groups between steps."""
         self._rules |= dict.fromkeys(tensors, self[group].rule)
 
     def rule_of(self, tensor: Tensor) -> Rule:
-        """The rule that steps a tensor which has state."""
+        """Return the rule that steps ``tensor``, which was bound or loaded before."""
         return self._rules[tensor]
 
     @property
     def bound(self) -> Iterable[Slices]:
-        """What has been bound so far."""
+        """The slices that have been bound so far."""
         return self._bound.values()
 
     def members_with(self, name: str) -> tuple[str, Members]:
-        """(identifier, members) of the group of a parameter."""
+        """Return (identifier, members) of the group that holds the parameter of that qualified ``name``."""
         return next(item for item in self._members.items() if any(route.name == name for route in item[1].routes))
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors are the model's own parameters, not slices or clones of them."""
+        """Whether all ``tensors`` are the model's own parameters, not slices or clones of them; False for none."""
         own = {id(parameter) for members in self._members.values() for parameter in members.parameters}
         return bool(tensors) and all(id(tensor) in own for tensor in tensors)
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Parameters, or groups of them, as groups."""
+    """Turn parameters, named parameters, or groups of parameters into groups."""
     items = list(params)
     if items and all(isinstance(item, Mapping) for item in items):
         return [
@@ -128,7 +136,11 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def built(settings: RuleSettings) -> ElementwiseRule | MatrixRule:
-    """The rule of its settings. Raises TypeError where `build` returns something else than it declares."""
+    """Build the rule of ``settings``.
+
+    Raises:
+        TypeError: `build` returned something else than the class that ``builds`` declares.
+    """
     rule = settings.build()
     if not isinstance(rule, settings.builds):
         raise TypeError(f"{type(settings).__qualname__}.build: got {rule!r}; allowed: a {settings.builds.__qualname__}")

@@ -1,6 +1,6 @@
-"""The tensors of one call of ``step()`` as data: where their state is, and what is read and updated at a time.
+"""The tensors of one call of ``step()`` as data: the places of their state, and the ranges that are updated together.
 
-Under ZeRO a call steps one flat slice; elsewhere a tensor per parameter. Offsets of the plan count through all of them.
+Under ZeRO a call steps one flat slice; elsewhere one tensor per parameter. Offsets of the plan count through all of them.
 """
 
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -22,20 +22,20 @@ from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.placement import Placement, TensorRange
 
-# Elements that are read and updated at a time wherever that makes temporary tensors: bounds them. On a CPU they fit its
-# cache (half the time of whole buckets was measured); elsewhere fewer kernels count.
+# Elements that are read and updated together, which bounds temporary tensors. On a CPU they fit its cache (measured: half the
+# time of whole buckets); on other devices the number of kernels counts more.
 _CHUNK_NUMEL = {"cpu": 2**18}
 _CHUNK_NUMEL_ELSEWHERE = 2**22
 
 
 def chunk_numel(device: torch.device) -> int:
-    """The most elements that are read and updated at a time."""
+    """Return the most elements that are read and updated together on ``device``."""
     return _CHUNK_NUMEL.get(device.type, _CHUNK_NUMEL_ELSEWHERE)
 
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """Parameters, routes, settings and rule of a parameter group. Its dict holds only what a schedule may change."""
+    """Parameters, routes, settings and rule of a parameter group. The group's dict holds only what a schedule may change."""
 
     parameters: tuple[Tensor, ...]
     routes: tuple[Route, ...]
@@ -45,30 +45,36 @@ class Members:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """Elements ``within`` the tensor of that number: fragments, or parts of them, of the given sizes one behind the other."""
+    """A range of one tensor that is read and updated together: fragments, or ranges of them, side by side ("items").
+
+    Attributes:
+        tensor: number of the tensor.
+        within: elements of the tensor.
+        sizes: elements of each item.
+    """
 
     tensor: int
     within: Range
     sizes: tuple[int, ...]
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A view of the span in flat tensors that are laid out like the slices."""
+        """Return a view of the span, (elements,), in flat ``tensors`` that are laid out like the slices."""
         return tensors[self.tensor].narrow(0, self.within.start, self.within.numel)
 
 
 def view_of(tensors: Sequence[Tensor], place: TensorRange) -> Tensor:
-    """A view of a range in flat tensors."""
+    """Return a view, (elements,), of the range ``place`` in flat ``tensors``."""
     return tensors[place.tensor].narrow(0, place.within.start, place.within.numel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Portion:
-    """Spans that are read and updated at a time, made of fragments or parts of them ("items").
+    """Spans of a bucket that are read and updated together.
 
     Attributes:
-        spans: the ranges of the tensors.
-        fragments: (items,) the number of each item's fragment within the bucket.
-        positions: each item's place in the exchange's send buffer.
+        spans: the ranges of the tensors, made of items.
+        fragments: (items,) number of each item's fragment within the bucket.
+        positions: place of each item in the exchange's send buffer.
         places: (matrix, start in the matrix) of each item.
     """
 
@@ -78,15 +84,15 @@ class Portion:
     places: tuple[tuple[int, int], ...]
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One view per span of flat tensors that are laid out like the slices."""
+        """Return one view per span, (elements,) each, of flat ``tensors`` that are laid out like the slices."""
         return [span.of(tensors) for span in self.spans]
 
     def split(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """``views`` cut into items."""
+        """Cut ``views``, one per span, into one view per item."""
         return [item for view, span in zip(views, self.spans, strict=True) for item in torch.split(view, list(span.sizes))]
 
     def in_buffer(self, buffer: Tensor) -> list[Tensor]:
-        """The items in the send buffer."""
+        """Return one view per item, (elements,) each, of the send ``buffer``."""
         sizes = [size for span in self.spans for size in span.sizes]
         return [buffer.narrow(0, at, size) for at, size in zip(self.positions, sizes, strict=True)]
 
@@ -96,12 +102,12 @@ class Bucket:
     """Matrices that travel, or are stepped, together.
 
     Attributes:
-        exchange: their way to their owners and back.
-        fragments: where each fragment lies in the tensors.
-        portions: the same elements, a bounded number at a time.
-        kept: (statistic, its values) of the values that are kept with each fragment, statistic by statistic.
-        norms: (fragments,) that updates are scaled to; None where matrices are orthogonalized whole.
-        sums: of the rule; None where it has none.
+        exchange: brings fragments to the owners of their matrices, and updates back.
+        fragments: place of each fragment in the tensors.
+        portions: the same elements, a bounded number in each portion.
+        kept: for each fragment, and each statistic in turn: (name, place of the values that are kept with the fragment).
+        norms: (fragments,) norms to which updates are scaled; None if matrices are orthogonalized whole.
+        sums: of the rule; None if it has none.
     """
 
     exchange: BucketExchange
@@ -114,16 +120,20 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slices:
-    """One call's tensors, bound to their places.
+    """The tensors of one call of ``step()``, bound to their places.
 
     Attributes:
+        binding: the places as DeepSpeed shows them, and the process group.
+        sharding: of the optimizer.
         tensors: ``group["params"]``.
-        placement: where the parameters lie in them.
-        formats: of each tensor's elementwise state.
-        value_counts: by statistic, the values that are kept with each tensor.
-        travelling, local: buckets of a matrix rule's matrices that lie on several ranks, and on this one alone.
-        alone: this rank's fragments of the former, to be orthogonalized by themselves; empty where that is never done.
-        spans: what an elementwise rule updates at a time.
+        placement: this rank's view of the layout.
+        formats: state format of each tensor.
+        value_counts: by statistic, the number of values that are kept with each tensor.
+        travelling: buckets of a matrix rule's straddling matrices.
+        local: buckets of a matrix rule's matrices that lie whole on this rank.
+        alone: buckets of this rank's fragments of straddling matrices, to be orthogonalized separately; empty if that is
+            never done.
+        spans: for each call of an elementwise rule, the spans that it updates.
     """
 
     binding: Binding
@@ -138,7 +148,12 @@ class Slices:
     spans: tuple[tuple[Span, ...], ...]
 
     def allocate(self, rule: ElementwiseRule | MatrixRule, states: Sequence[MutableMapping[str, Any]]) -> None:
-        """Enter the state that is missing."""
+        """Allocate missing state.
+
+        Args:
+            rule: of the group.
+            states: the optimizer's state of each tensor; entries are added in place.
+        """
         for index, (tensor, state) in enumerate(zip(self.tensors, states, strict=True)):
             if "step" in state:
                 continue
@@ -153,7 +168,17 @@ class Slices:
     def opened(
         self, buffers: Sequence[Buffer], states: Sequence[MutableMapping[str, Any]], spans: Sequence[Span], store: bool = True
     ) -> Iterator[State]:
-        """The spans' state in the tensors' dtype, by buffer; changes are stored at the end, unless ``store`` is False."""
+        """Open a context with the state of some spans, in the tensors' dtype, and store it at the end.
+
+        Args:
+            buffers: of the rule; those to open.
+            states: the optimizer's state of each tensor.
+            spans: the ranges to open.
+            store: whether changes are stored.
+
+        Yields:
+            By buffer, one (elements,) tensor per span.
+        """
         values: dict[str, list[Tensor]] = {buffer.name: [] for buffer in buffers}
         for buffer in buffers:
             for span in spans:
@@ -168,12 +193,12 @@ class Slices:
                 self.format_of(span.tensor, buffer).write(states[span.tensor], buffer, span.within.start, value)
 
     def format_of(self, tensor: int, buffer: Buffer) -> StateFormat:
-        """How one tensor keeps one buffer."""
+        """Return the format in which the tensor of that number keeps ``buffer``."""
         return Plain(self.tensors[tensor].dtype) if buffer.full_precision else self.formats[tensor]
 
 
 def buffer_dtype(state_dtype: str, buffer: Buffer, tensor: Tensor) -> torch.dtype:
-    """The dtype in which a tensor's buffer is kept."""
+    """Return the dtype in which ``tensor`` keeps ``buffer``, given the configured ``state_dtype``."""
     if buffer.full_precision or state_dtype == "float32":
         return tensor.dtype
     return torch.uint8 if state_dtype == "8bit" else torch.bfloat16

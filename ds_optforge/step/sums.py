@@ -1,7 +1,7 @@
-"""Sums over whole matrices and whole output rows, of which ranks hold fragments.
+"""Sums over whole matrices and whole output rows of which ranks hold fragments.
 
-Each rank adds up its fragments in float64, one all-reduce a bucket adds up the ranks, and the result is rounded to
-float32: what a rule gets does not depend on where ZeRO has cut. Of matrices that do not travel nothing is sent.
+Each rank adds up its fragments in float64, one all-reduce per bucket adds up the ranks, and the result is rounded to
+float32: it does not depend on ZeRO's cuts. Nothing is sent for matrices that do not travel.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,15 @@ from ds_optforge.zero.partition import Matrix, PartitionLayout, Range
 
 
 class BucketSums:
-    """The sums of one bucket: `begin`, then `add` for everything that this rank holds, then `finish`, for each kind.
+    """The sums of one bucket. There are two kinds: of the gradients, and of the updates (``of_update``).
+
+    For each kind `begin` comes first, then `add` for everything that this rank holds, then `finish`.
 
     Args:
         sums: of the rule.
-        layout, bucket, binding: whose.
+        layout: of the group.
+        bucket: this rank's share of the bucket.
+        binding: tells the process group and the device.
     """
 
     def __init__(self, sums: Sequence[Sum], layout: PartitionLayout, bucket: RankBucket, binding: Binding) -> None:
@@ -38,15 +42,21 @@ class BucketSums:
         self._found: dict[bool, Tensor] = {}
 
     def of(self, of_update: bool) -> tuple[Sum, ...]:
-        """The sums of the updates, or of the gradients."""
+        """Return the sums of the updates (``of_update``), or those of the gradients."""
         return tuple(item for item in self.sums if item.of_update == of_update)
 
     def begin(self, of_update: bool) -> None:
-        """Start with zeros."""
+        """Set all sums of the kind ``of_update`` to zero."""
         self._totals = torch.zeros(self._numel[of_update], dtype=torch.float64, device=self._binding.device)
 
     def add(self, item: Sum, places: Sequence[tuple[int, int]], terms: Sequence[Tensor]) -> None:
-        """Add up ``terms``, (elements,) each: elements of a matrix from a start on, as ``places`` say."""
+        """Add terms to one of the sums that were begun.
+
+        Args:
+            item: the sum.
+            places: (matrix, start in the matrix) of each of the terms.
+            terms: (elements,) each: terms of consecutive elements of a matrix.
+        """
         for (index, start), term in zip(places, terms, strict=True):
             matrix = self._layout.matrices[index]
             first = self._starts[item.name][index]
@@ -60,7 +70,7 @@ class BucketSums:
                 self._totals[first + low : first + low + len(rows)] += rows.sum(1).to(self._totals.device)
 
     def finish(self, of_update: bool) -> None:
-        """Add up the ranks. All of them take part, in the order of the buckets that travel."""
+        """Add up the ranks' sums of the kind ``of_update``. Collective if the bucket travels."""
         if self._travels:
             sum_over_ranks(self._totals, self._binding)
         self._found[of_update] = self._totals.float()
@@ -68,7 +78,17 @@ class BucketSums:
     def given(
         self, places: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, of_update: Sequence[bool]
     ) -> dict[str, list[Tensor]]:
-        """By sum, a tensor for each place that broadcasts with its elements: (1,) per matrix, (elements,) per row."""
+        """Return finished sums as tensors that broadcast with elements of matrices.
+
+        Args:
+            places: (matrix, start in the matrix) of each range of elements.
+            sizes: elements of each range.
+            device: of the result.
+            of_update: the kinds to return.
+
+        Returns:
+            By sum, one float32 tensor per place: (1,) for a sum per matrix, (elements,) for one per row.
+        """
         found: dict[str, list[Tensor]] = {}
         for item in self.sums:
             if item.of_update in of_update:
@@ -80,7 +100,7 @@ class BucketSums:
         return found
 
     def of_matrices(self, matrices: Sequence[int]) -> Mapping[str, Tensor]:
-        """By sum of the gradients, (matrices, outputs) or (matrices, 1) of matrices of one shape."""
+        """Return, by sum of the gradients, (n, outputs) or (n, 1) in float32 for these ``matrices`` of one shape."""
         found = {}
         for item in self.of(False):
             count = self._layout.matrices[matrices[0]].values(item.per)
@@ -89,7 +109,7 @@ class BucketSums:
         return found
 
     def release(self) -> None:
-        """Forget the values."""
+        """Free the values."""
         self._found.clear()
 
     def _of_elements(self, item: Sum, values: Tensor, index: int, start: int, numel: int) -> Tensor:
@@ -106,7 +126,11 @@ class BucketSums:
 
 
 def _in_rows(matrix: Matrix, start: int, term: Tensor) -> tuple[Tensor, int]:
-    """Elements of a matrix from ``start`` on as (stored rows touched, cols) in float64, zeros elsewhere; the first row."""
+    """Spread the elements of a matrix from ``start`` on over the stored rows that they touch.
+
+    Returns:
+        (rows touched, cols) in float64, zeros elsewhere; and the number of the first row.
+    """
     touched = matrix.rows_touched(Range(start, term.numel()))
     rows = term.new_zeros(touched.numel * matrix.cols, dtype=torch.float64)
     rows.narrow(0, start - touched.start * matrix.cols, term.numel()).copy_(term)

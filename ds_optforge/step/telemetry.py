@@ -1,7 +1,7 @@
-"""What a step does, in numbers by group, for the whole model: recorded in every k-th step.
+"""Per-group statistics of every k-th step, for the whole model.
 
-Sums of squares are taken part by part while the step has a part in work, so that nothing of a slice's size is copied; one
-small all-reduce adds them up over the ranks. In other steps, and without the setting, nothing is done.
+Sums of squares are taken span by span while the step is processing a span, so that nothing of a slice's size is copied; one
+small all-reduce adds them up over the ranks. Other steps, and optimizers without the setting, do no extra work.
 """
 
 import math
@@ -23,7 +23,7 @@ from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.placement import Held
 
-# Of each group's matrices, so many are looked at for the orthogonality error, the same ones in every step and layout.
+# Matrices that are sampled per group for the orthogonality error: the same ones in every step and layout.
 SAMPLE = 8
 
 _SUMS = ("elements", "change", "weight", "product", "momentum", "gradient", "defect", "matrices", "bytes")
@@ -35,14 +35,18 @@ class Monitor(Protocol):
     enabled: bool
 
     def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
-        """Write (tag, value, step) triples."""
+        """Write the (tag, value, step) triples of ``event_list``."""
 
 
 class Telemetry:
-    """Collects the sums of an optimizer's groups; when all of them have been stepped, adds them up over the ranks.
+    """Collector of the sums of an optimizer's groups, which adds them up over the ranks once all groups have been stepped.
 
-    ZeRO steps one group or sub-group at a time, so that a step has several calls of ``step()``; each rank makes the same
-    ones in the same order, and counts the parameters behind them to know which is the last.
+    ZeRO steps one group or sub-group at a time, so that a step has several calls of ``step()``. All ranks make the same
+    calls in the same order, and count the parameters behind them to know the last one.
+
+    Args:
+        every: steps from one record to the next.
+        members: of all groups, by identifier.
     """
 
     def __init__(self, every: int, members: Mapping[str, Members]) -> None:
@@ -51,7 +55,7 @@ class Telemetry:
         self._samples = {group: _sample(found.routes) for group, found in members.items()}
         self._monitor: Monitor | None = None
         self._last: dict[str, Any] = {}
-        self._reduced: tuple[int, dict[str, float], Tensor] | None = None  # not read from the device before it is asked for
+        self._reduced: tuple[int, dict[str, float], Tensor] | None = None  # read from the device when asked for
         self._begin()
 
     def _begin(self) -> None:
@@ -63,7 +67,7 @@ class Telemetry:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last recorded step: {"step": n, "groups": {group: {number's name: value}}}; empty before the first."""
+        """The last record: {"step": n, "groups": {group: {name: value}}}; empty before the first."""
         if self._reduced is not None:
             step, rates, sums = self._reduced
             groups = {
@@ -74,17 +78,30 @@ class Telemetry:
         return self._last
 
     def send_to(self, monitor: Monitor) -> None:
-        """Write every record to DeepSpeed's monitor as well."""
+        """Write every later record to DeepSpeed's ``monitor`` as well."""
         self._monitor = monitor
 
     def watch(self, group: str, slices: Slices, states: Sequence[Mapping[str, Any]]) -> "Watch | None":
-        """What is to look at this call of ``step()``; None where nothing is recorded. The step has been counted."""
+        """Return a Watch for a call of ``step()``, or None if the step is not recorded.
+
+        Args:
+            group: identifier of the group.
+            slices: its tensors.
+            states: the optimizer's state of each tensor, in which the step has been counted.
+        """
         if int(states[0]["step"]) % self._every:
             return None
         return Watch(self._members[group], slices, states, self._samples[group])
 
     def add(self, group: str, watch: "Watch", now: Hyperparameters, step: int) -> None:
-        """Take the sums of a finished call. After the step's last one all ranks take part in one all-reduce."""
+        """Add the sums of a finished call of ``step()``. Collective in the step's last call.
+
+        Args:
+            group: identifier of the group.
+            watch: of the call.
+            now: hyperparameters of the step.
+            step: number of the step.
+        """
         if self._steps.get(group) != step:  # else another of its sub-groups has been here
             self._steps[group], self._covered[group] = step, 0
             self._sums.pop(group, None)
@@ -92,7 +109,7 @@ class Telemetry:
         self._sums[group] = self._sums[group] + sums if group in self._sums else sums
         self._rates[group] = now["lr"] * _mean_scale(self._members[group])
         self._covered[group] += len(watch.slices.binding.indices)
-        # Experts are shared by fewer ranks than the rest; whatever a rank has of them is in the sum over all ranks.
+        # Experts are cut over fewer ranks than the rest; the elements that a rank holds of them count in the sum over all.
         if self._widest is None or watch.slices.binding.world_size > self._widest.world_size:
             self._widest = watch.slices.binding
         if all(self._covered[group] == len(found.parameters) for group, found in self._members.items()):
@@ -119,7 +136,14 @@ class Telemetry:
 
 
 class Watch:
-    """Looks at one call of ``step()``."""
+    """Observer of one call of ``step()``, which takes the sums that telemetry needs.
+
+    Args:
+        members: of the group.
+        slices: its tensors.
+        states: the optimizer's state of each tensor.
+        sample: (parameter's name, start) of the matrices that are sampled.
+    """
 
     def __init__(
         self, members: Members, slices: Slices, states: Sequence[Mapping[str, Any]], sample: frozenset[tuple[str, int]]
@@ -138,14 +162,19 @@ class Watch:
 
     @property
     def spans(self) -> Iterator[tuple[Span, ...]]:
-        """The slices' spans for an elementwise rule, those cut up that are larger than what is copied at a time."""
+        """The slices' spans for an elementwise rule, cut so that a bounded number of elements is copied together."""
         limit = chunk_numel(self.slices.tensors[0].device)
         for spans in self.slices.spans:
             yield from _cut(spans, limit)
 
     @contextmanager
     def changes(self, spans: Sequence[Span], views: Tensors) -> Iterator[None]:
-        """Inside, the rule changes the parameters, of which ``views`` are the given spans."""
+        """Open a context in which the rule changes the parameters; add up the squares of weights and changes.
+
+        Args:
+            spans: the ranges that change.
+            views: (elements,) each: the parameters in these ranges.
+        """
         parameters = self._without_padding(spans, views)
         before = self._copies(parameters)
         self._add("weight", before, before)
@@ -155,7 +184,7 @@ class Watch:
         self._add("change", before, before)
 
     def _without_padding(self, spans: Sequence[Span], views: Tensors) -> list[Tensor]:
-        """ZeRO-3 leaves whatever was in memory between the parameters of a slice."""
+        """Return the views without padding: ZeRO-3 leaves arbitrary values between the parameters of a slice."""
         found = []
         for span, view in zip(spans, views, strict=True):
             held = self._held[span.tensor]
@@ -169,7 +198,7 @@ class Watch:
         return found
 
     def _copies(self, parameters: Tensors) -> list[Tensor]:
-        """In memory that is kept for the next ones: new memory would cost more than the copying."""
+        """Copy ``parameters`` into a workspace that later calls use again: allocating would cost more than copying."""
         sizes = [parameter.numel() for parameter in parameters]
         if not parameters:
             return []
@@ -181,7 +210,13 @@ class Watch:
         return copies
 
     def momentum(self, spans: Sequence[Span], views: Tensors, state: State) -> None:
-        """The rule has advanced its state by the gradients, of which ``views`` are the given spans."""
+        """Add up squares and products of gradients and momentum, after the rule has advanced its state.
+
+        Args:
+            spans: ranges of the tensors.
+            views: (elements,) each: the gradients in these ranges.
+            state: by buffer, (elements,) each in these ranges.
+        """
         if self._momentum:
             gradients = self._without_padding(spans, views)
             averages = self._without_padding(spans, state[self._momentum])
@@ -190,7 +225,13 @@ class Watch:
             self._add("gradient", gradients, gradients)
 
     def orthogonality(self, exchange: BucketExchange, index: int, active: Tensor) -> Callable[[Tensor], None]:
-        """What is to be called with the orthogonal factors, (n, rows, cols), of an exchange's batch."""
+        """Return a function that takes the (n, rows, cols) orthogonal factors of a batch and adds up their errors.
+
+        Args:
+            exchange: of the bucket.
+            index: number of the batch.
+            active: (n,) flags of the matrices; errors of those with 0 do not count.
+        """
 
         def look(orthogonal: Tensor) -> None:
             for slot, matrix in enumerate(exchange.owned(index)):
@@ -201,7 +242,7 @@ class Watch:
         return look
 
     def sums(self) -> Tensor:
-        """(len(_SUMS),) float64, on the device of the model's weights."""
+        """Return the sums of the call, (len(_SUMS),) in float64, on the device of the model's weights."""
         elements = sum(end - start for held in self._held for start, end in held)
         nbytes = sum(
             value.nbytes
@@ -215,7 +256,7 @@ class Watch:
         return torch.stack([_total(values).to(device) for values in self._found.values()])
 
     def _add(self, name: str, left: Tensors, right: Tensors) -> None:
-        # Half the time of a norm on a CPU, where the product of 16-bit vectors is a thousand times slower.
+        # A dot product takes half the time of a norm on a CPU, where that of 16-bit vectors is a thousand times slower.
         self._found[name] += [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
 
 
@@ -228,7 +269,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _defect(orthogonal: Tensor) -> Tensor:
-    """||O O^T - I||^2 / rows of one (rows, cols) matrix, on its short side."""
+    """Compute ||O O^T - I||_F^2 / n of one (rows, cols) matrix, O being the matrix or its transpose with n rows, the fewer."""
     short = orthogonal if orthogonal.shape[0] <= orthogonal.shape[1] else orthogonal.mT
     gram = torch.mm(short, short.mT).float()
     gram.diagonal().sub_(1.0)
@@ -236,7 +277,7 @@ def _defect(orthogonal: Tensor) -> Tensor:
 
 
 def _merged(fragments: Sequence[Held]) -> list[tuple[int, int]]:
-    """(start, end) in the tensor of what adjacent fragments make together."""
+    """Merge adjacent fragments into (start, end) ranges of their tensor."""
     merged: list[tuple[int, int]] = []
     for fragment in fragments:
         start = fragment.tensor_start
@@ -246,7 +287,7 @@ def _merged(fragments: Sequence[Held]) -> list[tuple[int, int]]:
 
 
 def _cut(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
-    """The spans in groups of at most ``limit`` elements."""
+    """Cut spans, and yield them in tuples of at most ``limit`` elements."""
     packed: list[Span] = []
     room = limit
     for span in spans:
@@ -262,13 +303,13 @@ def _cut(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
 
 
 def _sample(routes: Sequence[Route]) -> frozenset[tuple[str, int]]:
-    """(parameter's name, start) of the matrices that are looked at. Mixed, or all might have the same place in a layer."""
+    """Choose the matrices to sample, as (parameter's name, start): by a hash, or all might have the same place in a layer."""
     places = [(route.name, start) for route in routes for start, _, _ in route.matrices]
     return frozenset(sorted(places, key=lambda place: crc32(f"{place[0]}[{place[1]}]".encode()))[:SAMPLE])
 
 
 def _mean_scale(members: Members) -> float:
-    """The mean over a matrix rule's matrices of the factor that their orthogonal update gets; 1 for other rules."""
+    """Return the mean factor of a matrix rule's orthogonal updates over its matrices; 1 for other rules."""
     rule = members.rule
     if not isinstance(rule, MatrixRule):
         return 1.0
@@ -281,7 +322,7 @@ def _mean_scale(members: Members) -> float:
 
 
 def _numbers(sums: Mapping[str, float], rate: float) -> dict[str, float]:
-    """A group's record; what does not apply to it, or has no value yet, is left out."""
+    """Make a group's record; numbers that do not apply to it, or have no value yet, are left out."""
     update, parameter = (math.sqrt(sums[name] / sums["elements"]) for name in ("change", "weight"))
     numbers = {"update_rms": update, "parameter_rms": parameter}
     if parameter > 0:

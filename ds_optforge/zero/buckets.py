@@ -1,4 +1,4 @@
-"""Where fragments lie in the buffers of one rank's buckets. Pure Python on integers: no tensors, no process groups."""
+"""Places of fragments in the buffers of one rank's buckets. Pure Python on integers: no tensors, no process groups."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +13,8 @@ class Kept:
     """The float32 statistics that a rule keeps, which travel with the fragments.
 
     Attributes:
-        per: what each of them has a value for.
-        words: elements of the wire dtype per value.
+        per: for each statistic, "row" for one value per output row, "matrix" for one value per matrix.
+        words: elements of the wire dtype that one float32 value takes.
     """
 
     per: tuple[Per, ...] = ()
@@ -26,7 +26,7 @@ NO_STATISTICS = Kept()
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Values ``within`` one statistic of a matrix, at ``position`` of a buffer and following."""
+    """Values ``within`` one statistic of a matrix, which lie in a buffer from ``position`` on."""
 
     within: Range
     position: int
@@ -34,12 +34,14 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class BufferPlace:
-    """Where one fragment lies in a send or receive buffer: its elements, the statistics that are kept with it, and its flag.
+    """Place of one fragment in a send or receive buffer: of its elements, of the statistics kept with it, and of its flag.
 
     Attributes:
-        within: elements of its matrix, at ``position`` of the buffer and following.
+        matrix: number of its matrix in the layout.
+        within: elements of its matrix.
+        position: place of the first of them in the buffer.
         statistics: one entry per statistic of the rule.
-        flag: position of the flag.
+        flag: place of the flag, which tells whether any of the fragment's gradient is not zero.
     """
 
     matrix: int
@@ -51,21 +53,22 @@ class BufferPlace:
 
 @dataclass(frozen=True, slots=True)
 class RankBucket:
-    """What one rank does in one bucket.
+    """The share of one rank in one bucket: its buffers, and the matrices that it owns.
 
-    The send buffer is a block per destination rank: the fragments that it owns, in matrix order (of what does not travel, by
-    shape), then their statistics, then their flags. The receive buffer is a block per source rank, built alike.
+    The send buffer has one block per destination rank: the fragments of matrices that this rank owns, in matrix order (by
+    shape in a bucket that does not travel), then their statistics, then their flags. The receive buffer has one block per
+    source rank, built alike.
 
     Attributes:
         fragments: this rank's fragments, with increasing slice offsets.
-        sent: where each of them lies in the send buffer.
-        owned: matrices that this rank orthogonalizes, in order.
-        shapes: (rows, cols) of each of them; of a shard, the rows that it touches.
-        received: where their fragments lie in the receive buffer.
-        sends: elements per destination rank; empty when nothing travels (then send and receive buffer are the same).
-        receives: elements per source rank; empty likewise.
+        sent: place of each of them in the send buffer.
+        owned: numbers of the matrices that this rank orthogonalizes, in order.
+        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, the rows that it touches.
+        received: places of their fragments in the receive buffer.
+        sends: elements per destination rank; empty if nothing travels (send and receive buffer are then the same).
+        receives: elements per source rank; empty if nothing travels.
         kept: the rule's statistics.
-        matrices: all of the bucket's, of whichever rank: of one that travels, the same on all ranks.
+        matrices: numbers of all of the bucket's matrices; if it travels, the same on all ranks.
     """
 
     fragments: tuple[Fragment, ...]
@@ -80,14 +83,17 @@ class RankBucket:
 
     @property
     def travels(self) -> bool:
+        """Whether the bucket is an exchange between ranks."""
         return bool(self.sends)
 
     @property
     def send_numel(self) -> int:
+        """Elements of the send buffer."""
         return self._numel(self.sent)
 
     @property
     def receive_numel(self) -> int:
+        """Elements of the receive buffer."""
         return self._numel(self.received)
 
     def _numel(self, places: Sequence[BufferPlace]) -> int:
@@ -96,12 +102,24 @@ class RankBucket:
 
 
 def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
-    """This rank's part in every exchange, in the order of the collectives."""
+    """Return the share of ``rank`` in every exchange of the plan, in the order of the collectives.
+
+    Args:
+        plan: of the group.
+        rank: within the group's process group.
+        kept: the rule's statistics.
+    """
     return [_exchange_bucket(plan, exchange, rank, kept) for exchange in plan.exchanges]
 
 
 def local_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
-    """The matrices that lie whole on this rank, at most ``local_numel`` elements in a bucket."""
+    """Return buckets of the matrices that lie whole on ``rank``.
+
+    Args:
+        plan: of the group; a bucket has at most ``plan.local_numel`` elements, or one matrix.
+        rank: within the group's process group.
+        kept: the rule's statistics.
+    """
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
     return [_local_bucket(layout, matrices, rank, kept) for matrices in split_evenly(local, layout.matrices, plan.local_numel)]
@@ -123,7 +141,7 @@ def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kep
 
 
 def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:
-    """Its buffer holds matrices of one shape side by side, so that they are a batch as they lie."""
+    """Make a bucket whose buffer holds matrices of one shape side by side, so that they form a batch without a copy."""
     held = [fragment for matrix in matrices if (fragment := layout.fragment(matrix, rank)) is not None]
     shapes = _shapes(layout, matrices)
     order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
@@ -133,7 +151,13 @@ def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, k
 
 
 def lone_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
-    """This rank's fragments of matrices that lie on several ranks, each as a matrix of its own: the rows that it touches."""
+    """Return buckets of the fragments of straddling matrices on ``rank``, each as a matrix of the rows that it touches.
+
+    Args:
+        plan: of the group; a bucket has at most ``plan.local_numel`` elements, or one fragment.
+        rank: within the group's process group.
+        kept: the rule's statistics.
+    """
     layout = plan.layout
     straddling = [m for m in range(len(layout.matrices)) if len(layout.holders(m)) > 1]
     held = [fragment for matrix in straddling if (fragment := layout.fragment(matrix, rank)) is not None]
@@ -158,7 +182,7 @@ def _lone_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, k
 
 
 def _within_rows(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
-    """The fragment's place as a part of the rows that it touches."""
+    """Return the fragment's place with elements and values counted from the first row that it touches."""
     before = matrix.rows_touched(place.within).start
     statistics = tuple(
         replace(values, within=Range(values.within.start - before, values.within.numel))
@@ -177,7 +201,7 @@ def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int
 def _blocks(
     layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], kept: Kept
 ) -> tuple[tuple[int, ...], tuple[BufferPlace, ...]]:
-    """Lay (peer, fragment) items out in one block per peer. Returns the blocks' sizes and each item's place."""
+    """Lay (peer, fragment) items out in one block per peer; return the blocks' sizes and each item's place."""
     ranges = [[layout.matrices[f.matrix].values_in(per, f.within) for per in kept.per] for _, f in items]
     data, statistics, flags = ([0] * layout.world_size for _ in range(3))
     for (peer, fragment), found in zip(items, ranges, strict=True):

@@ -1,4 +1,4 @@
-"""What is read from DeepSpeed's engine and its wrappers, and written to them, beside the layout."""
+"""Reads from DeepSpeed's engine and its wrappers, and writes to them; `layout` reads the places of parameters."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,12 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
 
 def make_trusted(optimizer: type, scheduler: type) -> None:
-    """Enter an optimizer and a scheduler into DeepSpeed's lists of those that it takes without more being said."""
+    """Enter two classes into DeepSpeed's lists.
+
+    Args:
+        optimizer: enters the list of optimizers that ZeRO supports.
+        scheduler: enters, by its name, the list of schedulers that a configuration may name.
+    """
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.zero import utils as zero_utils
 
@@ -26,7 +31,7 @@ def make_trusted(optimizer: type, scheduler: type) -> None:
 
 @contextlib.contextmanager
 def safe_classes() -> Iterator[None]:
-    """Inside, torch.load with ``weights_only`` reads the classes that DeepSpeed saves, and no others beside tensors."""
+    """Allow torch.load with ``weights_only`` to read the classes that DeepSpeed saves, and no others beside tensors."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -36,19 +41,35 @@ def safe_classes() -> Iterator[None]:
 
 
 def counters(engine: Any) -> dict[str, int]:
-    """How far the engine has come."""
+    """Return the engine's counters of steps and samples, by the names in `COUNTERS`.
+
+    Raises:
+        LayoutError: a counter that the engine lacks.
+    """
     return {key: require_attribute(engine, key) for key in COUNTERS}
 
 
 def set_counters(engine: Any, values: Mapping[str, int]) -> None:
-    """Continue from `counters` of another engine, between steps (perhaps with another gradient accumulation)."""
+    """Resume at the `counters` of another engine, between steps (perhaps with another gradient accumulation).
+
+    Args:
+        engine: DeepSpeed's engine.
+        values: what `counters` returned.
+    """
     for key, value in values.items():
         setattr(engine, key, value)
     engine.micro_steps = 0
 
 
 def model_parallelism(engine: Any) -> str:
-    """The kind of parallelism in which ranks have different tensors under the same name; "" for data parallelism alone."""
+    """Name the kind of parallelism in which ranks have different tensors under the same name.
+
+    Args:
+        engine: DeepSpeed's engine.
+
+    Returns:
+        A phrase for messages; "" for data parallelism alone.
+    """
     if any(map(expert_parallel, engine.module.parameters())):
         return "experts that are shared out over ranks (ep_size > 1)"
     if getattr(engine, "pipeline_parallelism", False):
@@ -57,10 +78,13 @@ def model_parallelism(engine: Any) -> str:
 
 
 def refresh_weights(wrapper: Any) -> None:
-    """Copy the tensors that the optimizer steps into the model's weights again: `step()`'s last act, on all ranks together.
+    """Copy the tensors that the optimizer steps into the model's weights, as at the end of ``step()``. Collective.
 
     Args:
         wrapper: ``engine.optimizer``.
+
+    Raises:
+        LayoutError: an attribute that the wrapper lacks.
     """
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):  # ZeRO-3, where full parameters may still be gathered
         require_attribute(wrapper, "checkpoint_event_prologue")()
@@ -75,11 +99,14 @@ def refresh_weights(wrapper: Any) -> None:
 
 
 def stepped_tensors(wrapper: Any, groups: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """(parameter group, tensors) of each call of ``step()`` that a training step makes.
+    """Return (parameter group, tensors) of each call of ``step()`` that a training step makes.
 
     Args:
         wrapper: ``engine.optimizer``.
         groups: OptForge's ``param_groups``, which ZeRO-3 keeps empty between steps.
+
+    Raises:
+        LayoutError: an attribute that the wrapper lacks.
     """
     if not hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return [(group, list(group["params"])) for group in groups if group["params"]]
@@ -88,7 +115,14 @@ def stepped_tensors(wrapper: Any, groups: Sequence[dict[str, Any]]) -> list[tupl
 
 
 def local_part(parameter: Tensor) -> tuple[Tensor, int, int]:
-    """(flat values, where they start, elements of the whole) of what this rank holds of a parameter that is not trained."""
+    """Return the elements that this rank holds of a parameter that is not trained.
+
+    Returns:
+        (flat values, their start in the flattened parameter, elements of the whole parameter); the values are (elements,).
+
+    Raises:
+        LayoutError: an attribute of ZeRO-3 that the parameter lacks.
+    """
     if not hasattr(parameter, "ds_id"):
         return parameter.detach(), 0, parameter.numel()
     numel, partition = int(require_attribute(parameter, "ds_numel")), int(require_attribute(parameter, "partition_numel")())
@@ -100,13 +134,22 @@ LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scale(wrapper: Any) -> dict[str, float]:
-    """Where dynamic loss scaling stands; empty where there is none."""
+    """Return the state of dynamic loss scaling, by the names in `LOSS_SCALE`; empty without it.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+    """
     scaler = _dynamic_scaler(wrapper)
     return {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)}
 
 
 def set_loss_scale(wrapper: Any, values: Mapping[str, float]) -> None:
-    """Go on from `loss_scale` of another run; nothing where either has no dynamic loss scaling."""
+    """Resume at the `loss_scale` of another run; does nothing if either run has no dynamic loss scaling.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+        values: what `loss_scale` returned.
+    """
     scaler = _dynamic_scaler(wrapper)
     for key, value in values.items():
         if hasattr(scaler, key):
@@ -119,7 +162,11 @@ def _dynamic_scaler(wrapper: Any) -> Any:
 
 
 def expert_parallel(parameter: Tensor) -> bool:
-    """Whether this rank's parameter is one of several ranks' own under the same name."""
+    """Whether other ranks hold other experts' parameters under the name of ``parameter`` (``ep_size`` above 1).
+
+    Raises:
+        LayoutError: see `expert_group_name`.
+    """
     name = expert_group_name(parameter)
     return bool(name) and dist.get_world_size(_expert_data_group(name)) < dist.get_world_size()
 

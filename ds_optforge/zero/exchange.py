@@ -1,7 +1,7 @@
 """Moves fragments to the owners of their matrices and updates back, one bucket at a time.
 
-Every fragment is rounded to the wire dtype on its way in and on its way out, also when it does not travel: so an update
-depends on its matrix alone, not on stage or world size.
+Every fragment is rounded to the wire dtype before orthogonalization and every update after it, even when nothing travels.
+An update thus depends on its matrix alone, not on the stage or the world size.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from ds_optforge.zero.layout import Binding, LayoutError
 from ds_optforge.zero.partition import PartitionLayout
 from ds_optforge.zero.plan import ExchangePlan
 
-# In the place of a statistic that is kept elsewhere: a shard's first row may begin on another rank.
+# Stands for a statistic that another rank keeps: the first row of a fragment that is stepped alone may begin there.
 NO_STATISTIC = -1.0
 
 
@@ -28,8 +28,8 @@ class MatrixBatch:
     Attributes:
         matrices: (n, rows, cols) in the wire dtype.
         active: (n,) 1 for a matrix with any gradient that is not zero, else 0; in the wire dtype.
-        statistics: one for each of the rule's: (n, outputs) or (n, 1) in float32, negative where one is kept elsewhere.
-        transposed: the matrices are stored (in, out).
+        statistics: one for each of the rule's: (n, outputs) or (n, 1) in float32, negative where another rank keeps a value.
+        transposed: whether the matrices are stored (in, out).
     """
 
     matrices: Tensor
@@ -40,9 +40,15 @@ class MatrixBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Owned matrices of one shape: where their fragments lie in the buffer, and each one's number in the batch.
+    """Owned matrices of one shape: the places of their fragments in the receive buffer.
 
-    ``start``: where the batch lies in the receive buffer if it does so as it is, else -1.
+    Attributes:
+        count: number of matrices.
+        places: of all of their fragments.
+        slots: for each fragment, its matrix's number in the batch; ``slot_index`` is the same as a tensor.
+        flag_index: for each fragment, the place of its flag.
+        start: of the batch in the receive buffer if its elements lie there in order, else -1.
+        partial: whether fragments of a matrix are missing, so that the rest is zeros.
     """
 
     rows: int
@@ -62,15 +68,19 @@ class _Batch:
 
 
 class BucketExchange:
-    """One bucket's way out and back: ``open`` -> ``collect`` -> ``arrive`` -> ``matrices``, ``put`` -> ``give_back`` ->
-    ``updates`` -> ``release``.
+    """Exchange of one bucket: fragments travel to the owners of their matrices, and updates return.
 
-    Built once, used every step; ``outgoing`` is filled between ``open`` and ``collect``. The collectives are asynchronous;
-    their buffers stay referenced until they are waited for.
+    The order of a step is ``open``, ``collect``, ``arrive``, ``matrices`` and ``put`` for each batch, ``give_back``,
+    ``updates``, ``returned_statistics``, ``release``. The caller fills ``outgoing`` between ``open`` and ``collect``. The
+    collectives are asynchronous; their buffers stay referenced until they are waited for. The object is built once and used
+    in every step; a bucket that does not travel takes the same steps without collectives.
 
     Args:
-        layout, bucket, binding, wire: what travels, between whom, in which dtype.
-        batch_numel: elements of a batch of matrices (or one matrix): bounds the workspace of orthogonalization.
+        layout: of the group.
+        bucket: this rank's share of the bucket.
+        binding: tells the process group and the device.
+        wire: dtype in which fragments and updates travel.
+        batch_numel: most elements of a batch of matrices (or one matrix); bounds the workspace of orthogonalization.
     """
 
     def __init__(
@@ -91,19 +101,20 @@ class BucketExchange:
 
     @property
     def outgoing(self) -> Tensor:
-        """The send buffer: fragment i's elements are at ``bucket.sent[i].position``; updates return to their places."""
+        """The send buffer, (send_numel,): fragment i lies at ``bucket.sent[i].position``, and its update returns there."""
         return self._send
 
     def open(self) -> None:
-        """Allocate the send buffer."""
+        """Allocate the send buffer, uninitialized."""
         self._send = torch.empty(self.bucket.send_numel, dtype=self._wire, device=self._binding.device)
 
     def collect(self, active: Tensor, statistics: Sequence[Tensor]) -> None:
-        """Start sending the elements in ``outgoing`` to the owners of the matrices.
+        """Start sending the elements in ``outgoing`` to the owners of the matrices. Collective if the bucket travels.
 
         Args:
             active: (fragments,) 1 where the norm of the fragment's gradient is not zero, else 0.
-            statistics: the float32 values that are kept with each fragment, statistic by statistic; empty without any.
+            statistics: for each fragment, and each statistic of the rule in turn, the (values,) kept with it in float32;
+                empty without statistics.
         """
         bucket = self.bucket
         if bucket.sent:
@@ -118,18 +129,18 @@ class BucketExchange:
             self._receive = self._send
 
     def arrive(self) -> None:
-        """Wait for the fragments; the send buffer is not needed until `give_back`."""
+        """Wait for the fragments, and free the send buffer, which is not needed until `give_back`."""
         if self._work is not None:
             self._wait()
             self._send = self._send.new_empty(0)
 
     def owned(self, index: int) -> tuple[int, ...]:
-        """The matrices of one batch, in order, by their number in the layout."""
+        """Return the numbers in the layout of the matrices of batch ``index``, in order."""
         batch = self._batches[index]
         return tuple(dict(zip(batch.slots, (place.matrix for place in batch.places), strict=True)).values())
 
     def matrices(self, index: int) -> MatrixBatch:
-        """After ``arrive``: one batch of owned matrices, to be overwritten at will."""
+        """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it."""
         batch = self._batches[index]
         if batch.start >= 0:
             matrices = self._receive.narrow(0, batch.start, batch.numel).view(batch.count, batch.rows, batch.cols)
@@ -150,7 +161,13 @@ class BucketExchange:
         return MatrixBatch(matrices, active, statistics, batch.transposed)
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
-        """Put the updates, (n, rows, cols), in the place of the batch ``given`` that `matrices` returned."""
+        """Put updates in the place of a batch of matrices.
+
+        Args:
+            index: number of the batch.
+            updates: (n, rows, cols), of any dtype; rounded to the wire's.
+            given: what `matrices` returned for it, with its statistics advanced.
+        """
         batch = self._batches[index]
         torch._foreach_copy_(self._elements(self._receive, batch.places), _elements_within(batch, updates))
         self._receive[batch.flag_index] = given.active[batch.slot_index]
@@ -159,18 +176,23 @@ class BucketExchange:
             torch._foreach_copy_(self._statistics(self._receive, batch.places), places)
 
     def give_back(self) -> None:
-        """Start returning the updates and statistics that were `put`."""
+        """Start returning the updates and statistics that were `put`. Collective if the bucket travels."""
         if self.bucket.travels:
             self.open()
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
     def updates(self) -> tuple[list[Tensor], Tensor]:
-        """Wait for the updates; return one flat view per fragment and the (fragments,) flags of their matrices."""
+        """Wait for the updates.
+
+        Returns:
+            One flat view of the send buffer per fragment, (elements,) in the wire dtype; and (fragments,) flags, 1 where the
+            fragment's matrix is active, else 0.
+        """
         self._wait()
         return self._elements(self._send, self.bucket.sent), self._send[self._flag_index]
 
     def returned_statistics(self, into: Sequence[Tensor]) -> None:
-        """Write the values that came back with each fragment, in the order of `collect`, after ``updates``."""
+        """Write the statistics that came back, after ``updates``, ``into`` the (values,) float32 tensors as in `collect`."""
         if into:
             torch._foreach_copy_([values.view(self._wire) for values in into], self._statistics(self._send, self.bucket.sent))
 
@@ -195,19 +217,19 @@ class BucketExchange:
         return [buffer.narrow(0, place.position, place.within.numel) for place in places]
 
     def _statistics(self, buffer: Tensor, places: Sequence[BufferPlace]) -> list[Tensor]:
-        """Bit patterns: a float32 statistic is two elements of a bfloat16 buffer."""
+        """Return views of the statistics' bit patterns: a float32 value is two elements of a bfloat16 buffer."""
         words = self.bucket.kept.words
         return [buffer.narrow(0, v.position, v.within.numel * words) for place in places for v in place.statistics]
 
 
 def _elements_within(batch: _Batch, matrices: Tensor) -> list[Tensor]:
-    """The fragments' elements in (n, rows, cols) matrices."""
+    """Return flat views of the fragments' elements in (n, rows, cols) matrices."""
     flat = matrices.reshape(batch.count, -1)
     return [flat[slot].narrow(0, s.within.start, s.within.numel) for slot, s in zip(batch.slots, batch.places, strict=True)]
 
 
 def _values_within(batch: _Batch, statistics: Sequence[Tensor], wire: torch.dtype) -> list[Tensor]:
-    """The fragments' values in the (n, outputs) or (n, 1) float32 statistics, seen as elements of the wire dtype."""
+    """Return views of the fragments' values in (n, outputs) or (n, 1) float32 statistics, as elements of the wire dtype."""
     return [
         kept[slot].narrow(0, values.within.start, values.within.numel).view(wire)
         for slot, place in zip(batch.slots, batch.places, strict=True)
@@ -249,23 +271,24 @@ def _batch(shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[
 
 
 def sum_over_ranks(values: Tensor, binding: Binding) -> None:
-    """Add up ``values`` over the ranks that share the binding's parameters, in place; all of them take part."""
+    """Add up ``values``, of any shape, in place over the binding's process group. Collective."""
     if binding.process_group is not None and binding.world_size > 1:
         dist.all_reduce(values, group=binding.process_group)
 
 
 def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> None:
-    """Raise on every rank unless all made the same plan from the same configuration, and none has a problem.
+    """Raise on every rank unless all made the same plan from the same configuration, and none has a problem. Collective.
 
-    One small all-reduce; tables travel only to name a difference.
+    It costs one small all-reduce; tables travel only to name a difference.
 
     Args:
         plan: this rank's.
         routing: a text with a line per parameter of the whole optimizer: which rule it gets, with which settings.
-        binding: tells the process group.
+        binding: tells the process group, and this rank's problem.
 
     Raises:
-        LayoutError: names the first line of the routing, or the first matrix, that differs between ranks.
+        LayoutError: a problem of any rank, or a difference; it names the first line of the routing, or the first matrix,
+            that differs between ranks.
     """
     group = binding.process_group
     if group is None or binding.world_size == 1:

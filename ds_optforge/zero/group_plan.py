@@ -1,6 +1,6 @@
-"""`plan_group`: from a group's parameters and tensors to this rank's buckets, agreed on by all ranks.
+"""Plans one call of ``step()``: from a group's parameters and tensors to this rank's buckets, agreed on by all ranks.
 
-The one call that the first step of a group and a checkpoint share.
+A group's first step and a checkpoint make the same call, `plan_group`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,31 +20,36 @@ from ds_optforge.zero.plan import make_plan
 
 
 class Routed(Protocol):
-    """A parameter's name, size and matrices: (start in the flattened parameter, rows, cols) each, none if it has no use."""
+    """The facts about a parameter that a plan needs."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Qualified name of the parameter."""
 
     @property
-    def numel(self) -> int: ...
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
 
     @property
-    def matrices(self) -> Sequence[tuple[int, int, int]]: ...
+    def matrices(self) -> Sequence[tuple[int, int, int]]:
+        """(start in the flattened parameter, rows, cols) of each matrix; empty for an elementwise rule."""
 
     @property
-    def transposed(self) -> bool: ...
+    def transposed(self) -> bool:
+        """Whether the matrices are stored (in, out)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a rule and a sharding mode ask of a plan.
+    """Requirements of a rule and a sharding mode on a plan.
 
     Attributes:
-        bucket_numel: see `make_plan`.
+        bucket_numel: elements of one bucket per rank: see `make_plan`.
         cost: FLOPs of a (rows, cols) matrix; None for an elementwise rule, which has no buckets.
         wire: dtype in which fragments and updates travel.
-        statistics: what each of the rule's statistics has a value for.
-        gathers, alone: whether matrices that lie on several ranks travel to owners, and whether fragments are stepped alone.
+        statistics: by statistic of the rule, whether it has a value per output row or per matrix.
+        gathers: whether straddling matrices ever travel to owners.
+        alone: whether fragments of straddling matrices are ever stepped alone.
     """
 
     bucket_numel: int
@@ -72,13 +77,16 @@ class PlannedBucket:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPlan:
-    """One call of ``step()``: where everything lies, and what this rank does.
+    """The plan of one call of ``step()``, with this rank's buckets.
 
     Attributes:
-        held: the fragments in each tensor.
-        value_counts: by statistic, the values that are kept with each tensor.
-        travelling, local: buckets of matrices that lie on several ranks, and on this one alone.
-        alone: this rank's fragments of the former as matrices of their own.
+        binding: the places of the parameters in the tensors.
+        placement: this rank's view of the layout.
+        held: by tensor, the fragments in it.
+        value_counts: by statistic, the number of values that are kept with each tensor.
+        travelling: buckets of straddling matrices.
+        local: buckets of matrices that lie whole on this rank.
+        alone: buckets of this rank's fragments of straddling matrices, as matrices of their own.
     """
 
     binding: Binding
@@ -93,15 +101,18 @@ class GroupPlan:
 def plan_group(
     parameters: Sequence[Tensor], routes: Sequence[Routed], tensors: Sequence[Tensor], wanted: Wanted, agreed: str
 ) -> GroupPlan:
-    """Find the tensors' layout, make the plan and agree on it. All ranks of the group take part, in the same order.
+    """Find the tensors' layout, make the plan and agree on it. Collective, in the same order of groups on all ranks.
 
     Args:
-        parameters, routes: of the group, as given to the optimizer.
+        parameters: of the group, as given to the optimizer.
+        routes: of these parameters, in the same order.
         tensors: ``group["params"]`` at the time of the step.
+        wanted: requirements of the rule and the sharding mode.
         agreed: a text that must be the same on all ranks, with a line for each parameter.
 
     Raises:
-        LayoutError: on all ranks, if any of them cannot read its layout or has another plan or text.
+        LayoutError: see `bind`; and on all ranks, if any slice does not hold its weights, or any rank has another plan or
+            text.
     """
     binding = bind(parameters, [route.name for route in routes], tensors)
     found = [routes[index] for index in binding.indices]
@@ -143,7 +154,7 @@ class _Planner:
 
 
 def matrices_of(routes: Sequence[Routed]) -> Iterator[Matrix]:
-    """The matrices of a matrix rule; for an elementwise rule each parameter as one row."""
+    """Yield the matrices of ``routes`` in order; a parameter of an elementwise rule counts as a matrix of a single row."""
     for index, route in enumerate(routes):
         if not route.matrices:
             yield Matrix(index, 0, 1, route.numel)

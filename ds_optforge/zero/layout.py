@@ -1,4 +1,4 @@
-"""Reads where DeepSpeed's ZeRO put each parameter. Only this file and `engine` know DeepSpeed's internals.
+"""Reads the place of each parameter in DeepSpeed's ZeRO. Only this file and `engine` know DeepSpeed's internals.
 
 Everything is read from the model's parameters, which DeepSpeed annotates when the engine is built. Tested with DeepSpeed
 0.19.8; setup.cfg states the supported range. A missing attribute is a `LayoutError` that names it.
@@ -18,24 +18,25 @@ SUPPORTED_DEEPSPEED = ">=0.19.8,<0.20"
 
 
 class LayoutError(RuntimeError):
-    """The place of a parameter inside ZeRO's slices cannot be read, or does not agree between ranks."""
+    """A place of a parameter inside ZeRO's slices that cannot be read, or that differs between ranks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
-    """Where the parameters behind one call of ``step()`` lie.
+    """Places of the parameters behind one call of ``step()``.
 
     Attributes:
-        indices: which of the group's parameters these are, in the order in which they lie in the slices.
+        indices: numbers of these parameters in the group, in the order in which they lie in the slices.
         cuts: one per entry of ``indices``.
-        world_size, rank: within ``process_group``.
-        process_group: the ranks that share these parameters; None when every rank holds all of them.
-        device: where the model's weights live, and matrices are orthogonalized.
-        keeps_gradients: DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
-        gradient_buffer: (buffer, start, numel) of which the same is true (ZeRO-3). The buffer itself, not a view: its
-            storage changes when engine states are offloaded.
-        problem: what is wrong with this rank's slice. Reported by `require_agreement`, since healthy ranks would wait
-            for this one.
+        world_size: number of ranks in ``process_group``.
+        rank: this rank within ``process_group``.
+        process_group: the ranks over which these parameters are cut; None when every rank holds all of them.
+        device: of the model's weights, on which matrices are orthogonalized.
+        keeps_gradients: whether DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
+        gradient_buffer: (buffer, start, numel) of a range that DeepSpeed refills in the same way (ZeRO-3). It is the buffer
+            itself, not a view: its storage changes when engine states are offloaded.
+        problem: description of a fault in this rank's slice, or "". `require_agreement` reports it, since healthy ranks
+            would wait for this one.
     """
 
     indices: tuple[int, ...]
@@ -49,9 +50,12 @@ class Binding:
     problem: str = ""
 
     def discard_left_overs(self, slices: Sequence[Tensor]) -> None:
-        """Clear the gradients that are not finite, which a step that DeepSpeed skipped for its overflow left behind.
+        """Clear non-finite gradients that a step left behind which DeepSpeed skipped because of an overflow.
 
-        (DeepSpeed looks for an overflow in the gradients that arrived, so nothing else that is not finite gets here.)
+        (DeepSpeed looks for an overflow in the gradients that arrived, so no other non-finite values get here.)
+
+        Args:
+            slices: the tensors being stepped; the values of their ``.grad`` may be changed.
         """
         if self.keeps_gradients:
             for tensor in slices:
@@ -61,8 +65,11 @@ class Binding:
     def clear_spent_gradients(self, slices: Sequence[Tensor]) -> None:
         """Zero the gradients that DeepSpeed keeps, after the step has used them.
 
-        Otherwise a parameter that gets no gradient (an idle expert, a skipped layer) would be stepped again with the one
-        of an earlier step: that is what ZeRO-3 and CPU offload hand to every optimizer, and not what ZeRO-1/2 do.
+        Otherwise a parameter that gets no gradient (an idle expert, a skipped layer) would be stepped again with the
+        gradient of an earlier step: ZeRO-3 and CPU offload hand that to every optimizer, ZeRO-1/2 do not.
+
+        Args:
+            slices: the tensors that were stepped.
         """
         if self.keeps_gradients:
             for tensor in slices:
@@ -74,24 +81,27 @@ class Binding:
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The parameter's shape, also where ZeRO-3 has emptied or flattened it."""
+    """Return the parameter's shape, even if ZeRO-3 has emptied or flattened it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def expert_group_name(parameter: Tensor) -> str:
-    """The name of the expert-parallel group of a DeepSpeed MoE expert's parameter; "" for every other parameter.
+    """Return the name of the expert-parallel group of a DeepSpeed MoE expert's parameter; "" for every other parameter.
 
     Experts need parameter groups of their own, with this name: they are partitioned over another process group.
+
+    Raises:
+        LayoutError: an expert's parameter without that name.
     """
     return "" if getattr(parameter, "allreduce", True) else str(require_attribute(parameter, "group_name"))
 
 
 def bind(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
-    """Find the place of a group's parameters in the tensors that DeepSpeed wants stepped.
+    """Find the places of a group's parameters in the tensors that DeepSpeed wants stepped.
 
     Args:
         parameters: the model's parameters of the group, as given to the optimizer.
-        names: theirs, for messages.
+        names: of these parameters, for messages.
         slices: ``group["params"]`` at the time of the step: one flat slice (ZeRO), or one tensor per parameter.
 
     Raises:
@@ -107,7 +117,7 @@ def bind(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Te
 
 
 def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
-    """Plain PyTorch and stage 0: a tensor per parameter (in fp16/bf16, DeepSpeed's fp32 clone of it), in the same order."""
+    """Bind in plain PyTorch and stage 0: one tensor per parameter (in fp16/bf16 DeepSpeed's fp32 clone), in the same order."""
     if len(parameters) != len(slices) or any(p.shape != s.shape for p, s in zip(parameters, slices, strict=False)):
         raise LayoutError(
             f"{names[0]}: the optimizer steps {len(slices)} tensor(s) in place of {len(parameters)} parameter(s), and the "
@@ -124,11 +134,11 @@ def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices:
 
 
 def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
-    """ZeRO-1, ZeRO-2 and BF16_Optimizer: the weights are views of one flat buffer, cut evenly over the ranks.
+    """Bind under ZeRO-1, ZeRO-2 and BF16_Optimizer: the weights are views of one flat buffer, cut evenly over the ranks.
 
-    A weight's storage offset is its place in that buffer, whatever reordered or padded it. (The addresses that DeepSpeed
-    records in `_hp_mapping` ignore the reordering of round_robin_gradients.) Every fragment that this rank holds is checked
-    against the weight's values.
+    A weight's storage offset is its place in that buffer, even if parameters were reordered or padded. (The addresses that
+    DeepSpeed records in `_hp_mapping` ignore the reordering of round_robin_gradients.) Every range of a parameter that this
+    rank holds is checked against the weight's values.
     """
     tensor = _only(slices)
     size = tensor.numel()
@@ -151,7 +161,7 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
 
 
 def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, tensor: Tensor) -> str:
-    """What is wrong if this rank's fragment does not hold the weight's values, else ""."""
+    """Compare the elements that this rank holds of a parameter with the weight's values; return the problem, or ""."""
     low, high = max(cut.base, rank * cut.size), min(cut.base + parameter.numel(), (rank + 1) * cut.size)
     if low >= high:
         return ""
@@ -166,7 +176,7 @@ def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, tensor: Ten
 
 
 def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Binding:
-    """ZeRO-3: each parameter is cut evenly over the ranks; a sub-group's slice is its parameters' partitions in a row."""
+    """Bind under ZeRO-3: each parameter is cut evenly over the ranks, and a slice is a sub-group's partitions in a row."""
     tensor = _only(slices)
     zero = require_attribute(parameters[0], "_z3_optimizer")
     _refuse_hidden_slices(zero)
@@ -223,7 +233,15 @@ def _only(slices: Sequence[Tensor]) -> Tensor:
 
 
 def require_attribute(owner: Any, attribute: str) -> Any:
-    """An attribute that DeepSpeed has; LayoutError, with the versions that are known, where it has not."""
+    """Return an attribute of one of DeepSpeed's objects.
+
+    Args:
+        owner: the object.
+        attribute: name of the attribute.
+
+    Raises:
+        LayoutError: the object lacks it; the message names the supported versions of DeepSpeed and the one found.
+    """
     try:
         return getattr(owner, attribute)
     except AttributeError:

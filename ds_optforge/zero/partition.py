@@ -1,4 +1,4 @@
-"""What ZeRO's cuts make of matrices. Pure Python on integers: no tensors, no process groups.
+"""Matrices, ZeRO's cuts and the fragments they make. Pure Python on integers: no tensors, no process groups.
 
 A parameter is row-major, so every matrix is a contiguous range of the flattened parameter, and ZeRO's cuts turn it into
 contiguous fragments.
@@ -14,22 +14,27 @@ Per: TypeAlias = Literal["row", "matrix"]  # output row
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Elements, rows or values [start, start + numel) of what the field that holds the range names."""
+    """The half-open range [start, start + numel) of elements, rows or values; the field that holds it says of what."""
 
     start: int
     numel: int
 
     @property
     def end(self) -> int:
-        """The first one behind the range."""
+        """The first number behind the range."""
         return self.start + self.numel
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One (rows, cols) matrix: elements [start, start + rows * cols) of the flattened parameter number ``parameter``.
+    """A (rows, cols) matrix: elements [start, start + rows * cols) of a flattened parameter.
 
-    ``transposed``: it is stored (in, out), so that its output rows are the columns.
+    Attributes:
+        parameter: number of the parameter in the layout.
+        start: of the matrix in the flattened parameter.
+        rows: stored rows.
+        cols: stored columns.
+        transposed: whether it is stored (in, out), so that its output rows are the columns.
     """
 
     parameter: int
@@ -40,41 +45,43 @@ class Matrix:
 
     @property
     def numel(self) -> int:
+        """Elements of the matrix."""
         return self.rows * self.cols
 
     @property
     def outputs(self) -> int:
+        """Number of output rows."""
         return self.cols if self.transposed else self.rows
 
     def outputs_in(self, elements: Range) -> Range:
-        """The output rows whose first element is one of these of the matrix."""
+        """Return the output rows whose first element is one of these ``elements`` of the matrix."""
         step = 1 if self.transposed else self.cols
         first, end = -(-elements.start // step), -(-elements.end // step)
         return Range(min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs))
 
     def values(self, per: Per) -> int:
-        """How many values a statistic or sum per output row, or per matrix, has."""
+        """Return the number of values of a statistic or sum ``per`` output row, or ``per`` matrix."""
         return self.outputs if per == "row" else 1
 
     def values_in(self, per: Per, elements: Range) -> Range:
-        """The values whose output row's, or matrix's, first element is one of these of the matrix."""
+        """Return the values (``per`` row or matrix) whose row's or matrix's first element is one of these ``elements``."""
         if per == "row":
             return self.outputs_in(elements)
         return Range(min(elements.start, 1), int(elements.start == 0 and elements.numel > 0))
 
     def rows_touched(self, elements: Range) -> Range:
-        """The stored rows that hold any of these elements of the matrix."""
+        """Return the stored rows that hold any of these ``elements`` of the matrix."""
         first = elements.start // self.cols
         return Range(first, -(-elements.end // self.cols) - first)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where ZeRO put one flattened parameter.
+    """ZeRO's cut of one flattened parameter, as three numbers.
 
     Element e lives on rank ``(base + e) // size``, at position ``offset + (base + e) % size`` of that rank's slice.
     ZeRO-1/2 cut the flat group (base: the parameter's position in it; size: the partition); ZeRO-3 cuts each parameter
-    (base 0; offset: its place in the slice); a replicated parameter is one piece (size: its numel).
+    (base 0; offset: its place in the slice); a replicated parameter is not cut (size: its numel).
     """
 
     base: int
@@ -84,7 +91,13 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A matrix's part in one rank's slice: elements ``within`` the matrix, at ``slice_start`` and following."""
+    """The part of a matrix in one rank's slice.
+
+    Attributes:
+        matrix: number of the matrix in the layout.
+        within: elements of the matrix.
+        slice_start: place of the first of them in the slice.
+    """
 
     matrix: int
     within: Range
@@ -98,10 +111,13 @@ class Fragment:
 
 @dataclass(frozen=True, slots=True)
 class PartitionLayout:
-    """Where every matrix of one optimizer group lies: the same object on every rank of the process group.
+    """Places of all matrices of one optimizer group: an equal object on every rank of the process group.
 
-    ``names`` and ``cuts`` are per parameter, in the order in which the parameters lie in the slices; ``matrices`` are
-    ordered likewise, so that a rank's fragments have increasing offsets.
+    Attributes:
+        world_size: number of ranks in the process group.
+        names: of the parameters, in the order in which they lie in the slices.
+        cuts: of the parameters, in the same order.
+        matrices: in the same order, so that a rank's fragments have increasing offsets.
     """
 
     world_size: int
@@ -110,14 +126,14 @@ class PartitionLayout:
     matrices: tuple[Matrix, ...]
 
     def holders(self, matrix: int) -> range:
-        """The ranks that hold at least one element of the matrix."""
+        """Return the ranks that hold at least one element of the matrix of that number."""
         found = self.matrices[matrix]
         cut = self.cuts[found.parameter]
         first = cut.base + found.start
         return range(first // cut.size, (first + found.numel - 1) // cut.size + 1)
 
     def fragment(self, matrix: int, rank: int) -> Fragment | None:
-        """The part of the matrix that ``rank`` holds; None if it holds nothing."""
+        """Return the fragment of ``matrix`` that ``rank`` holds; None if it holds nothing."""
         found = self.matrices[matrix]
         cut = self.cuts[found.parameter]
         begin = cut.base + found.start
@@ -128,23 +144,28 @@ class PartitionLayout:
         return Fragment(matrix, Range(low - begin, numel), cut.offset + low - rank * cut.size)
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
-        """All fragments of one rank, with increasing offsets."""
+        """Yield all fragments of ``rank``, with increasing offsets."""
         for matrix in range(len(self.matrices)):
             fragment = self.fragment(matrix, rank)
             if fragment is not None:
                 yield fragment
 
     def describe(self, matrix: int) -> str:
-        """One line about a matrix, for error messages."""
+        """Describe ``matrix`` in one line, for error messages."""
         found = self.matrices[matrix]
         return f"{self.names[found.parameter]}[{found.start}:{found.start + found.numel}] {found.rows}x{found.cols}"
 
 
 def cuts_of_group(numels: Sequence[int], world_size: int) -> tuple[list[Cut], int]:
-    """As ZeRO-1 and ZeRO-2 cut a parameter group: its flat buffer evenly over the ranks.
+    """Cut a parameter group as ZeRO-1 and ZeRO-2 do: its flat buffer evenly over the ranks.
 
-    Returns each parameter's cut and the elements of a rank's slice, padding included: DeepSpeed aligns the group to two
-    elements per rank.
+    Args:
+        numels: elements of each parameter, in the order of the flat buffer.
+        world_size: number of ranks.
+
+    Returns:
+        Each parameter's cut, and the elements of a rank's slice, padding included: DeepSpeed aligns the group to two
+        elements per rank.
     """
     *bases, numel = accumulate(numels, initial=0)
     size = 2 * -(-numel // (2 * world_size))
@@ -152,9 +173,14 @@ def cuts_of_group(numels: Sequence[int], world_size: int) -> tuple[list[Cut], in
 
 
 def cuts_of_parameters(numels: Sequence[int], world_size: int) -> tuple[list[Cut], int]:
-    """As ZeRO-3 cuts a sub-group: each parameter evenly over the ranks, its partitions in a row in a rank's slice.
+    """Cut a sub-group as ZeRO-3 does: each parameter evenly over the ranks, the partitions in a row in a rank's slice.
 
-    Returns each parameter's cut and the elements of a rank's slice, padding included.
+    Args:
+        numels: elements of each parameter, in the order of the sub-group.
+        world_size: number of ranks.
+
+    Returns:
+        Each parameter's cut, and the elements of a rank's slice, padding included.
     """
     sizes = [-(-numel // world_size) for numel in numels]
     *offsets, total = accumulate(sizes, initial=0)

@@ -1,6 +1,6 @@
-"""Where the parameters of one call of ``step()`` lie in its tensors, element by element, output row by output row.
+"""Places of parameters, and of their statistics, in the tensors of one call of ``step()`` on one rank.
 
-Pure Python on integers, and so a function of the layout alone: a step is cut by it, and a checkpoint names by it what the
+Pure Python on integers, and a function of the layout alone. A step is cut by it, and a checkpoint describes by it what the
 tensors hold, on every rank and without a model.
 """
 
@@ -14,7 +14,7 @@ from ds_optforge.zero.partition import Cut, Fragment, Matrix, PartitionLayout, P
 
 @dataclass(frozen=True, slots=True)
 class TensorRange:
-    """Elements ``within`` the tensor of that number."""
+    """Elements ``within`` the tensor number ``tensor`` of a call."""
 
     tensor: int
     within: Range
@@ -22,7 +22,7 @@ class TensorRange:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Elements ``within`` a flattened parameter, at ``tensor_start`` and following of the tensor of that number."""
+    """Elements or values ``within`` a flattened parameter, which lie in tensor number ``tensor`` from ``tensor_start`` on."""
 
     tensor: int
     tensor_start: int
@@ -36,14 +36,20 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One rank's view of a `PartitionLayout`. ``starts``: where each tensor begins, counted through all of them."""
+    """A `PartitionLayout` as seen by one rank, whose slice may consist of several tensors.
+
+    Attributes:
+        layout: of the group.
+        rank: this rank within the process group.
+        starts: first element of each tensor, counted through all of them.
+    """
 
     layout: PartitionLayout
     rank: int
     starts: tuple[int, ...]
 
     def place(self, offset: int) -> tuple[int, int]:
-        """(tensor, offset in it) of an offset that counts through all tensors."""
+        """Turn an ``offset`` that counts through all tensors into (tensor, offset in it)."""
         tensor = bisect_right(self.starts, offset) - 1
         return tensor, offset - self.starts[tensor]
 
@@ -53,11 +59,11 @@ class Placement:
         return TensorRange(tensor, Range(start, fragment.numel))
 
     def numel(self, parameter: int) -> int:
-        """Elements of a parameter, which its matrices cover."""
+        """Return the elements of ``parameter``, which its matrices cover."""
         return sum(self.layout.matrices[index].numel for index in self.matrices_of(parameter))
 
     def held(self, parameter: int) -> Held | None:
-        """What this rank holds of a parameter, which is one range; None if it holds nothing."""
+        """Return the one range of ``parameter`` that this rank holds; None if it holds nothing."""
         cut = self.layout.cuts[parameter]
         low = max(cut.base, self.rank * cut.size)
         numel = min(cut.base + self.numel(parameter), (self.rank + 1) * cut.size) - low
@@ -66,7 +72,7 @@ class Placement:
         return Held(*self.place(cut.offset + low - self.rank * cut.size), Range(low - cut.base, numel))
 
     def held_fragments(self) -> list[list[Held]]:
-        """The fragments in each tensor."""
+        """Return, for each tensor, the fragments in it, as ranges of their parameters."""
         held: list[list[Held]] = [[] for _ in self.starts]
         for fragment in self.layout.fragments(self.rank):
             tensor, start = self.place(fragment.slice_start)
@@ -75,7 +81,14 @@ class Placement:
         return held
 
     def value_places(self, per: Per) -> dict[int, TensorRange]:
-        """By held matrix, the values of a statistic in a tensor's buffer of it."""
+        """Return the place of each held matrix's values of a statistic, by the number of the matrix.
+
+        Args:
+            per: what the statistic has a value for.
+
+        Returns:
+            Ranges of the vector that holds the statistic's values of one tensor.
+        """
         filled = [0] * len(self.starts)
         places = {}
         for fragment in self.layout.fragments(self.rank):
@@ -86,18 +99,27 @@ class Placement:
         return places
 
     def value_counts(self, per: Per) -> list[int]:
-        """Values of a statistic that are kept with each tensor."""
+        """Return the number of values of a statistic, ``per`` row or matrix, that are kept with each tensor."""
         counts = [0] * len(self.starts)
         for place in self.value_places(per).values():
             counts[place.tensor] += place.within.numel
         return counts
 
     def values(self, parameter: int, per: Per) -> int:
-        """Values of a statistic for all of a parameter's matrices."""
+        """Return the number of values of a statistic, ``per`` row or matrix, for all matrices of ``parameter``."""
         return sum(self.layout.matrices[index].values(per) for index in self.matrices_of(parameter))
 
     def held_values(self, parameter: int, per: Per, places: Mapping[int, TensorRange]) -> Held | None:
-        """What this rank keeps of a parameter's statistic, counted through its matrices. ``places``: `value_places`."""
+        """Return the one range of a parameter's statistic that this rank keeps; None if it keeps nothing.
+
+        Args:
+            parameter: number of the parameter.
+            per: what the statistic has a value for.
+            places: what `value_places` returned for the same ``per``.
+
+        Returns:
+            A range of the parameter's values, counted through its matrices.
+        """
         before, found = 0, []
         for index in self.matrices_of(parameter):
             matrix = self.layout.matrices[index]
@@ -112,13 +134,13 @@ class Placement:
         return Held(place.tensor, place.within.start, Range(start, sum(numel for *_, numel in found)))
 
     def matrices_of(self, parameter: int) -> range:
-        """The numbers of a parameter's matrices, which follow each other."""
+        """Return the numbers of the matrices of ``parameter``, which follow each other."""
         matrices = self.layout.matrices
         first = bisect_left(matrices, parameter, key=lambda matrix: matrix.parameter)
         return range(first, bisect_right(matrices, parameter, lo=first, key=lambda matrix: matrix.parameter))
 
     def to_plain(self) -> dict[str, Any]:
-        """As numbers, strings, lists and dicts, for a checkpoint. `from_plain` reads it."""
+        """Return numbers, strings, lists and dicts for a checkpoint, which `from_plain` reads."""
         layout = self.layout
         return {
             "rank": self.rank,
@@ -131,7 +153,12 @@ class Placement:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Placement":
-        """Raises KeyError or TypeError for what `to_plain` did not write."""
+        """Make a placement from what `to_plain` returned.
+
+        Raises:
+            KeyError: a key that `to_plain` writes is missing.
+            TypeError: a cut or a matrix has other fields.
+        """
         cuts: Sequence[Cut] = [Cut(**cut) for cut in plain["cuts"]]
         matrices = [Matrix(**matrix) for matrix in plain["matrices"]]
         layout = PartitionLayout(plain["world_size"], tuple(plain["names"]), tuple(cuts), tuple(matrices))

@@ -1,6 +1,6 @@
-"""Who orthogonalizes which matrix, and in which order matrices travel. Pure Python on integers: no tensors, no groups.
+"""Chooses the owner of each matrix and the order in which matrices travel. Pure Python on integers: no tensors, no groups.
 
-Everything here is a deterministic function of the `PartitionLayout`, so ranks never have to agree on a plan by talking.
+Everything here is a deterministic function of the `PartitionLayout`, so that every rank makes the same plan by itself.
 """
 
 import hashlib
@@ -13,19 +13,25 @@ from itertools import chain, pairwise
 from ds_optforge.zero.partition import Matrix, PartitionLayout
 
 # Three exchanges are under way at a time: one returns and one is collected, with a send and a receive buffer each, and one
-# is in work, in its receive buffer. They are to fit into two buckets of two buffers.
+# is orthogonalized in its receive buffer. These five buffers are to fit into the four of two buckets.
 _BUFFERS, _BUFFERS_UNDER_WAY = 4, 5
 
-# What does not travel needs no large buckets: smaller ones stay in memory that the processor has at hand.
-_LOCAL_PART = 16
+# Buckets that do not travel gain nothing from size: smaller ones stay in the processor's cache.
+_LOCAL_DIVISOR = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangePlan:
-    """Which rank orthogonalizes each matrix, and in which buckets matrices travel.
+    """Owners of matrices, and the exchanges in which matrices travel.
 
-    ``exchanges`` are tuples of straddling matrices: one pair of collectives each, the same on every rank.
-    A matrix that lies whole on one rank is owned by it and never travels. ``fingerprint`` identifies layout and plan.
+    A matrix that lies whole on one rank is owned by it and never travels.
+
+    Attributes:
+        layout: of the group.
+        owners: rank that orthogonalizes each matrix.
+        exchanges: tuples of straddling matrices: one pair of collectives each, the same on every rank.
+        bucket_numel: elements of one bucket per rank.
+        fingerprint: identifies layout and plan.
     """
 
     layout: PartitionLayout
@@ -37,21 +43,21 @@ class ExchangePlan:
     @property
     def local_numel(self) -> int:
         """Elements of a bucket that does not travel; a larger matrix is a bucket of its own."""
-        return max(self.bucket_numel // _LOCAL_PART, 1)
+        return max(self.bucket_numel // _LOCAL_DIVISOR, 1)
 
 
 def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_numel: int) -> ExchangePlan:
-    """Choose owners and buckets.
+    """Choose owners and exchanges.
+
+    An owner holds a fragment of its matrix. If no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
+    load of a rank is the smallest possible, and ``bucket_numel`` bounds what each rank owns of an exchange. Otherwise
+    matrices go longest-processing-time first (Graham 1969) to the holder with the lowest load, and then matrices of equal
+    cost change owners so that ranks wait for each other as little as possible.
 
     Args:
         layout: of one group.
         cost: of orthogonalizing one matrix (FLOPs; any unit).
         bucket_numel: elements of one bucket per rank; an exchange holds at most world_size times 4/5 as many, or one matrix.
-
-    An owner holds a fragment of its matrix. Where no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
-    load of a rank is the smallest possible, and the bound holds for what each rank owns of an exchange. Elsewhere matrices go
-    longest-processing-time first to the lowest load, and then those of equal cost change owners so that ranks wait for each
-    other as little as possible.
     """
     holders = [layout.holders(matrix) for matrix in range(len(layout.matrices))]
     costs = [cost(matrix) for matrix in layout.matrices]
@@ -79,14 +85,20 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
 
 
 def split_evenly(indices: Sequence[int], matrices: Sequence[Matrix], limit: int) -> Iterator[tuple[int, ...]]:
-    """Cut ``indices`` into as few and as equal tuples as possible, of at most ``limit`` elements or one matrix each."""
+    """Cut a sequence of matrices into as few and as equal tuples as possible.
+
+    Args:
+        indices: numbers of the matrices.
+        matrices: all matrices of the layout.
+        limit: most elements of a tuple; a larger matrix is a tuple of its own.
+    """
     left = sum(matrices[index].numel for index in indices)
     taken: list[int] = []
     numel = 0
     for index in indices:
         size = matrices[index].numel
         count = -(-left // limit)  # of the tuples still to come
-        # Cut where half of the matrix or more would lie beyond an equal share of what is left.
+        # Cut if half of the matrix or more would lie beyond an equal share of what is left.
         if taken and (numel + size > limit or (2 * numel + size) * count > 2 * left):
             yield tuple(taken)
             left -= numel
@@ -98,7 +110,7 @@ def split_evenly(indices: Sequence[int], matrices: Sequence[Matrix], limit: int)
 
 
 def _at_most_one_a_boundary(straddling: Sequence[int], holders: Sequence[range], load: Sequence[int]) -> bool:
-    """Whether one matrix at most crosses each boundary between two ranks, and a rank in the middle of one has nothing else."""
+    """Whether at most one matrix crosses each rank boundary, and a rank in the middle of a matrix holds nothing else."""
     return all(holders[left][-1] <= holders[right][0] for left, right in pairwise(straddling)) and not any(
         load[rank] for matrix in straddling for rank in holders[matrix][1:-1]
     )
@@ -110,14 +122,14 @@ def _own_straddling(
     """Minimize the largest load, given at most one straddling matrix per boundary; writes ``owners`` and adds to ``load``."""
     pairs = []
     for matrix in straddling:
-        if len(holders[matrix]) > 2:  # whoever is in the middle has nothing else to do
+        if len(holders[matrix]) > 2:  # a rank in the middle has nothing else to do
             owners[matrix] = holders[matrix][1]
             load[owners[matrix]] += costs[matrix]
         else:
             pairs.append(matrix)
 
     def lean_left(limit: int) -> list[int] | None:
-        """The owners if every load can be at most ``limit``: whatever still fits on the left leaves more room on the right."""
+        """Return owners with no load above ``limit``, or None: what still fits on the left leaves more room on the right."""
         given, chosen = load.copy(), []
         for matrix in pairs:
             left, right = holders[matrix]
@@ -140,9 +152,9 @@ def _own_straddling(
 def _one_or_two_exchanges(
     straddling: Sequence[int], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
 ) -> list[tuple[int, ...]]:
-    """All in one exchange, but for the second of a rank's two matrices where both together have more than ``limit`` elements.
+    """Put all matrices into one exchange, but a rank's second one into another if both have more than ``limit`` elements.
 
-    More exchanges would save no rank any workspace, and make ranks wait that have a part in few of them.
+    More exchanges would save no rank any workspace, and would make ranks wait that take part in few of them.
     """
     owned: Counter[int] = Counter()
     exchanges: tuple[list[int], list[int]] = ([], [])
@@ -157,10 +169,11 @@ def _one_or_two_exchanges(
 def _own_longest_first(
     straddling: Sequence[int], holders: Sequence[range], costs: Sequence[int], owners: list[int], load: list[int]
 ) -> None:
-    """Longest processing time first, to the holder with the lowest load; writes ``owners`` and adds to ``load``."""
+    """Assign matrices, costliest first, to the holder with the lowest load; writes ``owners`` and adds to ``load``."""
     everyone = range(len(load))
     bits = len(everyone).bit_length()
-    # Of equal ranks those come first that are far apart: who got a large matrix has neighbours to leave smaller ones to.
+    # Among ranks of equal load, distant ones come first: a rank with a large matrix then has idle neighbours that can take
+    # smaller ones.
     order = [int(f"{rank:0{bits}b}"[::-1], 2) for rank in everyone]
     heap = [(load[rank], order[rank], rank) for rank in everyone]
     heapq.heapify(heap)
@@ -176,10 +189,18 @@ def _own_longest_first(
 
 
 class Clocks:
-    """When each rank is through with its orthogonalizations, in units of their cost, if nothing else took time.
+    """Simulated times at which ranks finish their orthogonalizations, in units of cost, if nothing else took time.
 
     collect(k + 1) is issued before bucket k is computed and give_back(k) awaited after bucket k + 1, so that bucket k
     begins on no rank before all have computed bucket k - 2. A rank's local matrices are spread evenly between the exchanges.
+
+    Args:
+        local: cost of each rank's local matrices.
+        exchanges: number of exchanges.
+
+    Attributes:
+        of_rank: time at which each rank finishes what has been added so far.
+        end: the latest of them.
     """
 
     def __init__(self, local: Sequence[int], exchanges: int) -> None:
@@ -191,17 +212,17 @@ class Clocks:
         self._ends = [0, 0]
 
     def begin_exchange(self) -> None:
-        """All work of the exchanges before has been added."""
+        """Begin the next exchange, after all matrices of the earlier ones have been added."""
         self._add_local()
         self._ends = [self._ends[1], self.end]
 
     def add(self, rank: int, cost: int) -> None:
-        """``rank`` computes a matrix of the current exchange."""
+        """Let ``rank`` compute a matrix of that ``cost`` in the current exchange."""
         self.of_rank[rank] = max(self.of_rank[rank], self._ends[0]) + cost
         self.end = max(self.end, self.of_rank[rank])
 
     def finish(self) -> int:
-        """When the last rank is through with everything."""
+        """Add the remaining local matrices, and return the time at which the last rank finishes."""
         self._add_local()
         return self.end
 
@@ -214,9 +235,10 @@ class Clocks:
 def _swap_equals(
     exchanges: Sequence[Sequence[int]], holders: Sequence[range], costs: Sequence[int], owners: list[int], clocks: Clocks
 ) -> None:
-    """Deal the matrices out again by the clock, each rank as many of each cost and each set of holders as before.
+    """Reassign matrices of equal cost and equal holders to the rank that is free first; writes ``owners``.
 
-    So loads stay as balanced as over all buckets at once, and each bucket is as balanced as that allows.
+    Each rank keeps its number of matrices of each kind, so that loads stay balanced as over all exchanges together, and
+    each exchange becomes as balanced as that allows.
     """
     kinds: dict[int, tuple[int, range]] = {}
     room: dict[tuple[int, range], Counter[int]] = {}
@@ -240,7 +262,7 @@ def _swap_equals(
 def _bounded(
     exchanges: Sequence[tuple[int, ...]], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
 ) -> Iterator[tuple[int, ...]]:
-    """Cut exchanges where a rank would own more than ``limit`` elements, or twice the largest matrix if that is more.
+    """Cut exchanges so that no rank owns more than ``limit`` elements of one, or twice the largest matrix if that is more.
 
     (A cut between two large matrices of one rank would make all others wait for the first one.)
     """
@@ -259,7 +281,7 @@ def _bounded(
 
 
 def _earliest(heap: list[tuple[int, int, int]], room: Counter[int], clock: Sequence[int], left: Sequence[int]) -> int:
-    """The rank with room whose clock is lowest, then with the most work left; takes one from its room."""
+    """Choose the rank with room that is free first, or of those the one with the most work left; takes one from its room."""
     while True:
         rank = heap[0][2]
         now = (clock[rank], -left[rank], rank)
@@ -273,9 +295,13 @@ def _earliest(heap: list[tuple[int, int, int]], room: Counter[int], clock: Seque
 
 
 def critical_path(plan: ExchangePlan, cost: Callable[[Matrix], int]) -> int:
-    """When the last rank is through, in units of ``cost``, waiting for others included: see `Clocks`.
+    """Return the time at which the last rank finishes, waiting for others included: see `Clocks`.
 
-    Never less than the largest load of a rank; traffic and everything elementwise take no time here.
+    It is never less than the largest load of a rank. Traffic and everything elementwise take no time here.
+
+    Args:
+        plan: of the group.
+        cost: of orthogonalizing one matrix, in any unit; the result has the same unit.
     """
     layout = plan.layout
     travelling = set(chain.from_iterable(plan.exchanges))
