@@ -1,4 +1,4 @@
-"""What compact state costs: losses after the same steps with float32, bfloat16 and 8-bit state, and bytes per parameter.
+"""Measure the cost of compact state: losses after the same steps with float32, bfloat16 and 8-bit state, and its bytes.
 
     python benchmarks/state_formats.py [--steps 200] [--rules muon adamw] [--out DIR]
 
@@ -31,7 +31,7 @@ FORMATS = ("float32", "bfloat16", "8bit")
 
 
 def main() -> None:
-    """Train every rule with every format."""
+    """Train every rule with every format, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["muon", "adamw"])
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(rule: str, form: str, corpus: Corpus, steps: int) -> dict[str, Any]:
-    """One run from scratch."""
+    """Train one rule from scratch with state in one format; return its row of the table."""
     torch.manual_seed(0)
     model = build_model("tiny", LENGTH)
     optimizer = ds_optforge.build_optimizer(model, {**RULES[rule], "state_dtype": form})

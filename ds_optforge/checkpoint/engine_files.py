@@ -22,7 +22,7 @@ _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
 
 @dataclass(slots=True, eq=False)
 class Found:
-    """Everything that was read so far, from which the portable checkpoint is written.
+    """The content of the files read so far, from which the portable checkpoint is written.
 
     Attributes:
         chunks: chunks of flat logical tensors, of all ranks; the same chunk may come twice.

@@ -200,7 +200,7 @@ class _Walk:
         return "discard", by
 
     def final(self, first: Mapping[str, Any], last: Mapping[str, Any], winners: Sequence[Experiment]) -> list[Row]:
-        """Run the first baseline and the combination with other seeds, because the seeds that chose the winners flatter them."""
+        """Run the first baseline and the combination with other seeds: those that chose the winners would flatter them."""
         seeds = self.sweep.settings.seeds
         fresh = [max(seeds) + 1 + index for index in range(len(seeds))]
         before, after = self._launch(((BASELINE, first), (COMBINED, last)), fresh)
