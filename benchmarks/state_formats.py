@@ -1,6 +1,6 @@
 """Measure the cost of compact state: losses after the same steps with float32, bfloat16 and 8-bit state, and its bytes.
 
-    python benchmarks/state_formats.py [--steps 200] [--rules muon adamw] [--out DIR]
+    python benchmarks/state_formats.py [--steps 200] [--rules muon adamw] [--lr LR] [--out DIR]
 
 One process, the tiny byte GPT; the same weights, batches and learning rates for every format. Prints a table; writes
 state_formats.json.
@@ -17,16 +17,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 import ds_optforge
+from ds_optforge.rules import rule_names, rule_settings
 from workload import Corpus, build_model, load_corpus
 
 BATCH, LENGTH, WINDOWS = 16, 128, 256
-RULES: dict[str, dict[str, Any]] = {
-    "muon": {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.003}},
-    "normuon": {"name": "normuon", "lr": 0.02, "adamw": {"lr": 0.003}},
-    "adamw": {"name": "adamw", "lr": 0.002},
-    "lion": {"name": "lion", "lr": 0.001},
-    "schedule_free_adamw": {"name": "schedule_free_adamw", "lr": 0.005, "warmup_steps": 20},
-}
 FORMATS = ("float32", "bfloat16", "8bit")
 
 
@@ -34,13 +28,15 @@ def main() -> None:
     """Train every rule with every format, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=["muon", "adamw"])
+    parser.add_argument("--rules", nargs="+", choices=rule_names(), default=["muon", "adamw"])
+    parser.add_argument("--lr", type=float, help="learning rate; default: each rule's own")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
     corpus = load_corpus(None)
+    rate = {} if args.lr is None else {"lr": args.lr}
     rows = []
     for rule in args.rules:
-        runs = [measure(rule, form, corpus, args.steps) for form in FORMATS]
+        runs = [measure({"name": rule, "state_dtype": form, **rate}, corpus, args.steps) for form in FORMATS]
         rows += [{**run, "against_float32": run["validation_loss"] / runs[0]["validation_loss"] - 1} for run in runs]
     table = Table("rule", "state", "validation loss", "against float32", "state bytes per parameter")
     for row in rows:
@@ -51,11 +47,17 @@ def main() -> None:
     (args.out / "state_formats.json").write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=2))
 
 
-def measure(rule: str, form: str, corpus: Corpus, steps: int) -> dict[str, Any]:
-    """Train one rule from scratch with state in one format; return its row of the table."""
+def measure(params: dict[str, Any], corpus: Corpus, steps: int) -> dict[str, Any]:
+    """Train from scratch with an optimizer of ``params``; return its row of the table.
+
+    AdamW's parameters beside a matrix rule have a learning rate of their own.
+    """
+    rule, form = params["name"], params["state_dtype"]
+    settings = rule_settings(rule)
+    beside = {"adamw": {"lr": 0.003}} if settings and settings.needs_matrix() else {}
     torch.manual_seed(0)
     model = build_model("tiny", LENGTH)
-    optimizer = ds_optforge.build_optimizer(model, {**RULES[rule], "state_dtype": form})
+    optimizer = ds_optforge.build_optimizer(model, {**beside, **params})
     for step in tqdm(range(steps), desc=f"{rule}, {form}"):
         loss = model(*corpus.batch(step, 0, BATCH, LENGTH))
         loss.backward()

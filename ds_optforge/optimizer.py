@@ -78,9 +78,9 @@ class OptForge(torch.optim.Optimizer):
                 loss = closure()
         steps = [self._group_step(group) for group in self.param_groups if group["params"]]
         for step in steps:
-            step.check()
+            step.check_gradients()
         for step in steps:
-            step.run()
+            step.update_group()
         return loss
 
     def _group_step(self, group: dict[str, Any]) -> GroupStep:

@@ -1,9 +1,12 @@
 """Models that are nothing but their weights, and gradients for them. Shared by the tests of rules, state and matrices."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ds_optforge import build_optimizer
 
 
 def matrix(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,3 +34,13 @@ def set_gradients(parameters: Iterable[nn.Parameter], seed: int) -> None:
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def bytes_per_parameter(config: Mapping[str, Any]) -> float:
+    """Of everything that one step leaves in the optimizer's state, where matrices have about 600 elements a row."""
+    model = linears(*(matrix(512, 512, seed=seed) for seed in range(2)), matrix(384, 1024))
+    optimizer = build_optimizer(model, config)
+    set_gradients(model.parameters(), 0)
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / sum(p.numel() for p in model.parameters())

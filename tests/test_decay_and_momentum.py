@@ -10,23 +10,26 @@ from torch import Tensor, nn
 
 from ds_optforge import ConfigError, OptForge, build_optimizer, build_scheduler
 from ds_optforge.optimizer import groups_of
+from ds_optforge.rules import DecaySettings, rule_names
+from ds_optforge.testing.params import settings_of, usual
 from tests.layers import linears, matrix, set_gradients
 from tests.oracles import EXACT
 
 F64 = torch.float64
 LR, DECAY, STEPS = 0.02, 0.5, 10
-RULES: dict[str, dict[str, Any]] = {
-    "adamw": {"name": "adamw"},
-    "lion": {"name": "lion"},
-    "muon": {"name": "muon", **EXACT},
-    "normuon": {"name": "normuon", **EXACT},
-}
+RULES = [name for name in rule_names() if issubclass(settings_of(name), DecaySettings)]
+WARMING_UP = [name for name in rule_names() if "momentum_warmup" in settings_of(name).model_fields]
+
+
+def params_of(rule: str) -> dict[str, Any]:
+    """Without any bfloat16, and without decay."""
+    return {**usual(rule), "weight_decay": 0.0}
 
 
 def trajectory(rule: str, **settings: Any) -> list[Tensor]:
     """The weight before and after each step, given the same gradients whatever it is."""
     model = linears(0.3 * matrix(24, 40, dtype=F64))
-    optimizer = build_optimizer(model, {"lr": LR, **RULES[rule], **settings})
+    optimizer = build_optimizer(model, {**params_of(rule), "lr": LR, **settings})
     seen = [model[0].weight.detach().clone()]
     for step in range(STEPS):
         set_gradients(model.parameters(), step)
@@ -222,7 +225,7 @@ def momenta(config: dict[str, Any], steps: int) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("rule", ["muon", "normuon"])
+@pytest.mark.parametrize("rule", WARMING_UP)
 def test_momentum_rises_linearly_and_stays(rule: str) -> None:
     """From 0.5 in the first step to 0.9 after four."""
     found = momenta({"name": rule, "momentum": 0.9, "momentum_warmup": {"from": 0.5, "steps": 4}}, steps=7)

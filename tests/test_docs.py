@@ -1,4 +1,4 @@
-"""The generated tables of docs/optimizers.md are those of the code; what docs/lr_transfer.md measured is what it says."""
+"""What docs/field_tables.py makes is what the pages hold; what docs/lr_transfer.md measured is what it says."""
 
 import json
 import re
@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from ds_optforge import build_optimizer
-from ds_optforge.rules import rule_names
+from ds_optforge.rules import RuleSettings
+from tests.layers import linears, matrix, set_gradients
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "optimizers.md").read_text(encoding="utf-8")
 GENERATOR: dict[str, Any] = runpy.run_path(str(DOCS / "field_tables.py"))
 MADE: dict[str, str] = GENERATOR["tables"]()
+RULES: dict[str, type[RuleSettings]] = GENERATOR["RULES"]
 STALE = "stale: run `python docs/field_tables.py`"
 
 
@@ -24,10 +26,10 @@ def numbers(text: str) -> list[float]:
 
 
 def test_the_page_has_every_table() -> None:
-    assert set(GENERATOR["committed"](PAGE)) == set(MADE)
+    assert set(GENERATOR["committed"](PAGE)) == set(MADE) - {"rule_names"}
 
 
-@pytest.mark.parametrize("name", [name for name in MADE if name != "coefficients"])
+@pytest.mark.parametrize("name", [name for name in MADE if name not in ("coefficients", "rule_names")])
 def test_fields_and_defaults_are_those_of_the_models(name: str) -> None:
     assert GENERATOR["committed"](PAGE)[name] == MADE[name], STALE
 
@@ -45,10 +47,45 @@ def test_a_changed_default_would_be_noticed() -> None:
     assert GENERATOR["rewritten"](changed).count("| `beta2` | `0.95` |") == 1
 
 
-@pytest.mark.parametrize("name", rule_names())
+@pytest.mark.parametrize("name", RULES)
 def test_every_rule_has_its_section_and_its_line(name: str) -> None:
     assert f"\n## {name}\n" in PAGE
     assert f"\n| `{name}` | " in PAGE
+
+
+@pytest.mark.parametrize("page", GENERATOR["LISTS"], ids=lambda path: path.name)
+def test_the_front_pages_name_all_rules(page: Path) -> None:
+    committed = GENERATOR["committed"](page.read_text(encoding="utf-8"))
+    assert committed == {"rule_names": MADE["rule_names"]}, STALE
+    assert all(f"`{name}`" in committed["rule_names"] for name in RULES)
+
+
+def state_of_row(name: str) -> tuple[dict[str, float], list[str]]:
+    """Of the table's row: bytes per parameter by state format, and what is kept beside it."""
+    (row,) = (line.split(" | ") for line in MADE["rules"].splitlines() if line.startswith(f"| `{name}` |"))
+    elementwise, *kept = row[2].split(", and ")
+    default = str(RULES[name].model_fields["state_dtype"].default)
+    formats = ["float32", "bfloat16", "8bit"] if default == "float32" else [default]
+    return dict(zip(formats, map(float, elementwise.split(" / ")), strict=True)), kept
+
+
+@pytest.mark.parametrize(("name", "state_dtype"), [(name, each) for name in RULES for each in state_of_row(name)[0]])
+def test_the_bytes_of_state_are_those_that_are_allocated(name: str, state_dtype: str) -> None:
+    """0.005: two digits. What is kept per row is counted apart."""
+    formats, kept = state_of_row(name)
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    slow = {"betas": [0.9, 0.99]} if "betas" in RULES[name].model_fields else {}  # bfloat16 takes no slower ones
+    model = linears(matrix(64, 256))
+    optimizer = build_optimizer(model, {"name": name, "state_dtype": state_dtype, **slow})
+    set_gradients(model.parameters(), 0)
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+    of_rows = {key for key, value in tensors.items() if value.numel() == 64 and not key.endswith("_absmax")}
+    found = sum(value.numel() * value.element_size() for key, value in tensors.items() if key not in of_rows)
+    assert found / (64 * 256) == pytest.approx(formats[state_dtype], abs=0.005)
+    assert kept == ["4 per row"] * len(of_rows)
 
 
 @pytest.mark.promise("lr-transfer")

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer, explain
+from ds_optforge.rules import rule_names
+from ds_optforge.rules.muon import MuonSettings
+from ds_optforge.testing.params import settings_of
 from tests.layers import linears, matrix
 from tests.oracles import EXACT, relative_error, table_rows
 
 CONFIG = {"lr": 0.02, "weight_decay": 0.3, "max_aspect_ratio": 100, **EXACT}  # rows alone are matrices too
-RULES = ["muon", "normuon"]
+RULES = [name for name in rule_names() if issubclass(settings_of(name), MuonSettings)]
 STEPS = 3
 
 

@@ -1,6 +1,8 @@
-"""State formats: what is kept of a value, where blocks lie, how many bytes it takes, and what a step needs beside them."""
+"""State formats: what is kept of a value, where blocks lie, and what a step needs beside them.
 
-import io
+How many bytes each rule takes is in its own test file; that every rule works with every format in test_conformance.py.
+"""
+
 import itertools
 import subprocess
 import sys
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ds_optforge import ConfigError, OptForge, build_optimizer
+from ds_optforge.rules import rule_names
 from ds_optforge.rules.base import Buffer
 from ds_optforge.state import BLOCK, EightBit, Plain, StateFormat, block_edges, dequantize, portions, recut
+from ds_optforge.testing.params import settings_of
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.placement import Held
 from tests.layers import linears, matrix, set_gradients
@@ -249,7 +253,7 @@ class TestWorkingMemory:
         assert peak_of(optimizer.step) < 0.8 * 4 * layer.weight.numel()
 
     @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
-    @pytest.mark.parametrize("name", ["muon", "normuon"])
+    @pytest.mark.parametrize("name", [name for name in rule_names() if settings_of(name).needs_matrix()])
     def test_more_matrices_need_no_more(self, name: str, state_dtype: str) -> None:
         """A bucket bounds it. 5%: the larger model's lists of flags."""
         peaks = []
@@ -261,50 +265,6 @@ class TestWorkingMemory:
             optimizer.step()
             peaks.append(peak_of(optimizer.step))
         assert peaks[1] < 1.05 * peaks[0]
-
-
-def bytes_per_parameter(config: dict[str, Any]) -> float:
-    """Of everything that one step leaves in the optimizer's state."""
-    model = linears(*(matrix(512, 512, seed=seed) for seed in range(2)), matrix(384, 1024))
-    optimizer = build_optimizer(model, config)
-    set_gradients(model.parameters(), 0)
-    optimizer.step()
-    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / sum(p.numel() for p in model.parameters())
-
-
-# One value of 4, 2 or 1 bytes a buffer; 4 bytes of scale for 256 8-bit values. Schedule-Free's z is a weight: 4 bytes.
-BYTES = {
-    ("muon", "float32"): 4.0,
-    ("muon", "bfloat16"): 2.0,
-    ("muon", "8bit"): 1.016,
-    ("normuon", "float32"): 4.007,  # 4 bytes for each row of about 600 elements
-    ("normuon", "bfloat16"): 2.007,
-    ("normuon", "8bit"): 1.022,
-    ("adamw", "float32"): 8.0,
-    ("adamw", "bfloat16"): 4.0,
-    ("adamw", "8bit"): 2.031,
-    ("adamw_8bit", "8bit"): 2.031,
-    ("lion", "float32"): 4.0,
-    ("lion", "bfloat16"): 2.0,
-    ("lion", "8bit"): 1.016,
-    ("schedule_free_adamw", "float32"): 8.0,
-    ("schedule_free_adamw", "bfloat16"): 6.0,
-    ("schedule_free_adamw", "8bit"): 5.016,
-}
-
-
-def section(name: str, state_dtype: str) -> dict[str, Any]:
-    """bfloat16 cannot hold Schedule-Free's default second moment, of 0.999."""
-    betas = {"betas": (0.9, 0.99)} if name == "schedule_free_adamw" else {}
-    return {"name": name, "state_dtype": state_dtype, **betas}
-
-
-@pytest.mark.promise("state-buffers", "8bit-size")
-@pytest.mark.parametrize(("name", "state_dtype"), BYTES)
-def test_bytes_per_parameter(name: str, state_dtype: str) -> None:
-    """0.001: the step counters."""
-    assert bytes_per_parameter(section(name, state_dtype)) == pytest.approx(BYTES[name, state_dtype], abs=1e-3)
 
 
 def dtypes(optimizer: OptForge) -> dict[str, torch.dtype]:
@@ -333,7 +293,7 @@ def test_a_format_can_be_chosen_by_role() -> None:
 
 @pytest.mark.parametrize(("saved", "loading"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("8bit", "float32")])
 def test_state_of_another_format_is_refused_before_anything_changes(saved: str, loading: str) -> None:
-    optimizers = [build_optimizer(linears(matrix(65, 70)), section("muon", form)) for form in (saved, loading)]
+    optimizers = [build_optimizer(linears(matrix(65, 70)), {"name": "muon", "state_dtype": form}) for form in (saved, loading)]
     for optimizer in optimizers:
         set_gradients(optimizer.param_groups[0]["params"], 0)
         optimizer.step()
@@ -342,27 +302,6 @@ def test_state_of_another_format_is_refused_before_anything_changes(saved: str, 
         optimizers[1].load_state_dict(optimizers[0].state_dict())
     after = [value for state in optimizers[1].state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
-@pytest.mark.parametrize("name", ["normuon", "adamw", "lion", "schedule_free_adamw"])
-def test_a_saved_and_loaded_run_goes_on_bit_for_bit(name: str, state_dtype: str) -> None:
-    """torch casts loaded state to the parameter's dtype; OptForge takes it back."""
-    weights = []
-    for interrupted in (False, True):
-        model = linears(matrix(65, 70))
-        optimizer = build_optimizer(model, section(name, state_dtype))
-        for step in range(4):
-            if interrupted and step == 2:
-                file = io.BytesIO()
-                torch.save(optimizer.state_dict(), file)
-                file.seek(0)
-                optimizer = build_optimizer(model, section(name, state_dtype))
-                optimizer.load_state_dict(torch.load(file, weights_only=True))
-            set_gradients(model.parameters(), step)
-            optimizer.step()
-        weights.append(model[0].weight.detach())
-    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(

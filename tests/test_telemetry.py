@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, OptForge, build_optimizer
+from ds_optforge.rules import rule_names
 from ds_optforge.step.telemetry import SAMPLE
 from tests import models, oracles
 from tests.layers import linears, matrix, set_gradients, snapshot
@@ -15,15 +16,7 @@ from tests.layers import linears, matrix, set_gradients, snapshot
 LR = 0.02
 MUON = {"name": "muon", "lr": LR, "weight_decay": 0.1, "adamw": {"lr": 3e-3}, **oracles.EXACT}
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95]}
-RULES: dict[str, dict[str, Any]] = {
-    "muon": MUON,
-    "normuon": {**MUON, "name": "normuon"},
-    "adamw": ADAMW,
-    "adamw_cautious": {**ADAMW, "cautious_weight_decay": True},
-    "adamw_8bit": {**ADAMW, "name": "adamw_8bit"},
-    "lion": {"name": "lion"},
-    "schedule_free_adamw": {"name": "schedule_free_adamw", "warmup_steps": 4},
-}
+CAUTIOUS = {**ADAMW, "cautious_weight_decay": True}
 
 
 def watched(model: nn.Module, params: dict[str, Any], every: int = 1) -> OptForge:
@@ -86,13 +79,17 @@ class TestNumbers:
         }
         assert 0.05 < found["orthogonality_error"] < 0.5  # five quintic steps leave singular values between 0.7 and 1.2
 
-    @pytest.mark.parametrize(("name", "rate", "nbytes"), [("adamw", 0.9, 8), ("lion", 0.99, 4), ("adamw_cautious", 0.9, 8)])
-    def test_of_an_elementwise_rule(self, name: str, rate: float, nbytes: int) -> None:
+    @pytest.mark.parametrize(
+        ("params", "rate", "nbytes"),
+        [(ADAMW, 0.9, 8), ({"name": "lion"}, 0.99, 4), (CAUTIOUS, 0.9, 8)],
+        ids=["adamw", "lion", "cautious"],
+    )
+    def test_of_an_elementwise_rule(self, params: dict[str, Any], rate: float, nbytes: int) -> None:
         model = linears(matrix(12, 20), matrix(20, 12, seed=1))
-        optimizer = watched(model, RULES[name])
+        optimizer = watched(model, params)
         before, gradients = take_steps(model, optimizer, steps=3)
         change, parameter = rms([w - before[key] for key, w in snapshot(model).items()]), rms(list(before.values()))
-        assert optimizer.telemetry["groups"][f"matrix.{RULES[name]['name']}"] == {
+        assert optimizer.telemetry["groups"][f"matrix.{params['name']}"] == {
             "update_rms": pytest.approx(change, rel=1e-4),
             "parameter_rms": pytest.approx(parameter, rel=1e-5),
             "update_to_parameter": pytest.approx(change / parameter, rel=1e-4),
@@ -103,7 +100,7 @@ class TestNumbers:
 
     def test_schedule_free_has_no_momentum_and_its_own_warm_up(self) -> None:
         model = linears(matrix(12, 20))
-        optimizer = watched(model, RULES["schedule_free_adamw"])
+        optimizer = watched(model, {"name": "schedule_free_adamw", "warmup_steps": 4})
         take_steps(model, optimizer, steps=3)
         found = optimizer.telemetry["groups"]["matrix.schedule_free_adamw"]
         assert "momentum_gradient_cosine" not in found
@@ -112,7 +109,7 @@ class TestNumbers:
     def test_bytes_of_8_bit_state_count_codes_and_scales(self) -> None:
         pytest.importorskip("bitsandbytes")
         model = linears(matrix(64, 128))
-        optimizer = watched(model, RULES["adamw_8bit"])
+        optimizer = watched(model, {"name": "adamw_8bit"})
         take_steps(model, optimizer, steps=1)
         assert optimizer.telemetry["groups"]["matrix.adamw_8bit"]["state_bytes"] == 2 * (8192 + 4 * 8192 // 256)
 
@@ -207,15 +204,15 @@ class TestWhen:
         assert seen == [2, 4, 4, 6] or seen == [4, 4, 6, 6]
         assert set(optimizer.telemetry["groups"]) == {"matrix.muon", "scalar.adamw"}
 
-    @pytest.mark.parametrize("name", RULES)
-    def test_the_steps_are_the_same_with_it(self, name: str) -> None:
+    @pytest.mark.parametrize("params", [*({"name": name} for name in rule_names()), CAUTIOUS], ids=[*rule_names(), "cautious"])
+    def test_the_steps_are_the_same_with_it(self, params: dict[str, Any]) -> None:
         """Bit for bit; 600 x 500 is more than what is looked at at a time."""
-        if name == "adamw_8bit":
+        if params["name"] == "adamw_8bit":
             pytest.importorskip("bitsandbytes")
         weights = []
         for watch in (True, False):
             model = linears(matrix(600, 500), matrix(40, 33, seed=1))
-            optimizer = watched(model, RULES[name], every=2) if watch else build_optimizer(model, RULES[name])
+            optimizer = watched(model, params, every=2) if watch else build_optimizer(model, params)
             take_steps(model, optimizer, steps=4)
             weights.append([parameter.detach() for parameter in model.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

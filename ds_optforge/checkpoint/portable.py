@@ -321,7 +321,10 @@ def _fresh_groups(live: _LiveEngine, checkpoint: Checkpoint) -> set[str]:
         steps = {source["step"] if source else 0 for source in sources}
         keys = [*stepped.buffers, *(statistic.name for statistic in statistics_of(stepped.members.rule))]
         missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
-        if steps == {0}:
+        unknown = {source["rule"] for source in sources if source and rule_settings(source["rule"]) is None}
+        if unknown:  # its buffers may have the names of this rule's, and mean something else
+            reasons[stepped.name] = f"it was trained by '{min(unknown)}', which nothing here offers"
+        elif steps == {0}:
             reasons[stepped.name] = "no step of it had been taken"
         elif len(steps) > 1:
             reasons[stepped.name] = f"its parameters had taken {sorted(steps)} steps"

@@ -6,20 +6,24 @@ names the module that registers it. It is imported when a configuration asks for
 
 import importlib
 import inspect
+import os
 import pkgutil
 import re
-from collections.abc import Iterator
-from functools import cache
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Rule, Statistic, Sum
+from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Per, Rule, Statistic, Sum
 from ds_optforge.rules.settings import REGISTERED, RuleSettings
 from ds_optforge.validation import ConfigError
 
 ENTRY_POINTS = "ds_optforge.rules"
 _RESERVED = ("step",)  # keys of the state that are no rule's
+_IMPORTED: set[str] = set()  # rules whose entry point has been imported
 S = TypeVar("S", bound=type[RuleSettings])
+T = TypeVar("T")
 
 
 class RuleError(TypeError):
@@ -61,7 +65,8 @@ def rule_settings(name: Any) -> type[RuleSettings] | None:
     if not isinstance(name, str):
         return None
     offers = _offers().get(name, ())
-    if len(offers) > 1 or (offers and name in REGISTERED and not _is_from(offers[0], REGISTERED[name])):
+    of_another = offers and name in REGISTERED and name not in _IMPORTED and not _is_from(offers[0], REGISTERED[name])
+    if len(offers) > 1 or of_another:
         places = [offer.value for offer in offers] + ([_place(REGISTERED[name])] if name in REGISTERED else [])
         raise ConfigError(f"rule '{name}': offered by {' and by '.join(places)}; allowed: one of them installed")
     if name not in REGISTERED and offers:
@@ -77,8 +82,25 @@ def _import_own() -> None:
         importlib.import_module(module.name)
 
 
-def _offers() -> dict[str, tuple[EntryPoint, ...]]:
-    """What installed packages offer, by the rule's name. (One package that is found twice on the path counts once.)"""
+def _offers() -> Mapping[str, tuple[EntryPoint, ...]]:
+    """What installed packages offer, by the rule's name."""
+    return _offers_on(tuple((place, _changed_at(place)) for place in sys.path))
+
+
+def _changed_at(place: str) -> int:
+    """When something was last installed in a folder, or removed from it."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _offers_on(path: tuple[tuple[str, int], ...]) -> Mapping[str, tuple[EntryPoint, ...]]:
+    """Reads every installed package's metadata, which takes longer than a configuration with dozens of look-ups may.
+
+    One package that is found twice on the path counts once.
+    """
     found: dict[str, dict[str, EntryPoint]] = {}
     for offer in entry_points(group=ENTRY_POINTS):
         found.setdefault(offer.name, {})[offer.value] = offer
@@ -93,6 +115,7 @@ def _import_offer(name: str, offer: EntryPoint) -> None:
         raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
     if name not in REGISTERED:
         raise ConfigError(f"{where}: was imported but registers no rule of this name; allowed: @register_rule on its settings")
+    _IMPORTED.add(name)  # its package may keep the settings in another one
 
 
 def _is_from(offer: EntryPoint, settings: type[RuleSettings]) -> bool:
@@ -132,36 +155,57 @@ def _problems_of_rule(rule: type[Rule], settings: type[RuleSettings]) -> Iterato
         yield "is not one of ElementwiseRule and MatrixRule; allowed: exactly one as its base"
     if inspect.isabstract(rule):
         yield f"lacks {', '.join(sorted(rule.__abstractmethods__))}; allowed: all abstract members defined"
-    for name in ("buffers", "scheduled"):
-        if not isinstance(getattr(rule, name, None), tuple):
-            yield f"{name}: missing; allowed: a tuple"
-    scheduled = getattr(rule, "scheduled", ())
+    scheduled = yield from _declared(rule, "scheduled", str)
     yield from _unknown("scheduled", scheduled, settings.model_fields)
-    needed = [name for name in ("lr", "weight_decay") if name in settings.model_fields and name not in scheduled]
-    yield from (f"scheduled: '{name}' is missing, so no schedule would reach it; allowed: in the tuple" for name in needed)
+    needed = {"lr", "weight_decay"} & settings.model_fields.keys() - set(scheduled) if hasattr(rule, "scheduled") else ()
+    yield from (
+        f"scheduled: '{name}' is missing, so no schedule would reach it; allowed: in the tuple" for name in sorted(needed)
+    )
     yield from _problems_of_state(rule)
 
 
 def _problems_of_state(rule: type[Rule]) -> Iterator[str]:
-    buffers: tuple[Buffer, ...] = getattr(rule, "buffers", ())
-    statistics: tuple[Statistic, ...] = getattr(rule, "statistics", ())
-    sums: tuple[Sum, ...] = getattr(rule, "sums", ())
-    for name, kind in (("buffers", Buffer), ("statistics", Statistic), ("sums", Sum)):
-        yield from (
-            f"{name}: got {item!r}; allowed: {kind.__name__}" for item in getattr(rule, name, ()) if type(item) is not kind
-        )
-    names = [item.name for item in (*buffers, *statistics) if isinstance(item, Buffer | Statistic)]
-    odd = [name for name in names if name in _RESERVED or name.endswith("_absmax") or names.count(name) > 1]
-    yield from (f"state '{name}': a name that is taken; allowed: another one" for name in dict.fromkeys(odd))
+    buffers = yield from _declared(rule, "buffers", Buffer)
+    statistics: tuple[Statistic, ...] = ()
+    sums: tuple[Sum, ...] = ()
+    if issubclass(rule, MatrixRule):
+        statistics = yield from _declared(rule, "statistics", Statistic)
+        sums = yield from _declared(rule, "sums", Sum)
+    averages = yield from _declared(rule, "averages", str)
+    items: tuple[Statistic | Sum, ...] = (*statistics, *sums)
+    yield from _names_of("state", [buffer.name for buffer in buffers] + [statistic.name for statistic in statistics])
+    yield from _names_of("sum", [item.name for item in sums])
+    for item in items:
+        if item.per not in get_args(Per):
+            yield f"'{item.name}': got per={item.per!r}; allowed: {', '.join(map(repr, get_args(Per)))}"
     if sum(buffer.momentum for buffer in buffers) > 1:
         yield "buffers: more than one with momentum=True; allowed: one, or none"
     if issubclass(rule, ElementwiseRule) and any(buffer.of_update for buffer in buffers):
         yield "buffers: got of_update=True in an elementwise rule; allowed: in a matrix rule"
-    yield from _unknown("averages", rule.averages, [buffer.name for buffer in buffers])
-    if bool(rule.averages) != (rule.averaged is not Rule.averaged):
+    yield from _unknown("averages", averages, [buffer.name for buffer in buffers])
+    if bool(averages) != (rule.averaged is not Rule.averaged):
         yield "averages and averaged: got one of them; allowed: both, or neither"
     if issubclass(rule, MatrixRule) and bool(sums) != (rule.summand is not MatrixRule.summand):
         yield "sums and summand: got one of them; allowed: both, or neither"
+
+
+def _declared(rule: type[Rule], name: str, kind: type[T]) -> Generator[str, None, tuple[T, ...]]:
+    """What a class declares under a name, as far as it can be used."""
+    found = getattr(rule, name, None)
+    if not isinstance(found, tuple):
+        yield f"{name}: {'missing' if found is None else f'got {found!r}'}; allowed: a tuple"
+        return ()
+    yield from (f"{name}: got {item!r}; allowed: {kind.__name__}" for item in found if not isinstance(item, kind))
+    return tuple(item for item in found if isinstance(item, kind))
+
+
+def _names_of(what: str, names: Sequence[str]) -> Iterator[str]:
+    """Names become keys of the state, and of a checkpoint's tensors."""
+    for name in dict.fromkeys(names):
+        if not str(name).isidentifier():
+            yield f"{what} {name!r}: allowed: a name of letters, digits and _"
+        elif names.count(name) > 1 or (what == "state" and (name in _RESERVED or name.endswith("_absmax"))):
+            yield f"{what} '{name}': a name that is taken; allowed: another one"
 
 
 def _unknown(what: str, names: Any, known: Any) -> Iterator[str]:

@@ -14,11 +14,10 @@ from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums
-from ds_optforge.zero.buckets import Kept, RankBucket
-from ds_optforge.zero.exchange import BucketExchange
-from ds_optforge.zero.group_plan import GroupPlan, Wanted, plan_group
+from ds_optforge.zero.buckets import RankBucket
+from ds_optforge.zero.group_plan import GroupPlan, PlannedBucket, Wanted, plan_group
 from ds_optforge.zero.partition import Fragment, PartitionLayout, Range
-from ds_optforge.zero.placement import Held, TensorRange
+from ds_optforge.zero.placement import Held
 
 logger = logging.getLogger("ds_optforge")
 
@@ -34,25 +33,24 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     Raises:
         LayoutError: see `plan_group`.
     """
-    rule = members.rule
+    rule, state_dtype = members.rule, members.settings.state_dtype
     agreed = f"sharding {sharding}\n{routing}"
     found = plan_group(members.parameters, members.routes, tensors, _wanted(rule, sharding), agreed)
-    held = found.placement.held_fragments()
-    state_dtype = members.settings.state_dtype
-    formats = tuple(_format(state_dtype, tensor, held[index]) for index, tensor in enumerate(tensors))
-    counts = {statistic.name: found.placement.value_counts(statistic.per) for statistic in statistics_of(rule)}
+    formats = tuple(_format(state_dtype, tensor, held) for tensor, held in zip(tensors, found.held, strict=True))
+    names = [statistic.name for statistic in statistics_of(rule)]
+    counts = dict(zip(names, found.value_counts, strict=True))
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
     alone: tuple[Bucket, ...] = ()
     spans: tuple[tuple[Span, ...], ...] = ()
     if isinstance(rule, MatrixRule):
-        builder = _BucketBuilder(found, rule, sharding, in_blocks=state_dtype == "8bit")
+        builder = _BucketBuilder(found, rule, in_blocks=state_dtype == "8bit")
         travelling, local = builder.build(found.travelling), builder.build(found.local)
         alone = builder.build(found.alone, alone=True)
-        fragments = [fragment for bucket in found.alone for fragment in bucket.fragments]
+        fragments = [fragment for bucket in found.alone for fragment in bucket.exchange.bucket.fragments]
         warn_of_thin_fragments(found.placement.layout, fragments, found.binding.rank)
     else:
-        spans = _elementwise_spans(held, tensors, rule, state_dtype)
+        spans = _elementwise_spans(found.held, tensors, rule, state_dtype)
     return Slices(found.binding, sharding, tuple(tensors), found.placement, formats, counts, travelling, local, alone, spans)
 
 
@@ -60,8 +58,8 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
     if not isinstance(rule, MatrixRule):
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
-    kept = Kept(tuple(statistic.per for statistic in rule.statistics), torch.float32.itemsize // wire.itemsize)
-    return Wanted(sharding.bucket_numel, rule.cost, kept, sharding.travels, sharding.mode == "shard_local")
+    statistics = tuple(statistic.per for statistic in rule.statistics)
+    return Wanted(sharding.bucket_numel, rule.cost, wire, statistics, sharding.travels, sharding.mode == "shard_local")
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
@@ -108,34 +106,29 @@ def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment
 
 
 class _BucketBuilder:
-    """Turns one rank's buckets of the plan into buckets of its tensors."""
+    """Cuts planned buckets into portions."""
 
-    def __init__(self, found: GroupPlan, rule: MatrixRule, sharding: ShardingSettings, in_blocks: bool) -> None:
-        self._found, self._rule = found, rule
-        self._layout, self._placement = found.placement.layout, found.placement
-        self._wire: torch.dtype = getattr(torch, sharding.wire_dtype)
-        self._value_places = [(s.name, found.placement.value_places(s.per)) for s in rule.statistics]
+    def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool) -> None:
+        self._rule, self._layout, self._binding = rule, found.placement.layout, found.binding
         self._in_blocks = in_blocks
 
-    def build(self, buckets: Sequence[RankBucket], alone: bool = False) -> tuple[Bucket, ...]:
+    def build(self, buckets: Sequence[PlannedBucket], alone: bool = False) -> tuple[Bucket, ...]:
         """``alone``: the buckets' fragments are orthogonalized separately."""
-        batch_numel = self._found.plan.local_numel  # as in buckets that do not travel
-        binding = self._found.binding
         return tuple(
             Bucket(
-                BucketExchange(self._layout, bucket, binding, self._wire, batch_numel),
-                tuple(self._in_tensor(fragment) for fragment in bucket.fragments),
+                bucket.exchange,
+                bucket.fragments,
                 self._portions(bucket),
-                tuple((name, places[f.matrix]) for f in bucket.fragments for name, places in self._value_places),
-                self._norms(bucket) if alone else None,
-                BucketSums(self._rule.sums, self._layout, bucket, binding) if self._rule.sums else None,
+                tuple(
+                    (statistic.name, values)
+                    for of_fragment in bucket.kept
+                    for statistic, values in zip(self._rule.statistics, of_fragment, strict=True)
+                ),
+                self._norms(bucket.exchange.bucket) if alone else None,
+                BucketSums(self._rule.sums, self._layout, bucket.exchange.bucket, self._binding) if self._rule.sums else None,
             )
             for bucket in buckets
         )
-
-    def _in_tensor(self, fragment: Fragment) -> TensorRange:
-        tensor, start = self._placement.place(fragment.slice_start)
-        return TensorRange(tensor, Range(start, fragment.numel))
 
     def _norms(self, bucket: RankBucket) -> Tensor:
         """So that a fragment's update has the root mean square that its whole matrix's would have."""
@@ -143,23 +136,24 @@ class _BucketBuilder:
         for fragment in bucket.fragments:
             matrix = self._layout.matrices[fragment.matrix]
             norms.append(self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) * math.sqrt(fragment.numel))
-        return torch.tensor(norms, dtype=torch.float32, device=self._found.binding.device)
+        return torch.tensor(norms, dtype=torch.float32, device=self._binding.device)
 
-    def _portions(self, bucket: RankBucket) -> tuple[Portion, ...]:
+    def _portions(self, bucket: PlannedBucket) -> tuple[Portion, ...]:
         """Cut the bucket's fragments into portions of a bounded number of elements."""
-        limit = chunk_numel(self._found.binding.device)
+        limit = chunk_numel(self._binding.device)
         found: list[list[_Item]] = []
         room = 0
-        for index, (fragment, place) in enumerate(zip(bucket.fragments, bucket.sent, strict=True)):
+        fragments, sent = bucket.exchange.bucket.fragments, bucket.exchange.bucket.sent
+        for index, (fragment, place, lies) in enumerate(zip(fragments, sent, bucket.fragments, strict=True)):
             begin = self._layout.matrices[fragment.matrix].start + fragment.within.start if self._in_blocks else 0
-            held = Held(0, fragment.slice_start, Range(begin, fragment.numel))
-            for slice_start, numel in chain.from_iterable(portions([held], limit)):
+            held = Held(lies.tensor, lies.within.start, Range(begin, fragment.numel))
+            for start, numel in chain.from_iterable(portions([held], limit)):
                 if numel > room:
                     found.append([])
                     room = limit
-                done = slice_start - fragment.slice_start
-                start = fragment.within.start + done
-                found[-1].append(_Item(slice_start, numel, index, place.position + done, fragment.matrix, start))
+                done = start - lies.within.start
+                within = fragment.within.start + done
+                found[-1].append(_Item(lies.tensor, start, numel, index, place.position + done, fragment.matrix, within))
                 room -= numel
         return tuple(self._portion(items) for items in found)
 
@@ -168,30 +162,34 @@ class _BucketBuilder:
         spans: list[tuple[int, int, list[int]]] = []  # tensor, start, sizes
         end = (-1, -1)
         for item in items:
-            tensor, start = self._placement.place(item.slice_start)
-            if (tensor, start) != end:
-                spans.append((tensor, start, []))
+            if (item.tensor, item.tensor_start) != end:
+                spans.append((item.tensor, item.tensor_start, []))
             spans[-1][2].append(item.numel)
-            end = tensor, start + item.numel
-        fragments = torch.tensor([item.fragment for item in items], device=self._found.binding.device)
+            end = item.tensor, item.tensor_start + item.numel
+        fragments = torch.tensor([item.fragment for item in items], device=self._binding.device)
         return Portion(
             tuple(Span(tensor, Range(start, sum(sizes)), tuple(sizes)) for tensor, start, sizes in spans),
             fragments,
             tuple(item.position for item in items),
-            tuple((item.matrix, item.start) for item in items),
+            tuple((item.matrix, item.matrix_start) for item in items),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A fragment or a part of it: elements at ``slice_start`` of all tensors and at ``position`` of the send buffer.
+    """A fragment, or elements of it that follow each other.
 
-    ``fragment`` is its number within the bucket, ``start`` counts from the first element of ``matrix``.
+    Attributes:
+        tensor, tensor_start: where they begin in the tensors.
+        fragment: its number within the bucket.
+        position: where they begin in the send buffer.
+        matrix, matrix_start: where they begin in the matrix.
     """
 
-    slice_start: int
+    tensor: int
+    tensor_start: int
     numel: int
     fragment: int
     position: int
     matrix: int
-    start: int
+    matrix_start: int

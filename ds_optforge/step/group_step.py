@@ -15,7 +15,7 @@ from ds_optforge.step.telemetry import Telemetry, Watch
 
 
 class GroupStep:
-    """Made for one call: `check`, then `run`.
+    """Made for one call: `check_gradients`, then `update_group`.
 
     Args:
         group: its dict in ``param_groups``.
@@ -39,7 +39,7 @@ class GroupStep:
         slices.binding.discard_left_overs(slices.tensors)
         self._gradients = [_flat_gradient(tensor) for tensor in slices.tensors]
 
-    def check(self) -> None:
+    def check_gradients(self) -> None:
         """Refuse gradients that are not finite, where no DeepSpeed wrapper has skipped the step. Raises RuntimeError."""
         if self._slices.binding.process_group is not None:
             return
@@ -50,7 +50,7 @@ class GroupStep:
             route = self._members.routes[self._slices.binding.indices[index]]
             raise RuntimeError(f"{route.name}: its gradient is not finite; nothing was changed")
 
-    def run(self) -> None:
+    def update_group(self) -> None:
         """Update the group's tensors and their state. All ranks that share its parameters take part."""
         fresh, rule = not self._states[0], self._members.rule
         self._slices.allocate(rule, self._states)
@@ -62,7 +62,7 @@ class GroupStep:
         if isinstance(rule, ElementwiseRule):
             _step_elements(call, rule)
         else:
-            _MatrixStep(call, rule).run()
+            _MatrixStep(call, rule).step_matrices()
         if self._telemetry and watch:
             self._telemetry.add(self._name, watch, now, call.step)
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
@@ -126,7 +126,7 @@ class _MatrixStep:
         self._call, self._rule = call, rule
         self._by_gradient, self._by_update = buffers_of(rule, of_update=False), buffers_of(rule, of_update=True)
 
-    def run(self) -> None:
+    def step_matrices(self) -> None:
         slices = self._call.slices
         if slices.sharding.gathers(self._call.step):
             self._run_exchanges()

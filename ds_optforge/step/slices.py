@@ -131,7 +131,7 @@ class Slices:
     tensors: tuple[Tensor, ...]
     placement: Placement
     formats: tuple[StateFormat, ...]
-    value_counts: dict[str, list[int]]
+    value_counts: dict[str, tuple[int, ...]]
     travelling: tuple[Bucket, ...]
     local: tuple[Bucket, ...]
     alone: tuple[Bucket, ...]

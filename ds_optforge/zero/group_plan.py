@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ds_optforge.zero.buckets import NO_STATISTICS, Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
-from ds_optforge.zero.exchange import require_agreement
+from ds_optforge.zero.buckets import Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
+from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.partition import Matrix, PartitionLayout
-from ds_optforge.zero.placement import Placement
-from ds_optforge.zero.plan import ExchangePlan, make_plan
+from ds_optforge.zero.partition import Matrix, PartitionLayout, Per
+from ds_optforge.zero.placement import Held, Placement, TensorRange
+from ds_optforge.zero.plan import make_plan
 
 
 class Routed(Protocol):
@@ -41,15 +42,32 @@ class Wanted:
     Attributes:
         bucket_numel: see `make_plan`.
         cost: FLOPs of a (rows, cols) matrix; None for an elementwise rule, which has no buckets.
-        kept: the rule's statistics.
+        wire: dtype in which fragments and updates travel.
+        statistics: what each of the rule's statistics has a value for.
         gathers, alone: whether matrices that lie on several ranks travel to owners, and whether fragments are stepped alone.
     """
 
     bucket_numel: int
     cost: Callable[[int, int], int] | None = None
-    kept: Kept = NO_STATISTICS
+    wire: torch.dtype = torch.float32
+    statistics: tuple[Per, ...] = ()
     gathers: bool = True
     alone: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedBucket:
+    """One bucket of this rank.
+
+    Attributes:
+        exchange: its matrices' way to their owners and back.
+        fragments: where each of this rank's fragments lies in the tensors.
+        kept: by fragment, then by statistic, the values that are kept with it.
+    """
+
+    exchange: BucketExchange
+    fragments: tuple[TensorRange, ...]
+    kept: tuple[tuple[TensorRange, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,16 +75,19 @@ class GroupPlan:
     """One call of ``step()``: where everything lies, and what this rank does.
 
     Attributes:
+        held: the fragments in each tensor.
+        value_counts: by statistic, the values that are kept with each tensor.
         travelling, local: buckets of matrices that lie on several ranks, and on this one alone.
         alone: this rank's fragments of the former as matrices of their own.
     """
 
     binding: Binding
     placement: Placement
-    plan: ExchangePlan
-    travelling: tuple[RankBucket, ...] = ()
-    local: tuple[RankBucket, ...] = ()
-    alone: tuple[RankBucket, ...] = ()
+    held: tuple[tuple[Held, ...], ...]
+    value_counts: tuple[tuple[int, ...], ...] = ()
+    travelling: tuple[PlannedBucket, ...] = ()
+    local: tuple[PlannedBucket, ...] = ()
+    alone: tuple[PlannedBucket, ...] = ()
 
 
 def plan_group(
@@ -88,19 +109,37 @@ def plan_group(
     layout = PartitionLayout(binding.world_size, names, binding.cuts, tuple(matrices_of(found)))
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
-    cost, rank = wanted.cost, binding.rank
+    cost = wanted.cost
     plan = make_plan(layout, lambda matrix: cost(matrix.rows, matrix.cols) if cost else 0, wanted.bucket_numel)
     require_agreement(plan, agreed, binding)
+    held = tuple(map(tuple, placement.held_fragments()))
     if cost is None:
-        return GroupPlan(binding, placement, plan)
+        return GroupPlan(binding, placement, held)
+    kept = Kept(wanted.statistics, torch.float32.itemsize // wanted.wire.itemsize)
+    bucket_of = _Planner(binding, placement, wanted, plan.local_numel)  # batches as large as what does not travel
     return GroupPlan(
         binding,
         placement,
-        plan,
-        tuple(exchange_buckets(plan, rank, wanted.kept)) if wanted.gathers else (),
-        tuple(local_buckets(plan, rank, wanted.kept)),
-        tuple(lone_buckets(plan, rank, wanted.kept)) if wanted.alone else (),
+        held,
+        tuple(tuple(placement.value_counts(per)) for per in wanted.statistics),
+        tuple(map(bucket_of, exchange_buckets(plan, binding.rank, kept))) if wanted.gathers else (),
+        tuple(map(bucket_of, local_buckets(plan, binding.rank, kept))),
+        tuple(map(bucket_of, lone_buckets(plan, binding.rank, kept))) if wanted.alone else (),
     )
+
+
+class _Planner:
+    """Finds the places of buckets in the tensors."""
+
+    def __init__(self, binding: Binding, placement: Placement, wanted: Wanted, batch_numel: int) -> None:
+        self._binding, self._placement, self._wire, self._batch_numel = binding, placement, wanted.wire, batch_numel
+        self._values = [placement.value_places(per) for per in wanted.statistics]
+
+    def __call__(self, bucket: RankBucket) -> PlannedBucket:
+        exchange = BucketExchange(self._placement.layout, bucket, self._binding, self._wire, self._batch_numel)
+        fragments = tuple(self._placement.range_of(fragment) for fragment in bucket.fragments)
+        kept = tuple(tuple(values[fragment.matrix] for values in self._values) for fragment in bucket.fragments)
+        return PlannedBucket(exchange, fragments, kept)
 
 
 def matrices_of(routes: Sequence[Routed]) -> Iterator[Matrix]:

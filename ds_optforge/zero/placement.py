@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, Per, Range
+from ds_optforge.zero.partition import Cut, Fragment, Matrix, PartitionLayout, Per, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ class Placement:
         """(tensor, offset in it) of an offset that counts through all tensors."""
         tensor = bisect_right(self.starts, offset) - 1
         return tensor, offset - self.starts[tensor]
+
+    def range_of(self, fragment: Fragment) -> TensorRange:
+        """Where a fragment of this rank lies in the tensors."""
+        tensor, start = self.place(fragment.slice_start)
+        return TensorRange(tensor, Range(start, fragment.numel))
 
     def numel(self, parameter: int) -> int:
         """Elements of a parameter, which its matrices cover."""

@@ -179,10 +179,6 @@ def load(config: dict[str, Any], folder: str, model_options: Mapping[str, Any] |
     return resumed
 
 
-def save_and_load_each(configs: list[dict[str, Any]], folder: str, model_options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [save_and_load(config, f"{folder}/{number}", model_options) for number, config in enumerate(configs)]
-
-
 def overflow_then_idle(config: dict[str, Any]) -> bool:
     """A step that overflows, then one in which a layer has no part: is everything finite?"""
     engine = build_engine(config, {"sometimes": True})

@@ -57,11 +57,11 @@ def _section(rank: int, failure: Failed, output: str) -> str:
 class _Process:
     """One rank as its pool sees it."""
 
-    def __init__(self, rank: int, world_size: int, port: int, log: Path) -> None:
+    def __init__(self, rank: int, world_size: int, port: int, log: Path, python: str) -> None:
         self.log = log
         self.log_start = 0
         self.connection, other_end = Pipe()
-        command = [sys.executable, "-m", "tests.distributed.worker", str(other_end.fileno())]
+        command = [python, "-m", "tests.distributed.worker", str(other_end.fileno())]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -120,10 +120,14 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 class Pool:
-    """``size`` ranks that start with the first job and stay until ``close()``, or until this process is gone."""
+    """``size`` ranks that start with the first job and stay until ``close()``, or until this process is gone.
 
-    def __init__(self, size: int, log_directory: Path) -> None:
+    ``python``: of another environment, in which the job's module can be imported too.
+    """
+
+    def __init__(self, size: int, log_directory: Path, python: str = sys.executable) -> None:
         self.size = size
+        self._python = python
         self._log_directory = log_directory
         self._ranks: list[_Process] = []
         self._store: TCPStore | None = None
@@ -180,7 +184,7 @@ class Pool:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for number in range(self.size):
             log = self._log_directory / f"rank{number}.log"
-            self._ranks.append(_Process(number, self.size, self._store.port, log))
+            self._ranks.append(_Process(number, self.size, self._store.port, log, self._python))
 
     def _await_ready(self, timeout_s: float) -> bool:
         """Whether all ranks say that they are ready; false as soon as one is known to have died."""

@@ -1,4 +1,4 @@
-"""Same topology: engine.save_checkpoint and load_checkpoint with nothing special."""
+"""Same topology: engine.save_checkpoint and load_checkpoint with nothing special. (Every rule: test_conformance.py.)"""
 
 from pathlib import Path
 from typing import Any
@@ -37,33 +37,6 @@ def test_a_fresh_engine_goes_on_bit_exactly(engine: str, pools: Pools, tmp_path:
     config = cases.engine_config(2, cases.MUON, scheduler=schedule, **ENGINES[engine])
     for result in pools[2].run(cases.save_and_load, config, str(tmp_path)):
         assert_same(result["resumed"], result["uninterrupted"])
-
-
-RULES: dict[str, dict[str, Any]] = {
-    "muon": {"adamw": {"lr": 1e-3}},
-    "normuon": {"adamw": {"lr": 1e-3}},
-    "adamw": {"betas": [0.9, 0.95]},
-    "adamw_8bit": {"betas": [0.9, 0.95]},
-    "lion": {},
-    "schedule_free_adamw": {"betas": [0.9, 0.95]},
-}
-PLACES: list[dict[str, Any]] = [
-    {"stage": stage, **({"offload_optimizer": {"device": "cpu"}} if offload else {})}
-    for stage in (1, 2, 3)
-    for offload in (False, True)
-]
-
-
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule_and_state_format_goes_on_bit_exactly(name: str, state_dtype: str, pools: Pools, tmp_path: Path) -> None:
-    """On stages 1, 2 and 3, with and without offload. (torch casts loaded state to float32; OptForge restores it.)"""
-    params = {"name": name, **RULES[name], "state_dtype": state_dtype}
-    configs = [cases.engine_config(2, params, zero_optimization=zero) for zero in PLACES]
-    wide = {"depth": 1, "width": 96}  # so that some parameters are large enough for 8-bit state
-    for results in pools[2].run(cases.save_and_load_each, configs, str(tmp_path), model_options=wide):
-        for result in results:
-            assert_same(result["resumed"], result["uninterrupted"])
 
 
 def test_new_processes_go_on_bit_exactly(pools: Pools, tmp_path: Path) -> None:

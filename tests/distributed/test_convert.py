@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ds_optforge import CheckpointError
 from ds_optforge.checkpoint.convert import convert, export
+from ds_optforge.rules import rule_names
 from tests import models
 from tests.distributed import cases, checkpoints
 from tests.distributed.conftest import Pools
 from tests.distributed.test_checkpoint import ENGINES
-from tests.distributed.test_portable import OPTIMIZERS, SAVED, WIDE, configuration, schedule
+from tests.distributed.test_portable import SAVED, WIDE, configuration, params_of, schedule
 
 ODD = {"frozen": True, "tied": True, "unused": True, "shapes": True}
 
@@ -29,10 +30,10 @@ def test_a_converted_checkpoint_is_what_would_have_been_saved(engine: str, pools
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "adamw_8bit"])
+@pytest.mark.parametrize("name", rule_names())
 def test_every_state_format_converts(name: str, stage: int, pools: Pools, tmp_path: Path) -> None:
-    params = {**OPTIMIZERS.get(name, {"name": name}), "state_dtype": "8bit"}
-    pools[2].run(checkpoints.save_both, cases.engine_config(stage, params), str(tmp_path), **WIDE)
+    config = cases.engine_config(stage, params_of(name, "8bit"))
+    pools[2].run(checkpoints.save_both, config, str(tmp_path), **WIDE)
     assert_equal(tmp_path)
 
 
@@ -49,7 +50,7 @@ def assert_equal(folder: Path) -> None:
 
 
 def test_a_run_goes_on_from_a_converted_checkpoint(pools: Pools, tmp_path: Path) -> None:
-    config = configuration(SAVED, OPTIMIZERS["normuon"], **schedule("normuon"))
+    config = configuration(SAVED, params_of("normuon"), **schedule("normuon"))
     expected = pools[2].run(checkpoints.run_and_save, config, str(tmp_path / "engine"), "engine")[0]
     convert(tmp_path / "engine", tmp_path / "portable")
     result = pools[2].run(checkpoints.resume, config, str(tmp_path / "portable"))[0]
@@ -151,7 +152,7 @@ def test_nameless_parameters_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.promise("averaged-evaluation")
 def test_weights_are_exported_in_shape_and_averaged(pools: Pools, tmp_path: Path) -> None:
-    config = configuration(SAVED, OPTIMIZERS["schedule_free_adamw"])
+    config = configuration(SAVED, params_of("schedule_free_adamw"))
     averages = pools[2].run(checkpoints.save_and_average, config, str(tmp_path / "portable"))[0]
     export(tmp_path / "portable", tmp_path / "model")
     exported = {name: t for path in (tmp_path / "model").glob("*.safetensors") for name, t in load_file(path).items()}
@@ -177,7 +178,7 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
 
 
 def test_a_missing_rank_is_named(pools: Pools, tmp_path: Path) -> None:
-    config = configuration(SAVED, OPTIMIZERS["muon"])
+    config = configuration(SAVED, params_of("muon"))
     pools[2].run(checkpoints.run_and_save, config, str(tmp_path / "engine"), "engine")
     next((tmp_path / "engine").glob("*/*zero_pp_rank_1_*optim_states.pt")).unlink()
     with pytest.raises(CheckpointError, match=r"holds \d+ of the \d+ elements of '.*': is a file missing\?"):

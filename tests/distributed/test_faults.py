@@ -13,9 +13,9 @@ import pytest
 from tests.distributed import cases, checkpoints
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
-from tests.distributed.test_portable import OPTIMIZERS, SAVED, configuration, schedule
+from tests.distributed.test_portable import SAVED, configuration, params_of, schedule
 
-CONFIG = configuration(SAVED, OPTIMIZERS["normuon"], **schedule("normuon"))
+CONFIG = configuration(SAVED, params_of("normuon"), **schedule("normuon"))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_another_model_is_refused(saved: Path, pools: Pools) -> None:
 
 
 def test_other_groups_are_refused_unless_asked_for(saved: Path, pools: Pools) -> None:
-    other = configuration(SAVED, OPTIMIZERS["muon"])
+    other = configuration(SAVED, params_of("muon"))
     for message, unchanged in pools[2].run(checkpoints.refused, other, str(saved)):
         assert "got ['embedding.adamw', 'matrix.normuon'" in message
         assert "allowed: this run's, ['embedding.adamw', 'matrix.muon'" in message

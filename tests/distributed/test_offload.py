@@ -1,6 +1,7 @@
 """CPU offload: the same numbers, bounded workspace, a fused AdamW; and the offloading that is refused before training.
 
-That float32 state under offload equals one process to 1e-5 is in test_parity.py and test_rules.py.
+That every rule with float32 state equals one process to 1e-5 under offload, and changes no bit with compact state, is in
+test_conformance.py.
 """
 
 import re
@@ -16,24 +17,12 @@ from tests.distributed import cases
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
 
-COMPACT = [
-    *((name, state) for name in ("muon", "normuon", "adamw", "lion", "schedule_free_adamw") for state in ("bfloat16", "8bit")),
-    ("adamw_8bit", "8bit"),
-]
 LOW_PRECISION = {"bf16": {"enabled": True}, "fp16": {"enabled": True, "initial_scale_power": 8}}
 WIDE = {"depth": 1, "width": 96}  # matrices of more than 4096 elements: smaller ones keep float32
 
 
-def params_of(name: str, state: str) -> dict[str, Any]:
-    params: dict[str, Any] = {"name": name, "lr": 0.02 if "muon" in name else 1e-3}
-    if name != "adamw_8bit":
-        params["state_dtype"] = state
-    if name == "schedule_free_adamw":
-        params["betas"] = [0.9, 0.99]  # bfloat16 cannot hold its default, 0.999
-    return params
-
-
 def assert_offload_changes_nothing(pool: Pool, config: dict[str, Any], **offload: Any) -> None:
+    """Without clipping: ZeRO-3 adds up the norm in another precision when it offloads, and clips by a hair more or less."""
     for kept, offloaded in pool.run(cases.train_with_and_without_offload, config, WIDE, **offload):
         assert offloaded["losses"] == kept["losses"]
         for name, parameter in kept["parameters"].items():
@@ -41,13 +30,6 @@ def assert_offload_changes_nothing(pool: Pool, config: dict[str, Any], **offload
 
 
 @pytest.mark.promise("offload")
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("name", "state"), COMPACT)
-def test_compact_state_is_the_same_bit_for_bit(name: str, state: str, stage: int, pools: Pools) -> None:
-    """Without clipping: ZeRO-3 adds up the norm in another precision when it offloads, and clips by a hair more or less."""
-    assert_offload_changes_nothing(pools[2], cases.engine_config(stage, params_of(name, state)))
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", LOW_PRECISION)
 def test_low_precision_is_the_same_bit_for_bit(precision: str, stage: int, pools: Pools) -> None:
@@ -104,7 +86,7 @@ class TestWorkspace:
     )
     def test_an_elementwise_rule_needs_a_part_of_its_slice(self, name: str, state: str, stage: int, pools: Pools) -> None:
         """Four float32 copies of the 2^18 elements that are updated at a time; the slice holds 12 times as many."""
-        config = offloading(stage, params_of(name, state))
+        config = offloading(stage, {"name": name, "state_dtype": state})
         (traced,) = pools[1].run(cases.trace_step, config, {"depth": 48, "width": 256})
         assert max(traced["slices"]) > 12 * 2**18
         assert traced["peak"] <= 16 * 2**18

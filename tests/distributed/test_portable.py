@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from ds_optforge.rules import rule_names
+from ds_optforge.testing.params import formats_of, in_format, settings_of, usual
 from tests.distributed import cases, checkpoints
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
@@ -25,14 +27,7 @@ WIDE = {"depth": 1, "width": 96}  # some parameters are large enough for 8-bit s
 SAVED = (2, 2, False)
 TOPOLOGIES = ((2, 2, False), (1, 1, False), (2, 3, True), (3, 3, False), (4, 1, True), (4, 2, False), (2, 0, False))
 
-AUX = {"adamw": {"lr": 3e-3, "eps": 1e-5}}
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "muon": {"name": "muon", **AUX},
-    "normuon": {"name": "normuon", **AUX},
-    "adamw": {"name": "adamw", "lr": 3e-3, "eps": 1e-5},
-    "lion": {"name": "lion", "lr": 3e-4},
-    "schedule_free_adamw": {"name": "schedule_free_adamw", "eps": 1e-5, "betas": [0.9, 0.99]},
-}
+CASES = [(name, state_dtype) for name in rule_names() for state_dtype in formats_of(name)]
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-3, "8bit": 1e-3}
 
 
@@ -44,6 +39,12 @@ def configuration(topology: tuple[int, int, bool], params: dict[str, Any], **ext
     return config
 
 
+def params_of(name: str, state_dtype: str = "float32") -> dict[str, Any]:
+    """A rule's "params". Compact state comes with the products and the wire that are the default."""
+    params = in_format(usual(name), state_dtype)
+    return params if state_dtype == "float32" else {key: value for key, value in params.items() if key not in EXACT}
+
+
 def label(topology: tuple[int, int, bool]) -> str:
     ranks, stage, offload = topology
     return f"{ranks} rank{'s' * (ranks > 1)}, ZeRO-{stage}{', offload' * offload}"
@@ -51,20 +52,19 @@ def label(topology: tuple[int, int, bool]) -> str:
 
 def schedule(name: str) -> dict[str, Any]:
     """A schedule, except where averaging replaces it."""
-    if name == "schedule_free_adamw":
+    if settings_of(name).builds.replaces_schedule:
         return {}
     return {
         "scheduler": {"type": "OptForgeSchedule", "params": {"name": "cosine", "warmup_num_steps": 3, "total_num_steps": 10}}
     }
 
 
-@pytest.mark.parametrize("state_dtype", TOLERANCES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "state_dtype"), CASES)
 def test_every_optimizer_moves_to_every_topology(
     name: str, state_dtype: str, pools: Pools, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """What is recorded becomes the table of docs/reliability.md (docs/reliability_table.py)."""
-    params = {**OPTIMIZERS[name], "state_dtype": state_dtype, **(EXACT if "muon" in name and state_dtype == "float32" else {})}
+    params = params_of(name, state_dtype)
     saved = configuration(SAVED, params, **schedule(name))
     expected = pools[2].run(checkpoints.run_and_save, saved, str(tmp_path / "saved"), **WIDE)[0]
     for topology in TOPOLOGIES:
@@ -81,7 +81,7 @@ def test_every_optimizer_moves_to_every_topology(
 
 def test_saving_again_is_lossless(pools: Pools, tmp_path: Path) -> None:
     """From 2 ranks to 3 on another stage and back: every tensor bit for bit, 8-bit codes inside the cuts included."""
-    params = {**OPTIMIZERS["normuon"], "state_dtype": "bfloat16"}
+    params = params_of("normuon", "bfloat16")
     there, elsewhere = configuration(SAVED, params), configuration((3, 3, False), params)
     first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
     pools[2].run(checkpoints.run_and_save, there, first, frozen=True, shapes=True)
@@ -132,7 +132,7 @@ def test_low_precision_weights_come_from_float32_ones(
 
 def test_training_goes_on_while_a_thread_writes(pools: Pools, tmp_path: Path) -> None:
     """What it writes is the moment of the call."""
-    config = configuration(SAVED, OPTIMIZERS["normuon"])
+    config = configuration(SAVED, params_of("normuon"))
     at_once, later = str(tmp_path / "at once"), str(tmp_path / "later")
     expected = pools[2].run(checkpoints.run_and_save, config, at_once)[0]
     result = pools[2].run(checkpoints.run_and_save, config, later, "background")[0]
@@ -144,7 +144,7 @@ def test_training_goes_on_while_a_thread_writes(pools: Pools, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("saved_as", "resumed_as"), [("float32", "8bit"), ("8bit", "float32"), ("bfloat16", "8bit")])
 def test_another_state_format_takes_the_state_over(saved_as: str, resumed_as: str, pools: Pools, tmp_path: Path) -> None:
-    before, after = (configuration(SAVED, {**OPTIMIZERS["adamw"], "state_dtype": name}) for name in (saved_as, resumed_as))
+    before, after = (configuration(SAVED, params_of("adamw", name)) for name in (saved_as, resumed_as))
     expected = pools[2].run(checkpoints.run_and_save, before, str(tmp_path / "saved"), **WIDE)[0]
     result = pools[2].run(checkpoints.resume, after, str(tmp_path / "saved"), **WIDE, strict=False)[0]
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-2)
@@ -152,7 +152,7 @@ def test_another_state_format_takes_the_state_over(saved_as: str, resumed_as: st
 
 def test_another_gradient_accumulation_goes_on(pools: Pools, tmp_path: Path) -> None:
     """After a number of steps that it does not divide."""
-    params = {**OPTIMIZERS["muon"], **EXACT}
+    params = params_of("muon")
     expected = pools[2].run(checkpoints.run_and_save, configuration(SAVED, params), str(tmp_path / "saved"))[0]
     config = configuration(SAVED, params, gradient_accumulation_steps=2)
     result = pools[2].run(checkpoints.resume, config, str(tmp_path / "saved"))[0]
@@ -160,7 +160,7 @@ def test_another_gradient_accumulation_goes_on(pools: Pools, tmp_path: Path) -> 
 
 
 def test_rates_and_random_states_arrive(pools: Pools, tmp_path: Path) -> None:
-    config = configuration(SAVED, OPTIMIZERS["muon"], **schedule("muon"))
+    config = configuration(SAVED, params_of("muon"), **schedule("muon"))
     expected = pools[2].run(checkpoints.draw_and_save, config, str(tmp_path / "saved"))
     for rank, drawn in enumerate(pools[2].run(checkpoints.load_and_draw, config, str(tmp_path / "saved"))):
         assert drawn == expected[rank]

@@ -1,4 +1,7 @@
-"""What a step records is the whole model's, the same on every rank and stage, and reaches DeepSpeed's monitor."""
+"""What a step records is the whole model's, on the same ranks and in odd layouts, and reaches DeepSpeed's monitor.
+
+That every rule records the same numbers on every stage is in test_conformance.py.
+"""
 
 import csv
 import json
@@ -19,12 +22,7 @@ from tests.oracles import EXACT
 
 STEPS = 4
 DEEP = {"depth": 8}  # 11 matrices, more than the sample for the orthogonality error
-RULES: dict[str, dict[str, Any]] = {
-    "muon": {**cases.MUON, **EXACT},
-    "normuon": {**cases.MUON, **EXACT, "name": "normuon"},
-    "adamw": {"name": "adamw", "lr": 1e-3},
-}
-MUON = RULES["muon"]
+MUON = {**cases.MUON, **EXACT}
 
 
 def watched(params: dict[str, Any], every: int = 2) -> dict[str, Any]:
@@ -32,10 +30,10 @@ def watched(params: dict[str, Any], every: int = 2) -> dict[str, Any]:
 
 
 @cache
-def plain(rule: str) -> dict[str, Any]:
+def plain() -> dict[str, Any]:
     """The record of one process without DeepSpeed."""
     model = models.build(**DEEP)
-    optimizer = build_optimizer(model, watched(RULES[rule]))
+    optimizer = build_optimizer(model, watched(MUON))
     for step in range(STEPS):
         model(*models.batch(step)).backward()
         optimizer.step()
@@ -53,20 +51,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         }, group
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_records_what_one_process_does(stage: int, rule: str, pools: Pools) -> None:
-    config = cases.engine_config(stage, watched(RULES[rule]))
-    first, second = pools[2].run(records.train, config, STEPS, DEEP)
-    assert_same(first["telemetry"], plain(rule))
-    assert first["telemetry"] == second["telemetry"]
-
-
 def test_offload_and_several_sub_groups(pools: Pools) -> None:
     zero = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 1500}
     config = cases.engine_config(3, watched(MUON), zero_optimization=zero)
     for found in pools[2].run(records.train, config, STEPS, DEEP):
-        assert_same(found["telemetry"], plain("muon"))
+        assert_same(found["telemetry"], plain())
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

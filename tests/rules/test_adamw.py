@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ds_optforge.rules.adamw import AdamW
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule
+from tests.layers import bytes_per_parameter
 
 GROUP = {"lr": 0.1, "weight_decay": 0.0, "betas": (0.8, 0.9)}
 
@@ -65,3 +66,12 @@ def test_it_is_an_elementwise_rule_with_two_buffers() -> None:
     assert not isinstance(AdamW(1e-8), MatrixRule)
     assert [buffer.name for buffer in AdamW.buffers] == ["exp_avg", "exp_avg_sq"]
     assert AdamW.scheduled == ("lr", "weight_decay", "betas")
+
+
+@pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 8.0), ("bfloat16", 4.0), ("8bit", 2.031)])
+def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
+    """checklist 19, 49; two buffers, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    config = {"name": "adamw", "state_dtype": state_dtype}
+    assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)

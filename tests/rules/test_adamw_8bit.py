@@ -5,7 +5,7 @@ import torch
 
 from ds_optforge import build_optimizer
 from tests import models
-from tests.layers import linears, matrix, set_gradients
+from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
 from tests.oracles import relative_error
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -85,3 +85,21 @@ def test_the_loss_tracks_float32() -> None:
         assert kept == ({"torch.float32"} if name == "adamw" else {"torch.float32", "torch.uint8"})
     assert losses["adamw"][-1] < 0.7 * losses["adamw"][0]  # it does train
     assert losses["adamw_8bit"] == pytest.approx(losses["adamw"], rel=0.01)
+
+
+def test_bytes_of_state_per_parameter() -> None:
+    """checklist 19, 49; two buffers, and 4 bytes of scale for 256 values. 0.001: the step counters."""
+    assert bytes_per_parameter({"name": "adamw_8bit"}) == pytest.approx(2.031, abs=1e-3)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_another_format_can_be_asked_for(state_dtype: str) -> None:
+    weights = []
+    for name in ("adamw_8bit", "adamw"):
+        model = linears(matrix(64, 128))
+        optimizer = build_optimizer(model, {"name": name, "state_dtype": state_dtype, **SETTINGS})
+        set_gradients(model.parameters(), 0)
+        optimizer.step()
+        weights.append(model[0].weight.detach())
+        assert optimizer.state[model[0].weight]["exp_avg"].dtype == getattr(torch, state_dtype)
+    assert torch.equal(*weights)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ds_optforge import ConfigError, build_optimizer
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule
 from ds_optforge.rules.lion import Lion
-from tests.layers import linears, matrix, set_gradients
+from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
 
 F64 = torch.float64
 
@@ -89,3 +89,12 @@ def test_gradients_stay_unchanged() -> None:
 def test_it_is_an_elementwise_rule() -> None:
     assert isinstance(Lion(), ElementwiseRule)
     assert not isinstance(Lion(), MatrixRule)
+
+
+@pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 4.0), ("bfloat16", 2.0), ("8bit", 1.016)])
+def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
+    """checklist 19, 49; one buffer, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    config = {"name": "lion", "state_dtype": state_dtype}
+    assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ds_optforge.orthogonalize import COEFFICIENT_SETS
 from ds_optforge.rules.base import Batch, ElementwiseRule, MatrixRule
 from ds_optforge.rules.muon import Muon, Orthogonalization, Scale
+from tests.layers import bytes_per_parameter
 from tests.oracles import newton_schulz
 
 GROUP = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9}
@@ -149,3 +150,12 @@ def test_compiled_products_are_the_same() -> None:
     given = matrices(2, 32, 96).float()
     eager, compiled = (Orthogonalization(dtype=torch.float32, compile=compile)(given.clone()) for compile in (False, True))
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 4.0), ("bfloat16", 2.0), ("8bit", 1.016)])
+def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
+    """checklist 19, 49; one buffer, and 4 bytes of scale for 256 8-bit values. 0.001: the step counters."""
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    config = {"name": "muon", "state_dtype": state_dtype}
+    assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)

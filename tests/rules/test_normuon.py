@@ -10,7 +10,7 @@ from ds_optforge import build_optimizer
 from ds_optforge.rules.base import Batch
 from ds_optforge.rules.muon import Orthogonalization
 from ds_optforge.rules.normuon import NorMuon
-from tests.layers import linears, matrix, set_gradients
+from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
 from tests.oracles import EXACT, newton_schulz, relative_error
 
 NORMUON = {"name": "normuon", "lr": 0.02, **EXACT}
@@ -192,3 +192,12 @@ def test_the_scale_is_that_of_muon(scale: Any) -> None:
     ]
     factor = {"shape": 2.0, "match_rms_adamw": 0.2 * 12**0.5, "spectral": 2.0, "none": 1.0}[scale]
     assert relative_error(updates[0], factor * updates[1]) < 1e-5
+
+
+@pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 4.007), ("bfloat16", 2.007), ("8bit", 1.022)])
+def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
+    """checklist 19, 49; as muon, and 4 bytes for each row of about 600 elements. 0.001: the step counters."""
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    config = {"name": "normuon", "state_dtype": state_dtype}
+    assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)

@@ -12,7 +12,7 @@ from ds_optforge import OptForge, build_optimizer
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule
 from ds_optforge.rules.schedule_free_adamw import ScheduleFreeAdamW
 from tests import models
-from tests.layers import linears, matrix, set_gradients, snapshot
+from tests.layers import bytes_per_parameter, linears, matrix, set_gradients, snapshot
 
 CONFIG = {"name": "schedule_free_adamw", "lr": 0.01}
 
@@ -211,3 +211,12 @@ def test_it_is_an_elementwise_rule() -> None:
     rule = ScheduleFreeAdamW(eps=1e-8, warmup_steps=0)
     assert isinstance(rule, ElementwiseRule)
     assert not isinstance(rule, MatrixRule)
+
+
+@pytest.mark.parametrize(("state_dtype", "nbytes"), [("float32", 8.0), ("bfloat16", 6.0), ("8bit", 5.016)])
+def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
+    """checklist 19, 49; two buffers, but z is a weight: 4 bytes. 0.001: the step counters."""
+    if state_dtype == "8bit":
+        pytest.importorskip("bitsandbytes")
+    config = {"name": "schedule_free_adamw", "state_dtype": state_dtype, "betas": (0.9, 0.99)}
+    assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)

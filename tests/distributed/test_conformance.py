@@ -1,0 +1,22 @@
+"""`ds_optforge.testing` on every registered rule: a new one is tested by being registered."""
+
+import pytest
+
+from ds_optforge.rules import rule_names
+from ds_optforge.testing import CHECKS, run_check
+from ds_optforge.testing.suite import IN_ONE_PROCESS
+from tests.distributed.conftest import Pools
+
+NEEDS_NO_ENGINE = {check.__name__ for check in IN_ONE_PROCESS}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("rule", rule_names())
+def test_conformance(rule: str, check: str, pools: Pools) -> None:
+    pools[1 if check in NEEDS_NO_ENGINE else 2].run(run_check, check, rule, timeout_s=300.0)
+
+
+@pytest.mark.parametrize(("check", "ranks"), [("parity", 4), ("small_buckets", 4), ("small_buckets", 1)])
+@pytest.mark.parametrize("rule", rule_names())
+def test_conformance_of_other_numbers_of_ranks(rule: str, check: str, ranks: int, pools: Pools) -> None:
+    pools[ranks].run(run_check, check, rule, timeout_s=300.0)
