@@ -2,12 +2,12 @@
 
     deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
     torchrun --nproc-per-node 2 train.py --ds_config ds_configs/muon_zero3.json
-    mpirun -np 2 python train.py                              # docs/launching.md has all the ways
+    mpirun -np 2 python train.py                              # docs/launching.md lists all the ways
     python train.py                                           # one rank
-    torchrun --nproc-per-node 2 train.py --save-every 50 --resume     # may be stopped, and started again on other ranks
+    torchrun --nproc-per-node 2 train.py --save-every 50 --resume     # resumes, also on other ranks
 
-Leaves DIR/metrics.jsonl, DIR/summary.json, DIR/loss.png and DIR/model.safetensors (`--out DIR`). The extra `experiments`
-brings what it needs (matplotlib, safetensors). SIGTERM saves DIR/checkpoints/step_<n> and ends the run.
+Writes DIR/metrics.jsonl, DIR/summary.json, DIR/loss.png and DIR/model.safetensors (`--out DIR`). The extra `experiments`
+installs matplotlib and safetensors for it. SIGTERM saves DIR/checkpoints/step_<n> and ends the run.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ MPI_RANK = "OMPI_COMM_WORLD_RANK"  # set by mpirun, which sets neither RANK nor 
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be run."""
+    """The arguments or files that the user gave cannot be used."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run measured. Losses are in nats per byte; a row of `metrics` is one step."""
+    """The measurements of a run. Losses are in nats per byte; a row of `metrics` is one step."""
 
     metrics: list[dict[str, Any]]
     validation_loss: float
@@ -62,32 +62,37 @@ class Result:
 
 
 class Interrupted(Exception):
-    """SIGTERM arrived; the message says how to go on."""
+    """SIGTERM has ended the run; the message says how to resume it."""
 
 
 class Checkpoints:
-    """DIR/checkpoints/step_<n>: portable, so that a run may go on with other ranks or on another ZeRO stage."""
+    """The checkpoints DIR/checkpoints/step_<n>, portable: a run may resume with other ranks or on another ZeRO stage."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, config: dict[str, Any]) -> None:
         self.folder = folder
         self.every, self.keep, self.steps = args.save_every, args.keep_last, args.steps
-        # What the loss curve depends on beside the checkpoint.
+        # The loss curve depends on these beside the checkpoint.
         self.run = {"model": args.model, "sequence_length": args.sequence_length, "seed": args.seed}
         self.run |= {"data": args.data or "standard library", "train_batch_size": config.get("train_batch_size")}
         self.asked_to_stop = False
         signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, *_: Any) -> None:
-        self.asked_to_stop = True  # at the end of the step, when all ranks have heard of it
+        self.asked_to_stop = True  # takes effect at the end of the step, when all ranks know of it
 
     def complete(self) -> list[Path]:
-        """The checkpoints that were completed, the newest last: the same list on every rank."""
+        """Return the complete checkpoints, the newest last. Collective: every rank gets rank 0's list."""
         found = [[path.parent for path in sorted(self.folder.glob("step_" + "[0-9]" * 8 + "/checkpoint.json"))]]
         comm.broadcast_object_list(found, src=0)
         return found[0]
 
     def load(self, engine: Any, source: str, strict: bool) -> int:
-        """Load a checkpoint, or the newest one if `source` is empty; return the steps that it had taken."""
+        """Load a checkpoint, or the newest one if `source` is empty; return the steps that it had taken.
+
+        Raises:
+            UsageError: `strict`, and it was trained with another model, seed, data or batch.
+            CheckpointError: see `ds_optforge.load_checkpoint`.
+        """
         newest = Path(source) if source else next(reversed(self.complete()), None)
         if newest is None:
             return 0
@@ -98,13 +103,13 @@ class Checkpoints:
         return int(engine.global_steps)
 
     def refuse_later_ones(self, start: int) -> None:
-        """Raise UsageError for checkpoints of another run, which `--resume` would take for the newest of this one."""
+        """Raise UsageError for checkpoints of another run, one of which `--resume` would take for this run's newest."""
         later = [path for path in self.complete() if int(path.name.removeprefix("step_")) > start]
         if later:
             raise UsageError(f"{later[-1]} is there already; allowed: --resume to go on from it, another --out, or removing it")
 
     def save(self, engine: Any, step: int) -> Path:
-        """Save, then remove the oldest beyond `--keep-last`."""
+        """Save a checkpoint, then remove the oldest ones beyond `--keep-last`; return its folder."""
         path = self.folder / f"step_{step:08d}"
         if comm.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +117,11 @@ class Checkpoints:
         ds_optforge.save_checkpoint(engine, path, self.run)
         for old in self.complete()[: -self.keep]:
             if comm.get_rank() == 0:
-                shutil.rmtree(old.rename(old.with_name(old.name + ".incomplete")))  # at once it counts no longer
+                shutil.rmtree(old.rename(old.with_name(old.name + ".incomplete")))  # renamed, it counts no longer
         return path
 
     def after(self, engine: Any, step: int, stop: bool) -> None:
-        """Save where it is due; raise Interrupted if a rank was asked to stop."""
+        """Save where a checkpoint is due. Raise Interrupted, after saving, if a rank was asked to stop."""
         if stop and step < self.steps:
             path = self.save(engine, step)
             raise Interrupted(f"stopped by SIGTERM after step {step}; go on with --resume {path}")
@@ -143,7 +148,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and write the results. Input that can be wrong is read before the ranks meet, so that no rank waits."""
+    """Train and write the results; return the exit status. Files are read before the ranks meet, so that no rank waits."""
     config_path = Path(args.deepspeed_config or args.ds_config)
     config = read_config(config_path, args.steps)
     corpus = load_corpus(args.data)
@@ -169,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line; DeepSpeed's own options are accepted."""
+    """Parse the command line, DeepSpeed's own options included."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ds_config", default="ds_configs/muon_zero2.json", help="DeepSpeed config file")
     parser.add_argument("--model", choices=tuple(PRESETS), default="tiny")
@@ -187,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number of at least 1."""
+    """Parse a whole number of at least 1. Raises ValueError."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -195,7 +200,7 @@ def positive_int(text: str) -> int:
 
 
 def set_up_logging() -> None:
-    """Show ds_optforge's log on rank 0, and of everything else warnings only."""
+    """Show ds_optforge's log on rank 0; show only warnings elsewhere."""
     logging.basicConfig(format="%(name)s: %(message)s")
     if os.environ.get("RANK", os.environ.get(MPI_RANK, "0")) == "0":
         logging.getLogger("ds_optforge").setLevel(logging.INFO)
@@ -203,7 +208,11 @@ def set_up_logging() -> None:
 
 
 def read_config(path: Path, steps: int) -> dict[str, Any]:
-    """Read a DeepSpeed config, with the length of its schedule replaced by that of this run, `steps`."""
+    """Read a DeepSpeed config and replace the length of its schedule by `steps`.
+
+    Raises:
+        UsageError: the file cannot be read or holds no JSON object.
+    """
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -217,7 +226,7 @@ def read_config(path: Path, steps: int) -> dict[str, Any]:
 
 
 def start_distributed() -> None:
-    """Join the process group; without a launcher, make one of this process alone."""
+    """Join the process group, or make one of this process alone where no launcher started it."""
     if "RANK" not in os.environ and MPI_RANK in os.environ:
         check_mpi4py()
     elif "RANK" not in os.environ:
@@ -239,7 +248,7 @@ def check_mpi4py() -> None:
 
 
 def check_batch_size(config: dict[str, Any], world_size: int) -> None:
-    """Raise UsageError where DeepSpeed would stop at a bare assertion."""
+    """Raise UsageError where the ranks cannot share the batch equally, for which DeepSpeed has a bare assertion."""
     batch, accumulation = config.get("train_batch_size"), config.get("gradient_accumulation_steps", 1)
     if not (isinstance(batch, int) and isinstance(accumulation, int) and accumulation > 0):
         return  # DeepSpeed infers the batch size from the micro-batch, or says what is wrong
@@ -251,7 +260,7 @@ def check_batch_size(config: dict[str, Any], world_size: int) -> None:
 
 
 def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, checkpoints: Checkpoints, first: int) -> Result:
-    """Train from step `first` to `args.steps`, writing a row to metrics.jsonl for each, then measure the validation loss."""
+    """Train from step `first` to `args.steps`, write a row per step to metrics.jsonl, and measure the validation loss."""
     is_first = comm.get_rank() == 0
     out.mkdir(parents=True, exist_ok=True)
     metrics = [row for row in read_rows(out) if row["step"] <= first]
@@ -270,17 +279,17 @@ def train(engine: Any, corpus: Corpus, args: argparse.Namespace, out: Path, chec
             checkpoints.after(engine, step + 1, stop)
             rates = dict.fromkeys(f"{rate:.1e}" for rate in row["learning_rate"].values())  # equal ones once
             progress.set_postfix_str(f"loss {row['loss']:.3f}, lr {' '.join(rates)}", refresh=False)
-    with ds_optforge.evaluation_weights(engine):  # the average, where the optimizer keeps one
+    with ds_optforge.evaluation_weights(engine):  # Schedule-Free's average
         validation_loss = evaluate(engine, corpus, args.sequence_length)
         export_weights(engine, out / "model.safetensors")
     return Result(metrics, validation_loss, time.perf_counter() - start, state_bytes_per_parameter(engine))
 
 
 def state_bytes_per_parameter(engine: Any) -> float:
-    """Return the size of the optimizer's state on all ranks over the number of elements that it is for."""
+    """Return the bytes of optimizer state on all ranks over the number of elements that the optimizer steps."""
     optimizer = base_optimizer(engine)
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    sizes = (sum(tensor.nbytes for tensor in states), sum(piece.numel() for piece in optimizer.state))
+    sizes = (sum(tensor.nbytes for tensor in states), sum(stepped.numel() for stepped in optimizer.state))
     totals = torch.tensor(sizes, dtype=torch.float64, device=engine.device)
     comm.all_reduce(totals)
     return float(totals[0] / totals[1])
@@ -326,7 +335,7 @@ def learning_rates(engine: Any) -> dict[str, float]:
 
 
 def telemetry(engine: Any) -> dict[str, Any]:
-    """Return what the optimizer last recorded about a step; empty where its configuration has no "telemetry"."""
+    """Return the optimizer's last record of a step; empty where its configuration has no "telemetry"."""
     return base_optimizer(engine).telemetry
 
 
@@ -339,7 +348,7 @@ def base_optimizer(engine: Any) -> ds_optforge.OptForge:
 
 
 def peak_memory_gb() -> float:
-    """Return the most memory that this rank held, in 1e9 bytes: the accelerator's, or the process's on a CPU."""
+    """Return the peak memory of this rank in 1e9 bytes: of the accelerator, or of the process on a CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return float(accelerator.max_memory_allocated() / 1e9)
@@ -370,7 +379,7 @@ def evaluate(engine: Any, corpus: Corpus, sequence_length: int) -> float:
 
 @torch.no_grad()
 def export_weights(engine: Any, path: Path) -> None:
-    """Write the model's weights as they are, under their names. All ranks take part: ZeRO-3 gathers from them."""
+    """Write the model's present weights under their names. Collective, because ZeRO-3 gathers from all ranks."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
@@ -380,7 +389,7 @@ def export_weights(engine: Any, path: Path) -> None:
 
 
 def write_summary(path: Path, result: Result, args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Write what was run, on what, and how it ended."""
+    """Write settings, versions and results of the run as JSON."""
     summary = {
         "validation_loss": result.validation_loss,
         "training_loss": result.metrics[-1]["loss"] if result.metrics else None,
@@ -429,7 +438,7 @@ def plot_loss(path: Path, result: Result, title: str) -> None:
 
 
 def smoothed(values: list[float], reach: int = 5) -> list[float]:
-    """Return the mean over up to `reach` neighbours on each side, as many on the one as on the other: no lag."""
+    """Smooth without lag: the mean over up to `reach` neighbours on each side, always equally many on both."""
     out = []
     for index in range(len(values)):
         near = min(reach, index, len(values) - 1 - index)

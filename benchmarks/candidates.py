@@ -1,4 +1,4 @@
-"""What the benchmarks of a step compare, and the model that they train: the same for every candidate."""
+"""The candidates that the benchmarks of a step compare, and the model that all of them train."""
 
 from typing import Any
 
@@ -26,35 +26,35 @@ _BESIDE = {"lr": 0.003, "betas": [0.9, 0.95]}
 
 Section = dict[str, Any]
 
-# The built-in Muon is compiled by torch, anew for other shapes and offsets; with torch's limit of 8 it would go on
+# The built-in Muon is compiled by torch, anew for other shapes and offsets; with torch's limit of 8 it would run
 # uncompiled in a process that holds several engines.
 torch._dynamo.config.recompile_limit = 64
 
 
 def adamw() -> Section:
-    """The optimizer section of what every overhead is measured against."""
+    """The optimizer section of AdamW of ds_optforge, the baseline of every overhead."""
     return {"type": "OptForge", "params": {"name": "adamw", **_BESIDE}}
 
 
 def torch_adamw() -> Section:
-    """DeepSpeed's own AdamW, torch's kernel: shows that the other AdamW is a fair measure."""
+    """The optimizer section of DeepSpeed's AdamW on torch's kernel, which shows that the baseline is fair."""
     return {"type": "AdamW", "params": {**_BESIDE, "torch_adam": True}}
 
 
 def muon(sharding: dict[str, Any] | None = None, **more: Any) -> Section:
-    """Muon of ds_optforge; ``sharding`` is its section of the configuration."""
+    """The optimizer section of Muon of ds_optforge; ``sharding`` is the section of that name, ``more`` other fields."""
     params = {"name": "muon", "lr": 0.02, "momentum": 0.95, "adamw": _BESIDE, "sharding": sharding or {}, **more}
     return {"type": "OptForge", "params": params}
 
 
 def built_in(method: str) -> Section:
-    """DeepSpeed's Muon with one of its `NS_METHODS`."""
+    """The optimizer section of DeepSpeed's Muon with one of its `NS_METHODS`."""
     params = {"lr": 0.02, "momentum": 0.95, "muon_lr": 0.02, "adam_lr": 0.003, "betas": [0.9, 0.95], "ns_method": method}
     return {"type": "Muon", "params": params}
 
 
 def sharded(**more: Any) -> dict[str, Section]:
-    """Muon of ds_optforge in each sharding mode; ``more`` goes into the sharding section."""
+    """Optimizer sections of Muon in each sharding mode; ``more`` goes into the sharding section."""
     return {
         GATHER: muon(more),
         SHARD_LOCAL: muon({"mode": "shard_local", **more}),
@@ -63,13 +63,13 @@ def sharded(**more: Any) -> dict[str, Section]:
 
 
 def network(width: int, layers: int) -> GPT:
-    """A byte GPT with 12 * layers * width^2 elements in matrices; always the same weights."""
+    """Build a byte GPT with 12 * layers * width^2 elements in matrices, always with the same weights."""
     torch.manual_seed(0)
     return GPT(GPTConfig(layers=layers, width=width, heads=width // 64, sequence_length=LENGTH))
 
 
 def engine_of(model: GPT, stage: int, optimizer: Section) -> Any:
-    """A DeepSpeed engine that trains ``model`` with one sequence per rank and step."""
+    """Build a DeepSpeed engine that trains ``model`` with one sequence per rank and step."""
     ds_optforge.register(model)
     # On ZeRO-3 the built-in Muon asks for all-reduced gradients.
     zero = {"reduce_scatter": False} if stage == 3 and optimizer["type"] == "Muon" else {}
@@ -84,7 +84,7 @@ def engine_of(model: GPT, stage: int, optimizer: Section) -> Any:
 
 
 def batch(corpus: Corpus, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's tokens and targets of a step, (1, LENGTH)."""
+    """This rank's tokens and targets of a step, each (1, LENGTH), int64."""
     world = comm.get_world_size()
     return corpus.batch(step, 0, world, LENGTH, micro_batch_rows(0, comm.get_rank(), world, 1))
 

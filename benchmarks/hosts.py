@@ -4,9 +4,9 @@
         node1.run("mpirun", ...)       # reaches node2 by name; the hosts' `environment` holds what mpirun needs for it
         node2.traffic().received       # bytes that came over the link
 
-Needs root and Debian's iproute2; `missing()` says what is not there. When the block ends, whatever still runs on the hosts
-is killed and all of it removed. Their names are random, so users beside each other do not meet; their addresses
-are the same, because nothing of this is in the machine's own network: only these two hosts can be reached from them.
+Needs root and Debian's iproute2; `missing()` says what the machine lacks. When the block ends, processes that still run on
+the hosts are killed and the hosts are removed. Their names are random, so that several users do not collide; their
+addresses are fixed, because they are not in the machine's own network: only these two hosts can be reached from them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ class Traffic:
 
 
 def traffic(interface: str = INTERFACE) -> Traffic:
-    """What `interface` has counted on the host where this process runs. RuntimeError where it has no such interface."""
+    """Read the counters of `interface` on the host where this process runs.
+
+    Raises:
+        RuntimeError: the host has no such interface.
+    """
     return _counted(Path("/proc/self/net/dev").read_text(), interface)
 
 
@@ -84,17 +88,17 @@ class Host:
     _started: list[subprocess.Popen[Any]] = field(default_factory=list)
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run `command` to its end; the result holds its output as text. `options` are those of subprocess.run."""
+        """Run `command` to its end and return its output as text. `options` are those of subprocess.run."""
         return subprocess.run(self.command(*command), **{"capture_output": True, "text": True} | self._with_env(options))
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[Any]:
-        """Start `command`. `options` are those of subprocess.Popen."""
+        """Start `command` and return at once. `options` are those of subprocess.Popen."""
         process = subprocess.Popen(self.command(*command), **self._with_env(options))
         self._started.append(process)
         return process
 
     def end(self) -> None:
-        """Kill what `start` started: so soon after it a command may not have entered the network where `_kill` looks."""
+        """Kill the processes of `start`, which may be too young to be in the network, where `_kill` looks."""
         for process in self._started:
             process.kill()
 
@@ -106,17 +110,17 @@ class Host:
         return options | {"env": {**(options.get("env") or os.environ), **self.environment}}
 
     def traffic(self) -> Traffic:
-        """What this host's link has counted so far."""
+        """Read the counters of this host's link."""
         return _counted(self.run("cat", "/proc/self/net/dev", check=True).stdout, INTERFACE)
 
     def processes(self) -> dict[int, str]:
-        """What runs on this host: process id and command line."""
+        """List the processes on this host: process id and command line."""
         return _processes(self.namespace)
 
 
 @functools.cache
 def missing() -> str | None:
-    """Why this machine cannot hold two hosts, or None where it can."""
+    """Return the reason why this machine cannot hold two hosts, or None where it can."""
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     if absent:
         return f"two hosts need {', '.join(absent)} (Debian: iproute2, util-linux)"
@@ -134,8 +138,11 @@ def missing() -> str | None:
 def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
     """Make node1 and node2, and remove them at the end. They know each other and SILENT_HOST by name.
 
-    rate: the speed of each direction of the link as `tc` writes it ("1gbit"); None: as fast as memory.
-    Raises subprocess.CalledProcessError where a namespace cannot be made; ask `missing` first.
+    Args:
+        rate: the speed of each direction of the link as `tc` writes it ("1gbit"); None leaves it as fast as memory.
+
+    Raises:
+        subprocess.CalledProcessError: a namespace cannot be made; ask `missing` first.
     """
     own = f"optforge-{uuid.uuid4().hex[:8]}"
     namespaces = {name: f"{own}-{name}" for name in ADDRESSES}
@@ -158,7 +165,7 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
 
 
 def _environment(agent: Path) -> dict[str, str]:
-    """What Open MPI and gloo have to be told on these hosts: the way in, and the interface that joins them."""
+    """Variables for Open MPI and gloo on these hosts: how to log in, and which interface joins them."""
     return {
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -203,7 +210,7 @@ def _write_names(namespace: str, cleanup: ExitStack) -> None:
 
 
 def _connect(namespace: str, address: str, switch: str, port: str) -> None:
-    """Lay a cable from the host's interface to the bridge and give the interface its address."""
+    """Connect the host's interface to the bridge and give it its address."""
     _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", namespace)
     _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
     _ip("-n", namespace, "address", "add", f"{address}/24", "dev", INTERFACE)
@@ -222,7 +229,7 @@ def _processes(namespace: str) -> dict[int, str]:
 
 
 def _kill(namespace: str) -> None:
-    """End all processes of the namespace: as long as one lives, so does the namespace."""
+    """End all processes of the namespace, which exists as long as one of them."""
     while processes := _processes(namespace):
         for process in processes:
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Muon of ds_optforge beside DeepSpeed's built-in Muon: loss, bytes and time of a step.
+"""Compare Muon of ds_optforge with DeepSpeed's built-in Muon: loss, bytes and time of a step.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/incumbent.py [--steps 100] [--out DIR]
 
@@ -31,7 +31,7 @@ MUON_LR, ADAM_LR = 0.02, 0.003
 
 @dataclass
 class Candidate:
-    """One engine and what was measured of it; ``bytes`` and ``seconds`` are per step."""
+    """One engine and its measurements; ``losses``, ``bytes`` and ``seconds`` have one number per step."""
 
     name: str
     engine: Any
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def main() -> None:
-    """Run all candidates on one stage after the other, and report."""
+    """Measure all candidates on ZeRO-2, then on ZeRO-3, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", default="tiny")
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def optimizers(stage: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """(optimizer section, zero section) of each candidate."""
+    """(optimizer section, zero_optimization section) of each candidate."""
     beside = {"lr": ADAM_LR, "betas": [0.9, 0.95]}
     ours = {"name": "muon", "lr": MUON_LR, "momentum": 0.95, "adamw": beside}
     theirs = {"lr": MUON_LR, "momentum": 0.95, "muon_lr": MUON_LR, "adam_lr": ADAM_LR, "betas": [0.9, 0.95]}
@@ -73,7 +73,7 @@ def optimizers(stage: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def build(stage: int, optimizer: dict[str, Any], zero: dict[str, Any], model: str) -> Any:
-    """An engine on the byte GPT, the same weights for every candidate."""
+    """Build an engine on the byte GPT, with the same weights for every candidate."""
     torch.manual_seed(0)
     net = build_model(model, LENGTH)
     ds_optforge.register(net)
@@ -87,7 +87,7 @@ def build(stage: int, optimizer: dict[str, Any], zero: dict[str, Any], model: st
 
 
 def measure(stage: int, corpus: Corpus, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train all candidates in turns; one row each."""
+    """Train all candidates in turns; return a row for each."""
     candidates = [
         Candidate(name, build(stage, optimizer, zero, args.model)) for name, (optimizer, zero) in optimizers(stage).items()
     ]
@@ -113,7 +113,7 @@ def measure(stage: int, corpus: Corpus, args: argparse.Namespace) -> list[dict[s
 
 
 def train_step(candidate: Candidate, corpus: Corpus, step: int) -> None:
-    """One optimizer step, counted and timed on all ranks together."""
+    """Take one optimizer step, counted and timed on all ranks together."""
     engine = candidate.engine
     rows = micro_batch_rows(0, comm.get_rank(), comm.get_world_size(), engine.train_micro_batch_size_per_gpu())
     tokens, targets = corpus.batch(step, 0, BATCH, LENGTH, rows)
@@ -131,7 +131,11 @@ def train_step(candidate: Candidate, corpus: Corpus, step: int) -> None:
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback interface has sent so far: the traffic between all ranks of this machine."""
+    """Bytes that the loopback interface has sent so far: the traffic between all ranks of this machine.
+
+    Raises:
+        RuntimeError: the kernel lists no loopback interface.
+    """
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":

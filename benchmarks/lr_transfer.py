@@ -1,12 +1,12 @@
-"""Where Muon's best learning rate lies as the model grows wider, for each scale of the update.
+"""Search for Muon's best learning rate as the model grows wider, for each scale of the update.
 
     OMP_NUM_THREADS=1 python benchmarks/lr_transfer.py [--seeds 3] [--quick] [--out DIR]
 
 Byte GPTs of two layers, widths 64 to 512, each trained with the same seeds on the same batches with Muon's rate on a grid of
 factors of 2; everything else, AdamW's rate for embeddings, head and norms included, stays as it is. A width's search starts
-at the best rate of the width before and goes on until two rates on either side of the best one are known. "best" is the
-vertex of the parabola through the best rate and its neighbours. As many searches at a time as there are cores. Prints a
-table; writes lr_transfer.json and lr_transfer.png.
+at the best rate of the width before and continues until two rates on either side of the best one are known. "best" is the
+vertex of the parabola through the best rate and its neighbours. One search runs per core. Prints a table; writes
+lr_transfer.json and lr_transfer.png.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def search_widths(scale: Scale, widths: tuple[int, ...], steps: int, seeds: int) -> dict[int, dict[int, float]]:
-    """By width, and by the rate's log2, the validation loss."""
+    """Search every width, each from the best rate of the one before; return losses by width and by log2 of the rate."""
     found: dict[int, dict[int, float]] = {}
     start = START
     for width in widths:
@@ -77,7 +77,7 @@ def search_widths(scale: Scale, widths: tuple[int, ...], steps: int, seeds: int)
 
 
 def search(loss_at: Callable[[int], float], start: int) -> dict[int, float]:
-    """Losses at the best exponent and at `REACH` neighbours on either side of it."""
+    """Find the best exponent; return losses by exponent, `REACH` neighbours on either side of the best included."""
     found: dict[int, float] = {}
     best = start
     while any(exponent not in found for exponent in range(best - REACH, best + REACH + 1)):
@@ -90,7 +90,7 @@ def search(loss_at: Callable[[int], float], start: int) -> dict[int, float]:
 
 
 def train(scale: Scale, width: int, lr: float, steps: int, seed: int) -> float:
-    """The validation loss after a run, in nats per byte; infinite where it diverged."""
+    """Train one model; return the validation loss in nats per byte, infinite where it diverged."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(layers=LAYERS, width=width, heads=width // 16, sequence_length=LENGTH))
     params = {"name": "muon", "lr": lr, "orthogonalization": {"scale": scale}, "adamw": {"lr": 0.003, "betas": [0.9, 0.95]}}
@@ -111,12 +111,12 @@ def train(scale: Scale, width: int, lr: float, steps: int, seed: int) -> float:
 
 @cache
 def corpus() -> Corpus:
-    """The standard library's."""
+    """The corpus of the standard library, read once per process."""
     return load_corpus(None)
 
 
 def table(scale: Scale, found: dict[int, dict[int, float]]) -> list[dict[str, Any]]:
-    """A row per width."""
+    """Make the rows of one scale, one per width."""
     narrowest = vertex(next(iter(found.values())))[0]
     rows = []
     for width, losses in found.items():
@@ -147,7 +147,7 @@ def vertex(losses: dict[int, float]) -> tuple[float, float]:
 
 
 def draw(rows: list[dict[str, Any]], title: str, out: Path) -> None:
-    """A plot per scale: loss against rate, a curve per width, a star at the best rate."""
+    """Draw a plot per scale: loss against rate, a curve per width, a star at the best rate."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Peak workspace of an optimizer step on each rank, beside its bound: two buckets and the largest matrix.
+"""Measure the peak workspace of an optimizer step on each rank beside its bound: two buckets and the largest matrix.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/memory.py [--quick] [--out DIR]
 
@@ -10,7 +10,7 @@ without the profiler: it also sees what torch's allocator does not.
 
 A bucket is a send and a receive buffer of bucket_numel elements each; the bound is two of them and what orthogonalizing the
 largest matrix takes: the matrix and the temporaries of its iteration, measured alone. The built-in Muon orthogonalizes
-outside of `Optimizer.step`, so of it the iteration counts. Prints a table; writes memory.json (with what was allocated at
+outside of `Optimizer.step`, so for it the iteration counts. Prints a table; writes memory.json (with what was allocated at
 the peak, by operator) and memory.png. On the CPU, with gloo.
 """
 
@@ -78,20 +78,28 @@ def main() -> None:
 
 
 def give_back_at_once() -> None:
-    """Have the C library return blocks of 64 KB and more to the kernel when they are freed, so that its count is of use."""
+    """Make the C library return blocks of 64 KB and more to the kernel when they are freed, so that its count is exact."""
     m_mmap_threshold = -3
     LIBC.mallopt(m_mmap_threshold, 2**16)
 
 
 def count_all_threads() -> None:
-    """Have torch's allocator count what other threads release, too: gloo's hold the buffers that travel."""
+    """Make torch's allocator also count memory that other threads release: gloo's hold the buffers that travel."""
     libc10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     ctypes.c_bool.in_dll(libc10, "FLAGS_caffe2_report_cpu_memory_usage").value = True
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the bound is made of: MB. A bucket's buffer holds two of the largest matrices, (4 * width, width)."""
+    """The terms of the bound, in MB. A bucket's buffer holds two of the largest matrices, (4 * width, width).
+
+    Attributes:
+        width: width of the model.
+        bucket_numel: elements of one of a bucket's two buffers.
+        bucket_mb, matrix_mb: a bucket with both buffers, and the largest matrix.
+        working_set_mb: the largest matrix and the temporaries of its iteration.
+        bound_mb: two buckets and the working set.
+    """
 
     width: int
     bucket_numel: int
@@ -102,7 +110,7 @@ class Sizes:
 
     @classmethod
     def of(cls, width: int) -> "Sizes":
-        """Measures what the largest matrix takes."""
+        """Measure the working set of the largest matrix of a model of this width."""
         largest = torch.ones(4 * width, width, dtype=torch.bfloat16)
         matrix, bucket = largest.nbytes / MB, 2 * 2 * largest.nbytes / MB
         orthogonalize(largest)
@@ -112,33 +120,36 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Torch's allocator handed out ``size`` bytes at ``address``, or took them back (then it is negative).
+    """An event of torch's allocator: it allocated ``size`` bytes at ``address``, or freed them where ``size`` is negative.
 
-    ``level``: bytes allocated after it, in the whole process.
+    Attributes:
+        time: nanoseconds.
+        level: bytes that the whole process has allocated after it.
+        within: operators and ranges around it, from the outermost.
     """
 
     time: int
     address: int
     size: int
     level: int
-    within: tuple[str, ...]  # operators and ranges, from the outermost
+    within: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """All allocations in order, and (name, first and last nanosecond) of the ranges."""
+    """All allocations in order, and (name, first and last nanosecond) of each range."""
 
     events: list[Allocation]
     ranges: list[tuple[str, int, int]]
 
     def calls(self, name: str) -> list[list[Allocation]]:
-        """The events during each range whose name begins with ``name``, whatever thread they came from."""
+        """The events of all threads during each range whose name begins with ``name``."""
         windows = sorted((start, end) for label, start, end in self.ranges if label.startswith(name))
         return [[event for event in self.events if start <= event.time <= end] for start, end in windows]
 
 
 def recorded(run: Callable[[], Any]) -> Recording:
-    """Run and record."""
+    """Call ``run`` and record every allocation."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     recording = Recording([], [])
@@ -159,17 +170,17 @@ def _enter(node: Any, within: tuple[str, ...], recording: Recording) -> None:
 
 
 def peak(events: list[Allocation]) -> int:
-    """The highest level above the one before the first event."""
+    """Bytes from the level before the first event to the highest level."""
     return max(event.level for event in events) - before(events) if events else 0
 
 
 def before(events: list[Allocation]) -> int:
-    """The level before the first event."""
+    """Bytes allocated before the first event."""
     return events[0].level - events[0].size
 
 
 def at_peak(events: list[Allocation]) -> list[dict[str, Any]]:
-    """What is allocated at the highest level, by operator, the largest first."""
+    """List the memory allocated at the highest level by operator, the largest first."""
     highest = max(range(len(events)), key=lambda index: events[index].level)
     live: dict[int, Allocation] = {}
     for event in events[: highest + 1]:
@@ -183,7 +194,7 @@ def at_peak(events: list[Allocation]) -> list[dict[str, Any]]:
 
 
 def measure_stage(stage: int, sizes: Sizes, corpus: Corpus, quick: bool) -> list[dict[str, Any]]:
-    """One row per candidate."""
+    """Measure every candidate on one stage; return a row for each."""
     rows: list[dict[str, Any]] = []
     for name, section in sections(sizes, quick).items():
         found = largest_of_ranks(measure(sizes.width, stage, section, corpus))
@@ -207,14 +218,14 @@ def sections(sizes: Sizes, quick: bool) -> dict[str, Section]:
 
 
 def largest_of_ranks(own: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the rank with the largest workspace."""
+    """Return the figures of the rank with the largest workspace. Collective."""
     every: list[dict[str, Any]] = [{}] * comm.get_world_size()
     torch.distributed.all_gather_object(every, own)
     return max(every, key=lambda found: found["workspace_mb"])
 
 
 def measure(width: int, stage: int, section: Section, corpus: Corpus) -> dict[str, Any]:
-    """Build an engine, train a few iterations, and take the figures of the last; and of one more the kernel's."""
+    """Train a few iterations on a new engine; return the figures of the last, and the kernel's of one more."""
     engines: list[Any] = []
 
     def run() -> None:
@@ -231,7 +242,7 @@ def measure(width: int, stage: int, section: Section, corpus: Corpus) -> dict[st
 
 
 def iterate(engine: Any, tokens: torch.Tensor, targets: torch.Tensor) -> None:
-    """One step, in ranges that the recording finds."""
+    """Train one step, inside the ranges that a recording looks for."""
     with record_function(ITERATION):
         engine.backward(engine(tokens, targets))
         with record_function(ENGINE_STEP):
@@ -239,7 +250,7 @@ def iterate(engine: Any, tokens: torch.Tensor, targets: torch.Tensor) -> None:
 
 
 def figures(recording: Recording) -> dict[str, Any]:
-    """Of the last iteration, in MB."""
+    """The figures of the last iteration, in MB."""
     iteration, engine_step = recording.calls(ITERATION)[-1], recording.calls(ENGINE_STEP)[-1]
     steps = [call for call in recording.calls(OPTIMIZER_STEP) if call and call[0].time > iteration[0].time]
     held = before(iteration) - before(recording.events)
@@ -255,7 +266,7 @@ def figures(recording: Recording) -> dict[str, Any]:
 
 
 def watch_resident(optimizer: torch.optim.Optimizer) -> list[int]:
-    """A list that gets, at every step of the optimizer, the bytes by which the process's resident memory rose in it."""
+    """Return a list to which every step of the optimizer appends the rise of resident memory in it, in bytes."""
     peaks: list[int] = []
     start = [0]
 
@@ -270,13 +281,13 @@ def watch_resident(optimizer: torch.optim.Optimizer) -> list[int]:
 
 
 def _status(key: str) -> int:
-    """Bytes."""
+    """Read a size from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def draw(rows: list[dict[str, Any]], sizes: Sizes, out: Path) -> None:
-    """Bars: what an iteration takes on top of AdamW's; and the workspace of Optimizer.step with its bound."""
+    """Draw bars: the workspace of Optimizer.step with its bound, and the memory of an iteration over AdamW's."""
     fig, axes = figure(11, 4.5)
     axes.remove()
     left, right = fig.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""What the sharding modes cost in validation loss: gather, shard_local, and gathering every 2, 5 and 10 steps.
+"""Measure the validation loss of the sharding modes: gather, shard_local, and gathering every 2, 5 and 10 steps.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/modes.py [--steps 100] [--seeds 3] [--quick] [--out DIR]
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def train(sharding: dict[str, Any], seed: int, steps: int, corpus: Corpus) -> float:
-    """The validation loss after ``steps`` steps, in nats per byte."""
+    """Train ``steps`` steps in one mode; return the validation loss in nats per byte."""
     torch.manual_seed(seed)
     model = build_model("tiny", LENGTH)
     beside = {"lr": 0.003, "betas": [0.9, 0.95]}

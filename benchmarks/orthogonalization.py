@@ -1,4 +1,4 @@
-"""Newton-Schulz of ds_optforge beside its own matrix products, torch.optim.Muon's and DeepSpeed's: time and accuracy.
+"""Compare Newton-Schulz of ds_optforge with its matrix products alone, torch.optim.Muon's and DeepSpeed's: time, accuracy.
 
     OMP_NUM_THREADS=1 python benchmarks/orthogonalization.py [--quick] [--out DIR]
 
@@ -81,12 +81,12 @@ def main() -> None:
 
 
 def work(batch: int, rows: int, cols: int) -> float:
-    """The share of the time that a case gets: its FLOPs, and what a case costs in any event (compiling, the exact factor)."""
+    """Weight of a case when time is shared out: its FLOPs, and a constant for compiling and the exact factor."""
     return batch * flops(rows, cols, STEPS) + 1e11
 
 
 def measure(batch: int, rows: int, cols: int, seconds: float) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one case for about ``seconds``; return its row of the table."""
     given = torch.randn(batch, rows, cols).bfloat16()
     until = perf_counter() + seconds
     run = candidates(given)
@@ -110,7 +110,7 @@ def measure(batch: int, rows: int, cols: int, seconds: float) -> dict[str, Any]:
 
 
 def candidates(given: Tensor) -> dict[str, Callable[[], Any]]:
-    """What takes turns on the (batch, rows, cols) matrices ``given``."""
+    """The functions that take turns on the matrices ``given``, (batch, rows, cols)."""
     _, rows, cols = given.shape
     found: dict[str, Callable[[], Any]] = {
         "auto": partial(orthogonalize, given),
@@ -128,14 +128,17 @@ def candidates(given: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def standard_products(given: Tensor) -> Callable[[], None]:
-    """The products of the standard form on the short side. Their results are not used: no value can overflow."""
+    """Make a function that runs the products of the standard form on the short side of ``given``, (batch, rows, cols).
+
+    The matrices are zero, so that no value can overflow.
+    """
     matrices = torch.zeros_like(given if given.shape[1] <= given.shape[2] else given.mT.contiguous())
-    parts = torch.split(matrices, at_once(given))
-    grams, polynomials = (matrices.new_zeros(len(parts[0]), matrices.shape[1], matrices.shape[1]) for _ in range(2))
-    outs = torch.empty_like(parts[0])
+    batches = torch.split(matrices, at_once(given))
+    grams, polynomials = (matrices.new_zeros(len(batches[0]), matrices.shape[1], matrices.shape[1]) for _ in range(2))
+    outs = torch.empty_like(batches[0])
 
     def run() -> None:
-        for x in parts:
+        for x in batches:
             gram, polynomial, out = (buffer[: len(x)] for buffer in (grams, polynomials, outs))
             for a, b, c in (TRIPLE,) * STEPS:
                 torch.bmm(x, x.mT, out=gram)
@@ -146,15 +149,18 @@ def standard_products(given: Tensor) -> Callable[[], None]:
 
 
 def gram_products(given: Tensor) -> Callable[[], None]:
-    """The products of the Gram form, a tall matrix as it lies: R, Z, R Z Z and Q, and X twice multiplied by Q."""
+    """Make a function that runs the products of the Gram form on ``given``, (batch, rows, cols), tall ones not transposed.
+
+    These are R, Z, R Z Z and Q, and X multiplied by Q twice.
+    """
     tall = given.shape[1] > given.shape[2]
-    parts = torch.split(torch.zeros_like(given), at_once(given))
+    batches = torch.split(torch.zeros_like(given), at_once(given))
     n = min(given.shape[1:])
-    buffers = [given.new_zeros(len(parts[0]), n, n) for _ in range(4)]
-    outs = torch.empty_like(parts[0])
+    buffers = [given.new_zeros(len(batches[0]), n, n) for _ in range(4)]
+    outs = torch.empty_like(batches[0])
 
     def run() -> None:
-        for x in parts:
+        for x in batches:
             r, z, q, spare = (buffer[: len(x)] for buffer in buffers)
             for steps in (2, 3):
                 torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=r)
@@ -171,7 +177,7 @@ def gram_products(given: Tensor) -> Callable[[], None]:
 
 
 def alternate(run: dict[str, Callable[[], Any]], until: float) -> dict[str, float]:
-    """The median seconds of each: at least three rounds, then more until the time is up, at most fifteen."""
+    """Time the candidates in turns and return the median seconds of each: three rounds, then up to fifteen until ``until``."""
     seconds: dict[str, list[float]] = {name: [] for name in run}
     shuffled = Random(0)
     for turn in range(15):
@@ -186,7 +192,7 @@ def alternate(run: dict[str, Callable[[], Any]], until: float) -> dict[str, floa
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    """U V^T of U S V^T in float64, as (M M^T)^(-1/2) M: an eigendecomposition of the short side."""
+    """Compute U V^T of a matrix U S V^T, (rows, cols), in float64: (M M^T)^(-1/2) M by eigendecomposition of the short side."""
     wide = matrix.double() if matrix.shape[0] <= matrix.shape[1] else matrix.double().mT
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
     polar = vectors @ ((vectors.mT @ wide) / values.sqrt().unsqueeze(-1))
@@ -194,12 +200,12 @@ def polar_factor(matrix: Tensor) -> Tensor:
 
 
 def distance(found: Any, polar: Tensor) -> float:
-    """Of the first matrix of a batch."""
+    """Relative distance of the first matrix of a batch, (batch, rows, cols), to its polar factor, (rows, cols)."""
     return float((found[0].double() - polar).norm() / polar.norm())
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Grouped bars: each candidate's time over that of the products alone."""
+    """Draw grouped bars: each candidate's time over that of the products alone."""
     names = {"auto": "ds_optforge", "compiled": f"the same, compiled (batch {COMPILED_BATCH})", "torch": "torch.optim.Muon"}
     names |= {"deepspeed_standard": "DeepSpeed, standard"}
     fig, axes = figure(max(8.0, 0.6 * len(rows)), 4.5)

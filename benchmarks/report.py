@@ -1,4 +1,4 @@
-"""What every benchmark here ends with: a table on the terminal, a JSON file and a picture, and the machine it ran on."""
+"""The output of every benchmark: a table on the terminal, a JSON file and a picture, with the machine it ran on."""
 
 import json
 import os
@@ -20,7 +20,7 @@ DEFAULT_OUT = Path("runs/benchmarks")
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: the key of the row's value, its heading (with the unit) and how a number is written."""
+    """A column of a table: the key of its value in a row, its heading (with the unit) and the format of its numbers."""
 
     key: str
     heading: str
@@ -28,7 +28,7 @@ class Column:
 
 
 def machine() -> str:
-    """The processor, its cores, and the threads that this process computes with."""
+    """Describe the processor, its cores and the threads of this process."""
     model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
 
@@ -51,7 +51,7 @@ def _cell(value: Any, how: str) -> str:
 
 
 def write(name: str, title: str, rows: Sequence[dict[str, Any]], out: Path = DEFAULT_OUT, **more: Any) -> Path:
-    """Write ``NAME.json`` in ``out``: title, machine, versions, rows and whatever else is given. Returns its path."""
+    """Write ``NAME.json`` into ``out``: title, machine, versions, rows and the fields of ``more``. Return its path."""
     out.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "ds_optforge": ds_optforge.__version__}
     path = out / f"{name}.json"
@@ -61,7 +61,7 @@ def write(name: str, title: str, rows: Sequence[dict[str, Any]], out: Path = DEF
 
 
 def figure(width: float = 8.0, height: float = 4.5) -> tuple[Any, Any]:
-    """A matplotlib figure and axes that need no display; save them with `save`."""
+    """Make a matplotlib figure and axes that need no display; `save` writes them. Sizes are in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +71,7 @@ def figure(width: float = 8.0, height: float = 4.5) -> tuple[Any, Any]:
 
 
 def save(name: str, fig: Any, out: Path = DEFAULT_OUT) -> Path:
-    """Write the figure as ``NAME.png`` in ``out``. Returns its path."""
+    """Write the figure as ``NAME.png`` into ``out``. Return its path."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.png"
     fig.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
-"""How evenly steps are shared out, and what travels, on 8 to 4,096 ranks: planned for shapes alone, nothing is run.
+"""Predict balance and traffic of a step on 8 to 4,096 ranks, planned from shapes alone.
 
     python benchmarks/scaling.py [--models llama3-8b ...] [--ranks 8 32 ...] [--out DIR]
 
-Muon with its default configuration on every shipped table of shapes, ZeRO-2 and ZeRO-3. ZeRO-3 once with one sub-group
+It plans Muon with its default configuration for every model of the catalog on ZeRO-2 and ZeRO-3; ZeRO-3 with one sub-group
 (zero_optimization.sub_group_size beyond a rank's slice) and, where that makes several, with DeepSpeed's default of 1e9.
 Prints a table; writes scaling.json and scaling.png.
 """
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    """Plan everything that was asked for."""
+    """Plan every model on every number of ranks, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODEL_SHAPES, default=list(MODEL_SHAPES))
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(model: str, ranks: list[int]) -> Iterator[dict[str, Any]]:
-    """A row per number of ranks, stage and size of sub-groups."""
+    """Plan one model; yield a row per number of ranks, stage and size of sub-groups."""
     config = OptimizerConfig({"name": "muon"})
     routes = routes_of(load(model), config)
     for world_size in ranks:
@@ -81,7 +81,7 @@ def measure(model: str, ranks: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> Path:
-    """Critical path over ideal against matrices a rank, one line per model, ZeRO-3 in one sub-group."""
+    """Draw critical path over ideal against matrices a rank, a line per model, ZeRO-3 in one sub-group. Return the path."""
     fig, axes = report.figure()
     for model in dict.fromkeys(row["model"] for row in rows):
         points = [row for row in rows if (row["model"], row["stage"], row["sub_groups"]) == (model, 3, 1)]

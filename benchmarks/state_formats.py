@@ -1,4 +1,4 @@
-"""What compact state costs: losses after the same steps with float32, bfloat16 and 8-bit state, and bytes per parameter.
+"""Measure the cost of compact state: losses after the same steps with float32, bfloat16 and 8-bit state, and its bytes.
 
     python benchmarks/state_formats.py [--steps 200] [--rules muon adamw] [--lr LR] [--out DIR]
 
@@ -25,7 +25,7 @@ FORMATS = ("float32", "bfloat16", "8bit")
 
 
 def main() -> None:
-    """Train every rule with every format."""
+    """Train every rule with every format, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rules", nargs="+", choices=rule_names(), default=["muon", "adamw"])
@@ -48,7 +48,10 @@ def main() -> None:
 
 
 def measure(params: dict[str, Any], corpus: Corpus, steps: int) -> dict[str, Any]:
-    """One run from scratch. AdamW's parameters beside a matrix rule have a rate of their own."""
+    """Train from scratch with an optimizer of ``params``; return its row of the table.
+
+    AdamW's parameters beside a matrix rule have a learning rate of their own.
+    """
     rule, form = params["name"], params["state_dtype"]
     settings = rule_settings(rule)
     beside = {"adamw": {"lr": 0.003}} if settings and settings.needs_matrix() else {}

@@ -1,11 +1,11 @@
-"""What Muon adds to the time of an iteration over AdamW's: ds_optforge beside DeepSpeed's built-in Muon.
+"""Measure the time that Muon adds to an iteration over AdamW's: ds_optforge and DeepSpeed's built-in Muon.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/step.py [--quick] [--out DIR]
 
 Byte GPTs of width 512 and 1024 on ZeRO-2 and ZeRO-3; one short sequence per rank, so that the optimizer dominates. All
 candidates take turns of one iteration, so that a change of the machine's speed meets all of them; an iteration lasts until
-the slowest rank is through. An overhead is the median, over the rounds, of the candidate's iteration minus AdamW's in the
-same round; "of it in engine.step" the same of that call alone. "products" are the matrix products of the matrices that the
+the slowest rank is done. An overhead is the median, over the rounds, of the candidate's iteration minus AdamW's in the
+same round; "of it in engine.step" is the same for that call alone. "products" are the matrix products of the matrices that the
 plan gives to a rank (as in orthogonalization.py; the slowest rank), run in the same rounds. "CPU" is the overhead in
 processor time of a rank's process, which other programs on the machine add less to. AdamW steps the matrices too, so its
 time on them is subtracted with the rest. Prints a table; writes step.json and step.png.
@@ -69,7 +69,7 @@ TITLE = "Time of an iteration over AdamW's, {} ranks"
 
 @dataclass
 class Candidate:
-    """One engine, and by round the seconds of its iterations: wall time, of engine.step alone, and of this process."""
+    """One engine; by round, the seconds of its iteration: wall time, wall time of engine.step, processor time."""
 
     name: str
     run: Callable[[int], tuple[float, float, float]]
@@ -103,7 +103,7 @@ def sections() -> dict[str, Section]:
 
 
 def measure(width: int, layers: int, stage: int, corpus: Corpus, rounds: tuple[int, int]) -> list[dict[str, Any]]:
-    """Train all candidates in turns; one row each."""
+    """Train all candidates in turns; return a row for each."""
     engines = {name: engine_of(network(width, layers), stage, section) for name, section in sections().items()}
     candidates = [
         Candidate(name, lambda step, engine=engine: iterate(engine, corpus, step)) for name, engine in engines.items()
@@ -120,7 +120,7 @@ def measure(width: int, layers: int, stage: int, corpus: Corpus, rounds: tuple[i
 
 
 def take_turns(candidates: list[Candidate], rounds: tuple[int, int]) -> None:
-    """Rounds of one iteration each until the time is up, the same number on all ranks."""
+    """Run rounds of one iteration per candidate until the time is up, the same number on all ranks."""
     start, (fewest, most) = perf_counter(), rounds
     for turn in range(most):
         late = torch.tensor(float(perf_counter() - start > SECONDS))
@@ -133,7 +133,7 @@ def take_turns(candidates: list[Candidate], rounds: tuple[int, int]) -> None:
 
 
 def iterate(engine: Any, corpus: Corpus, step: int) -> tuple[float, float, float]:
-    """One iteration on all ranks together."""
+    """Run one iteration on all ranks together; return the seconds that `Candidate` lists."""
     tokens, targets = batch(corpus, step)
     comm.barrier()
     start, cpu = perf_counter(), process_time()
@@ -145,7 +145,7 @@ def iterate(engine: Any, corpus: Corpus, step: int) -> tuple[float, float, float
 
 
 def own_products(width: int, layers: int, stage: int) -> list[Callable[[], None]]:
-    """The products of each matrix that the plan gives to this rank, in memory of its own."""
+    """Make the matrix products of each matrix that the plan gives to this rank, with memory of their own."""
     plan = plan_of(network(width, layers), stage, comm.get_world_size())
     shapes: Counter[tuple[int, int]] = Counter()
     for matrix, owner in zip(plan.layout.matrices, plan.owners, strict=True):
@@ -158,7 +158,7 @@ def own_products(width: int, layers: int, stage: int) -> list[Callable[[], None]
 
 
 def time_products(products: list[Callable[[], None]]) -> tuple[float, float, float]:
-    """On all ranks at the same time, as in a step."""
+    """Run the products on all ranks at the same time, as in a step; return the seconds that `Candidate` lists."""
     comm.barrier()
     start, cpu = perf_counter(), process_time()
     for run in products:
@@ -168,7 +168,7 @@ def time_products(products: list[Callable[[], None]]) -> tuple[float, float, flo
 
 
 def of_all_ranks(samples: dict[int, tuple[float, float, float]]) -> dict[int, dict[str, float]]:
-    """By round, milliseconds: the slowest rank's wall times, and the mean of the processes' own."""
+    """Reduce over the ranks; return milliseconds by round: the slowest rank's wall times, the mean of processor times."""
     found = {}
     for turn, sample in samples.items():
         slowest, total = 1e3 * torch.tensor(sample), 1e3 * torch.tensor(sample)
@@ -180,7 +180,7 @@ def of_all_ranks(samples: dict[int, tuple[float, float, float]]) -> dict[int, di
 
 
 def table(width: int, stage: int, samples: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, Any]]:
-    """Medians and ratios, a row per candidate."""
+    """Make the rows, one per candidate: medians and ratios."""
 
     def over_adamw(name: str, what: str) -> float:
         return median(sample[what] - samples[ADAMW][turn][what] for turn, sample in samples[name].items())
@@ -211,7 +211,7 @@ def table(width: int, stage: int, samples: dict[str, dict[int, dict[str, float]]
 
 
 def draw(rows: list[dict[str, Any]], title: str, out: Path) -> None:
-    """Grouped bars: the overheads of each width and stage, and the products."""
+    """Draw grouped bars: the overheads of each width and stage, and the products."""
     cases = sorted({(row["width"], row["stage"]) for row in rows})
     names = [GATHER, SHARD_LOCAL, *(BUILT_IN.format(method) for method in NS_METHODS)]
     found = {(row["width"], row["stage"], row["optimizer"]): row for row in rows}

@@ -1,12 +1,12 @@
-"""What a record of telemetry costs: engines that record every step beside engines that record none.
+"""Measure the time of a telemetry record: engines that record every step beside engines that record none.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/telemetry.py [--quick] [--out DIR]
 
 Byte GPTs of width 512 and 1024 on ZeRO-2 and ZeRO-3, with Muon and with AdamW. An iteration of 16 bytes per rank is the worst
-case, for the optimizer dominates; the same record is set beside an iteration of 512 bytes too. Both engines take turns of
-one iteration, which lasts until the slowest rank is through; a record's time is the median, over the rounds, of the
-difference within a round. With {"every": 10} it is paid in every tenth step; the shares are of all steps' time. "CPU" is the
-same in processor time of a rank's process, which other programs on the machine add less to. Prints a table; writes
+case, for the optimizer dominates; the same record is compared with an iteration of 512 bytes too. Both engines take turns
+of one iteration, which lasts until the slowest rank is done; a record's time is the median, over the rounds, of the
+difference within a round. With {"every": 10} it adds to every tenth step; the shares are of the time of all steps. "CPU" is
+the same in processor time of a rank's process, which other programs on the machine add less to. Prints a table; writes
 telemetry.json and telemetry.png.
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
 def measure(
     width: int, layers: int, stage: int, name: str, corpus: Corpus, rounds: tuple[int, int], long_rounds: int
 ) -> dict[str, Any]:
-    """One row."""
+    """Measure one width, stage and rule; return its row of the table."""
     section = muon() if name == "muon" else adamw()
     watched: Section = {**section, "params": {**section["params"], "telemetry": {"every": 1}}}
     off, on = (engine_of(network(width, layers), stage, given) for given in (section, watched))
@@ -103,13 +103,13 @@ def measure(
 
 
 def network(width: int, layers: int) -> GPT:
-    """A byte GPT that takes the long sequences too."""
+    """Build a byte GPT that takes the long sequences too."""
     torch.manual_seed(0)
     return GPT(GPTConfig(layers=layers, width=width, heads=width // 64, sequence_length=LONG))
 
 
 def iterate(engine: Any, corpus: Corpus, step: int, length: int) -> tuple[float, float]:
-    """Milliseconds of one iteration on all ranks together: wall time of the slowest, and the mean of the processes' own."""
+    """Run one iteration; return milliseconds: wall time of the slowest rank, and mean processor time of the ranks."""
     world = comm.get_world_size()
     tokens, targets = corpus.batch(step, 0, world, length, micro_batch_rows(0, comm.get_rank(), world, 1))
     comm.barrier()
@@ -124,7 +124,7 @@ def iterate(engine: Any, corpus: Corpus, step: int, length: int) -> tuple[float,
 
 
 def draw(rows: list[dict[str, Any]], title: str, out: Path) -> None:
-    """Bars: the share of a step, for both lengths."""
+    """Draw bars: the share of a step, for both lengths."""
     fig, axes = figure(10.0, 4.5)
     for offset, key, length in ((-0.2, "cpu_share", LENGTH), (0.2, "cpu_long_share", LONG)):
         places = [place + offset for place in range(len(rows))]

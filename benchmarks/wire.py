@@ -1,13 +1,13 @@
-"""What Muon sends between two hosts on top of AdamW, and what that costs on a slow link.
+"""Measure the bytes that Muon sends between two hosts beyond AdamW's, and their time on a slow link.
 
     python benchmarks/wire.py [--quick] [--out DIR]
 
 Needs root and iproute2: the hosts are network namespaces (see hosts.py), 1 or 2 ranks each, started with torchrun. Bytes are
 those that the interface of the first host counted in a step, in and out, headers included, AdamW's on the same stage
-subtracted: the fewest of the steps, since what is sent again only adds; candidates take turns of one step. Four ranks are
+subtracted: the fewest of the steps, since retransmissions only add; candidates take turns of one step. Four ranks are
 placed in blocks (0 and 1 on the first host, as torchrun does) and in turn (0 and 2, as `mpirun --map-by node` does): a ring of
-gathers crosses the link twice as often then. "plan" is what the exchange plan says. "floor": on ZeRO-3 every matrix has to come
-together on one rank and go back, which is 2 bytes per element, in and out together, for 2 ranks and for 4; on ZeRO-1 and ZeRO-2
+gathers crosses the link twice as often then. "plan" is the figure of the exchange plan. "floor": on ZeRO-3 every matrix must be
+collected on one rank and returned, which is 2 bytes per element, in and out together, for 2 ranks and for 4; on ZeRO-1 and 2
 the fragments of straddling matrices. Then the same with the link capped: milliseconds of a step, means of five steps, because
 every fifth one gathers. Prints tables; writes wire.json and wire.png.
 """
@@ -78,8 +78,13 @@ TIME_COLUMNS = [
 class Case:
     """One launch on two hosts.
 
-    ``rate`` caps the link, as `tc` writes it; None leaves it as fast as memory. ``in_turn``: neighbouring ranks are on
-    different hosts.
+    Attributes:
+        ranks_per_host: number of ranks on each.
+        rate: speed of the link, as `tc` writes it; None leaves it as fast as memory.
+        stages: ZeRO stages to measure.
+        steps: measured steps of each candidate.
+        width, layers: size of the model.
+        in_turn: True puts neighbouring ranks on different hosts.
     """
 
     ranks_per_host: int
@@ -92,17 +97,18 @@ class Case:
 
     @property
     def world_size(self) -> int:
+        """Number of ranks on both hosts."""
         return 2 * self.ranks_per_host
 
     @property
     def first_host(self) -> list[int]:
-        """The ranks on it."""
+        """The ranks on the first host."""
         return list(range(0, self.world_size, 2) if self.in_turn else range(self.ranks_per_host))
 
 
 @dataclass
 class Candidate:
-    """One engine, and of every step the bytes at the interface and the seconds."""
+    """One engine, with the bytes at the interface and the seconds of every measured step."""
 
     name: str
     engine: Any
@@ -111,7 +117,7 @@ class Candidate:
 
 
 def main() -> None:
-    """Launch every case and report; or, on a host, be one rank of a case."""
+    """Launch every case and report; with --rank-of, run one rank of a case."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="width 128, ZeRO-3, 2 ranks, 1 Gbit/s")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
@@ -127,7 +133,7 @@ def main() -> None:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Three launches for the bytes, two for the times."""
+    """List the launches: three for the bytes, one per link for the times."""
     if quick:
         return [Case(1, "1gbit", (3,), steps=5, width=128, layers=2)]
     # With three layers, cuts of ZeRO-1 and ZeRO-2 go through a matrix, between the hosts too.
@@ -137,7 +143,11 @@ def cases(quick: bool) -> list[Case]:
 
 
 def launch(case: Case) -> list[dict[str, Any]]:
-    """Run the case on two hosts of its own. RuntimeError with a host's output when it fails."""
+    """Run the case on two new hosts; return its rows.
+
+    Raises:
+        RuntimeError: a host failed; the message holds its output.
+    """
     with two_hosts(case.rate) as hosts, tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         # Where neighbouring ranks are on different hosts, torchrun is told of as many nodes as there are ranks.
@@ -151,7 +161,7 @@ def launch(case: Case) -> list[dict[str, Any]]:
 
 
 def start(host: Host, index: int, nodes: int, case: Case, out: Path, log: Path) -> "subprocess.Popen[Any]":
-    """torchrun for one node on one of the hosts; the first one is the meeting point."""
+    """Start torchrun for one node on one of the hosts; all nodes meet on the first one."""
     shape = [f"--nnodes={nodes}", f"--node-rank={index}", f"--nproc-per-node={case.world_size // nodes}"]
     meet = ["--master-addr=node1", f"--master-port={PORT}"]
     script = [__file__, "--out", str(out), "--rank-of", json.dumps(vars(case))]
@@ -169,7 +179,7 @@ def be_a_rank(case: Case, out: Path) -> None:
 
 
 def sections(case: Case) -> dict[str, Section]:
-    """The optimizer sections that are compared: by what they send, or by their time on a slow link."""
+    """The optimizer sections to compare by their bytes, or by their time on a slow link."""
     found = {ADAMW: adamw(), INCUMBENT: built_in("standard")}
     if case.rate:
         return found | sharded()
@@ -177,7 +187,7 @@ def sections(case: Case) -> dict[str, Section]:
 
 
 def measure(stage: int, case: Case) -> list[dict[str, Any]]:
-    """Train all candidates in turns; one row each."""
+    """Train all candidates in turns on one stage; return a row for each."""
     corpus = load_corpus(str(Path(__file__)))
     candidates = [
         Candidate(name, engine_of(network(case.width, case.layers), stage, section)) for name, section in sections(case).items()
@@ -204,7 +214,7 @@ def measure(stage: int, case: Case) -> list[dict[str, Any]]:
 
 
 def train_step(candidate: Candidate, tokens: torch.Tensor, targets: torch.Tensor, counted: bool) -> None:
-    """One step on all ranks together. The barrier that ends it is in every candidate's bytes, AdamW's too."""
+    """Train one step on all ranks together. Its last barrier is in every candidate's bytes, also in AdamW's."""
     engine = candidate.engine
     comm.barrier()
     sleep(QUIET)
@@ -221,7 +231,7 @@ def train_step(candidate: Candidate, tokens: torch.Tensor, targets: torch.Tensor
 
 
 def expected(name: str, stage: int, case: Case) -> dict[str, float]:
-    """Megabytes in and out of the first host: what the plan says, and the floor. Nothing where the plan does not matter."""
+    """Megabytes in and out of the first host by plan, and the floor; empty for candidates without a plan."""
     if name not in (GATHER, NORMUON):
         return {}
     here = case.first_host
@@ -265,7 +275,7 @@ def _case(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def draw(free: list[dict[str, Any]], capped: list[dict[str, Any]], out: Path) -> None:
-    """Left: bytes on ZeRO-3. Right, one axis per link: milliseconds of a step."""
+    """Draw bytes on ZeRO-3 on the left, and milliseconds of a step on the right, one panel per link."""
     links = list(dict.fromkeys(row["link"] for row in capped))
     fig, axes = figure(5.5 * (len(links) + bool(free)), 5)
     axes.remove()

@@ -18,7 +18,11 @@ _MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: a configuration or a checkpoint that cannot be used)."""
+    """Run one command and return its exit status; 2 means that a configuration or a checkpoint cannot be used.
+
+    Args:
+        arguments: the command line without the program's name; None takes that of the process.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -172,7 +176,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _sub_group_size(config: Mapping[str, Any]) -> int:
-    """Of ZeRO-3, as DeepSpeed takes it: 1e9 is as good as 1000000000."""
+    """Read ZeRO-3's sub_group_size as DeepSpeed does: 1e9 means 1000000000. Raises ConfigError."""
     from ds_optforge.forecast.forecast import SUB_GROUP_SIZE
 
     section = config.get("zero_optimization")

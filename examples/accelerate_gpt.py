@@ -1,8 +1,8 @@
-"""The model and data of train.py in a loop through Accelerate: the same losses for the same seed.
+"""Train the model of train.py on its data through Accelerate, with the same losses for the same seed.
 
     accelerate launch --config_file launch/accelerate_zero2.yaml examples/accelerate_gpt.py
 
-Needs `pip install 'ds-optforge[hf]'`. Leaves DIR/metrics.jsonl (`--out DIR`).
+Needs `pip install 'ds-optforge[hf]'`. Writes DIR/metrics.jsonl (`--out DIR`).
 """
 
 import argparse
@@ -16,7 +16,7 @@ from workload import build_model, load_corpus, micro_batch_rows
 
 
 def main() -> None:
-    """Train and write a row for each step."""
+    """Train, and write the loss of each step."""
     args = parse_arguments()
     config = json.loads(Path(args.ds_config).read_text())
     config["scheduler"]["params"]["total_num_steps"] = "auto"  # total_steps below fills it
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line, named as train.py's."""
+    """Parse the command line, whose options are named as in train.py."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ds_config", default="ds_configs/muon_zero2.json", help="DeepSpeed config file")
     parser.add_argument("--steps", type=int, default=100)

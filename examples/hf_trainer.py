@@ -1,9 +1,9 @@
-"""A small Llama in the Hugging Face Trainer, with Muon on whole heads, from scratch on bytes.
+"""Train a small Llama from scratch on bytes in the Hugging Face Trainer, with Muon on whole attention heads.
 
     deepspeed --num_gpus 2 examples/hf_trainer.py --zero_stage 2
 
-The one line that a script needs is `ds_optforge.register(model)`. Needs `pip install 'ds-optforge[hf]'`. Leaves the
-checkpoints and DIR/metrics.jsonl (`--out DIR`); `--resume CHECKPOINT` goes on from one.
+The one line that a script needs is `ds_optforge.register(model)`. Needs `pip install 'ds-optforge[hf]'`. Writes
+checkpoints and DIR/metrics.jsonl (`--out DIR`); `--resume CHECKPOINT` resumes from one.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import ds_optforge
 from workload import load_corpus
 
 HEADS = 4
-BATCH = 8  # of a rank
+BATCH = 8  # sequences per rank
 
 
 def deepspeed_config(zero_stage: int) -> dict[str, Any]:
-    """What is "auto" comes from TrainingArguments."""
+    """A DeepSpeed configuration whose "auto" values the Trainer fills from TrainingArguments."""
     muon = {
         "name": "muon",
         "lr": "auto",
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line, named as train.py's."""
+    """Parse the command line, whose options are named as in train.py."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--zero_stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--steps", type=int, default=100)

@@ -1,4 +1,4 @@
-"""The small GPT and the byte corpus that train.py, the benchmarks and the tests share."""
+"""The small GPT and the byte corpus that train.py, the benchmarks and the tests use."""
 
 from workload.corpus import Corpus, DataError, load_corpus, micro_batch_rows
 from workload.gpt import GPT, PRESETS, GPTConfig, build_model

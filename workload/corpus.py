@@ -1,4 +1,4 @@
-"""Bytes to train on, and which of them each rank sees at each step.
+"""Bytes to train on, and the choice of those that each rank sees at each step.
 
 The default text is Python's own standard library, which every machine has; nothing is downloaded.
 """
@@ -31,7 +31,7 @@ class Corpus:
     validation: Tensor
 
     def check_length(self, sequence_length: int) -> None:
-        """Raise DataError unless both splits hold at least one sequence and the byte that follows it."""
+        """Raise DataError unless both splits hold a sequence of `sequence_length` bytes and the byte that follows it."""
         for name, split in (("training", self.train), ("validation", self.validation)):
             if len(split) < sequence_length + 1:
                 raise DataError(
@@ -46,6 +46,12 @@ class Corpus:
 
         Row i depends on `(seed, step, i)` alone: every rank draws all the starting positions and reads only its own
         rows, so the samples of a step are the same on any number of ranks.
+
+        Args:
+            step: optimizer step, from 0.
+            global_batch: sequences of all ranks together.
+            sequence_length: bytes in a sequence.
+            rows: those to return, see `micro_batch_rows`.
         """
         generator = torch.Generator().manual_seed(_mixed(seed, step))
         last_start = len(self.train) - sequence_length - 1
@@ -72,8 +78,10 @@ def micro_batch_rows(accumulation: int, rank: int, world_size: int, micro_batch:
 def load_corpus(data: str | None = None) -> Corpus:
     """Read a text file, a folder (all regular files below it) or a glob; None means the standard library's .py files.
 
-    Several files are split by file, one file by position, 95/5 both ways and always alike.
-    Raises DataError, naming the path, when there is nothing to read or a file cannot be read.
+    Training and validation get 95% and 5%: of the files, or of the bytes of a single file; always the same ones.
+
+    Raises:
+        DataError: there is nothing to read, or a file cannot be read; the message names the path.
     """
     root, paths = _standard_library() if data is None else _find(data)
     texts = {path.relative_to(root).as_posix(): _read(path) for path in paths}
@@ -85,7 +93,7 @@ def load_corpus(data: str | None = None) -> Corpus:
 
 
 def _find(data: str) -> tuple[Path, list[Path]]:
-    """Return a root folder and the regular files that `data` names, sorted."""
+    """Return a root folder and the regular files that `data` names, sorted. Raises DataError where there are none."""
     path = Path(data)
     if path.is_file():
         return path.parent, [path]
@@ -122,7 +130,7 @@ def _read(path: Path) -> bytes:
 def _split(texts: dict[str, bytes]) -> tuple[bytes, bytes]:
     """Split {name: text} into training and validation text.
 
-    A file's place depends on a hash of its name, so neighbours in a folder do not land on the same side together.
+    The side that a file goes to depends on a hash of its name, so that neighbours in a folder are not kept together.
     """
     if len(texts) == 1:
         (text,) = texts.values()

@@ -1,4 +1,4 @@
-"""A decoder-only GPT over bytes: the small model that train.py, the benchmarks and the tests share.
+"""A decoder-only GPT over bytes: the small model that train.py, the benchmarks and the tests use.
 
 Every projection is a matrix of its own (q, k and v are not fused) and nothing has a bias, so what an optimizer
 sees is plain: matrices, two embeddings, one output head, and the norms' gains.
@@ -17,7 +17,19 @@ INIT_STD = 0.02  # GPT-2's
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT. `tied` makes the output head share the token embedding's weight."""
+    """Shape of a GPT.
+
+    Attributes:
+        layers: number of blocks.
+        width: features of a token between the blocks.
+        heads: number of attention heads, a divisor of `width`.
+        sequence_length: most tokens in a sequence.
+        vocabulary: number of different tokens.
+        tied: True makes the output head use the token embedding's weight.
+
+    Raises:
+        ValueError: `width` is not a multiple of `heads`.
+    """
 
     layers: int
     width: int
@@ -39,23 +51,25 @@ PRESETS: dict[str, tuple[int, int, int]] = {  # layers, width, heads
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias, drawn from N(0, 0.02^2).
+    """An `nn.Linear` without bias, with weights from N(0, 0.02^2).
 
-    The draw is the module's own `reset_parameters`, not a pass over the finished model, because under `zero.Init`
-    each weight is partitioned as soon as its module is built.
+    The module draws them itself, in `reset_parameters`, because under `zero.Init` each weight is partitioned as soon as its
+    module is built, and a pass over the finished model would find none.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
+        """Draw the weight."""
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` drawn from N(0, 0.02^2)."""
+    """An `nn.Embedding` with weights from N(0, 0.02^2)."""
 
     def reset_parameters(self) -> None:
+        """Draw the weight."""
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
@@ -70,7 +84,8 @@ class Attention(nn.Module):
         self.v = Linear(config.width, config.width)
         self.o = Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, time, width) -> the same
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, time, width) to the same shape; a position sees those before it and itself."""
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, time, width / heads)
             for project in (self.q, self.k, self.v)
@@ -81,14 +96,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections, four times wider between, with GELU."""
+    """Two projections with a GELU between them, where the width is four times as large."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = Linear(config.width, 4 * config.width)
         self.down = Linear(4 * config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, time, width) -> the same
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, time, width) to the same shape."""
         out: Tensor = self.down(F.gelu(self.up(x)))
         return out
 
@@ -103,14 +119,15 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, bias=False)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, time, width) -> the same
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, time, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class GPT(nn.Module):
-    """The model. Built under one torch seed it always starts from the same weights."""
+    """A GPT. Built under the same torch seed it always starts from the same weights."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -140,7 +157,11 @@ class GPT(nn.Module):
 
 
 def build_model(name: str, sequence_length: int) -> GPT:
-    """Build the preset `name` (see `PRESETS`) on bytes. Raises ValueError for a name that is not there."""
+    """Build the preset `name` (see `PRESETS`) on bytes.
+
+    Raises:
+        ValueError: no preset has this name.
+    """
     if name not in PRESETS:
         raise ValueError(f"no model named {name!r}; there are: {', '.join(PRESETS)}")
     layers, width, heads = PRESETS[name]

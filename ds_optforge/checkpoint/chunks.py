@@ -1,4 +1,4 @@
-"""Parts of logical tensors, to be written and to be read."""
+"""Ranges of logical tensors, to be written (`Chunk`) and to be read (`Request`)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FILE_BYTES = 2**28  # a file is made in memory before it is written: this, or the largest piece of one tensor
+_FILE_BYTES = 2**28  # a file is made in memory before it is written: this, or the largest chunk of one tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """A part of a logical tensor, to be written.
+    """A chunk of a logical tensor, in the sense of torch.distributed.checkpoint: what one rank writes of it.
 
     Attributes:
-        name, size: the whole tensor's.
-        offsets, shape: of the part within it.
-        values: the part, or a function that makes it when its file is written.
+        name, size: name and shape of the whole tensor.
+        offsets, shape: where the chunk begins in it, and the chunk's own shape; one number per dimension.
+        dtype: data type of the values.
+        values: the chunk's values, or a function that makes them when the file is written.
     """
 
     name: str
@@ -28,19 +29,24 @@ class Chunk:
 
     @property
     def nbytes(self) -> int:
+        """Size of the values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def flat_chunk(name: str, size: int, start: int, values: Tensor) -> Chunk:
-    """Elements [start, start + len(values)) of a flat logical tensor."""
+    """Make the chunk of elements [start, start + len(values)) of a flat logical tensor of ``size`` elements.
+
+    Args:
+        values: flat.
+    """
     return Chunk(name, (size,), (start,), (values.numel(),), values.dtype, values)
 
 
 def files_of(chunks: Iterable[Sequence[Chunk]]) -> dict[str, int]:
-    """The number of the file (from 1) that each tensor goes to, so that no rank's file is much larger than 256 MiB.
+    """Number the file, from 1, that each tensor goes to, so that no rank's file is much larger than 256 MiB.
 
     Args:
-        chunks: of each rank.
+        chunks: the chunks of each rank, a sequence per rank.
     """
     largest: dict[str, int] = {}
     for of_rank in chunks:

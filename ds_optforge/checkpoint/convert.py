@@ -1,7 +1,7 @@
 """``ds-optforge convert``: a portable checkpoint from one that ``engine.save_checkpoint`` wrote, without ranks or a model.
 
-Of OptForge, whose state says where everything lies (`OptForge.state_dict`); or of DeepSpeed's built-in Muon or
-torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
+It reads checkpoints of OptForge, whose state says where everything lies (`OptForge.state_dict`), of DeepSpeed's built-in
+Muon and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,15 @@ from ds_optforge.zero.placement import Placement
 
 
 def convert(source: Path, out: Path) -> None:
-    """Write the portable checkpoint ``out``. Raises CheckpointError."""
+    """Write a portable checkpoint from an engine checkpoint or from a file of plain PyTorch.
+
+    Args:
+        source: the folder that ``engine.save_checkpoint`` wrote, or the file that torch.save wrote (`incumbents.from_torch`).
+        out: the folder to make; it must not exist.
+
+    Raises:
+        CheckpointError: the source cannot be read, or is incomplete, or ``out`` exists or cannot be written.
+    """
     if source.is_file():
         found, manifest = incumbents.from_torch(source)
     else:
@@ -65,41 +73,41 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
         optimizer, slices = checkpoint.optimizer(shard), checkpoint.slices(shard)
         if not optimizer["optforge"]:
             raise CheckpointError(f"{checkpoint.folder}: was saved before its run took a step; allowed: after one")
-        for part in optimizer["optforge"]:
-            placement = Placement.from_plain(part["placement"])
+        for stepped in optimizer["optforge"]:
+            placement = Placement.from_plain(stepped["placement"])
             names = placement.layout.names
-            tensors = [slices[i] for i in part["tensors"]] if slices else [module[name] for name in names]
-            states = [optimizer["state"][i] for i in part["tensors"]]
-            found.chunks += chunks_of(placement, tensors, states, part["buffers"], _statistics(part))
+            tensors = [slices[i] for i in stepped["tensors"]] if slices else [module[name] for name in names]
+            states = [optimizer["state"][i] for i in stepped["tensors"]]
+            found.chunks += chunks_of(placement, tensors, states, stepped["buffers"], _statistics(stepped))
             if shard == 0:
-                _describe(part, placement, states[0], optimizer["param_groups"], found)
+                _describe(stepped, placement, states[0], optimizer["param_groups"], found)
 
 
-def _statistics(part: Mapping[str, Any]) -> list[tuple[str, Per]]:
+def _statistics(stepped: Mapping[str, Any]) -> list[tuple[str, Per]]:
     """(name, per) of a rule's statistics. Until version 0.1 a rule had one at most, per row."""
-    if "statistics" not in part:
-        return [(part["row_buffer"], "row")] if part["row_buffer"] else []
-    return [(name, per) for name, per in part["statistics"]]
+    if "statistics" not in stepped:
+        return [(stepped["row_buffer"], "row")] if stepped["row_buffer"] else []
+    return [(name, per) for name, per in stepped["statistics"]]
 
 
 def _describe(
-    part: Mapping[str, Any],
+    stepped: Mapping[str, Any],
     placement: Placement,
     state: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     found: Found,
 ) -> None:
-    """The group that one call of ``step()`` belongs to, as in the manifest."""
-    group = next(group for group in groups if group[GROUP] == part["group"])
-    add_members(found.groups, part["group"], part["rule"], group, state, placement.layout.names)
+    """Enter what one call of ``step()`` updates (``stepped``) into the groups, shapes and block cuts of the manifest."""
+    group = next(group for group in groups if group[GROUP] == stepped["group"])
+    add_members(found.groups, stepped["group"], stepped["rule"], group, state, placement.layout.names)
     for index, name in enumerate(placement.layout.names):
-        found.shapes[name] = part["shapes"][index]
-        if any(absmax_of(buffer) in state for buffer in part["buffers"]) and (cuts := block_cuts(placement, index)):
+        found.shapes[name] = stepped["shapes"][index]
+        if any(absmax_of(buffer) in state for buffer in stepped["buffers"]) and (cuts := block_cuts(placement, index)):
             found.block_cuts[name] = cuts
 
 
 def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
-    """Frozen parameters and buffers: whole in the model's state dict, or in partitions (ZeRO-3)."""
+    """Add frozen parameters and buffers: whole in the model's state dict, or partitioned (ZeRO-3)."""
     model = checkpoint.model
     module = model["module"]
     frozen = model.get("frozen_param_shapes") or {}
@@ -109,9 +117,9 @@ def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
             for name, fragment in (of_rank.get("frozen_param_fragments") or {}).items():
                 numel = torch.Size(frozen[name]).numel()
                 start = min(rank * fragment.numel(), numel)
-                part = fragment.view(-1).narrow(0, 0, min(fragment.numel(), numel - start))
-                if part.numel():
-                    found.chunks.append(flat_chunk(weight_name(name), numel, start, part))
+                unpadded = fragment.view(-1).narrow(0, 0, min(fragment.numel(), numel - start))
+                if unpadded.numel():
+                    found.chunks.append(flat_chunk(weight_name(name), numel, start, unpadded))
         found.shapes |= {name: list(shape) for name, shape in frozen.items()}
     known = {address(module[name]) for name in found.shapes if name in module}
     for name, value in module.items():
@@ -126,11 +134,11 @@ def _read_untrained(checkpoint: EngineCheckpoint, found: Found) -> None:
 
 
 def _whole(chunks: Iterable[Chunk], source: Path) -> Iterator[Chunk]:
-    """One chunk per tensor, put together when it is written. Raises CheckpointError where a part is missing."""
-    parts: dict[str, dict[int, Chunk]] = {}
+    """One chunk per tensor, assembled when it is written. Raises CheckpointError for a tensor that is incomplete."""
+    found: dict[str, dict[int, Chunk]] = {}
     for chunk in chunks:
-        parts.setdefault(chunk.name, {})[chunk.offsets[0]] = chunk
-    for name, by_start in parts.items():
+        found.setdefault(chunk.name, {})[chunk.offsets[0]] = chunk
+    for name, by_start in found.items():
         first = next(iter(by_start.values()))
         numel = sum(chunk.shape[0] for chunk in by_start.values())
         if numel != first.size[0]:
@@ -140,7 +148,7 @@ def _whole(chunks: Iterable[Chunk], source: Path) -> Iterator[Chunk]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Assembled:
-    """Makes a tensor of its chunks."""
+    """Assembles a tensor from its chunks, each a range of the flat tensor."""
 
     chunks: tuple[Chunk, ...]
 
@@ -160,7 +168,7 @@ def _tensor(chunk: Chunk) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Counted:
-    """Moves a progress bar on when a tensor is made."""
+    """Advances a progress bar when a tensor is made."""
 
     make: Any
     bar: Any
@@ -174,7 +182,7 @@ class _Counted:
 
 @contextmanager
 def _progress(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
-    """The chunks, behind a bar that moves on as they are written."""
+    """Yield the chunks with a progress bar that advances as they are written."""
     chunks = list(chunks)
     total = sum(chunk.nbytes for chunk in chunks)
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
@@ -182,13 +190,17 @@ def _progress(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
 
 
 def export(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the weights of a portable checkpoint as a Hugging Face model's: in shape, under their names, averaged.
+    """Write the weights of a portable checkpoint as those of a Hugging Face model, in their shapes and under their names.
+
+    A parameter whose rule averages weights (Schedule-Free) is written as its average.
 
     Args:
-        dtype: of the parameters that were trained; None keeps the one that is saved.
+        source: the folder of a portable checkpoint.
+        out: the folder to make; it must not exist.
+        dtype: data type to write trained parameters in; None keeps the saved one.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or ``out`` is there already.
+        CheckpointError: the checkpoint is damaged, or was trained by a rule that is not installed, or ``out`` exists.
     """
     checkpoint = Checkpoint(source)
     if problems := checkpoint.damage():
@@ -219,7 +231,7 @@ def _rule_of(source: Path, group: Mapping[str, Any]) -> type[Rule]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """Reads one weight; the average of a rule that averages and has taken a step."""
+    """Reads one weight; the average, where its rule averages weights and has taken a step."""
 
     checkpoint: Checkpoint
     name: str

@@ -1,4 +1,4 @@
-"""What torch.distributed.checkpoint does for `ds_optforge.checkpoint.files`: its planners, its writer and its reader.
+"""Planners, writer and reader of torch.distributed.checkpoint (DCP), as `ds_optforge.checkpoint.files` uses them.
 
 Importing torch.distributed.checkpoint takes long, so that module imports this one when it first writes or reads.
 """
@@ -36,7 +36,12 @@ from ds_optforge.checkpoint.manifest import MANIFEST, incomplete, sha256_of, syn
 
 
 def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Write a checkpoint with the ranks of ``group``. Raises CheckpointException and what file systems raise."""
+    """Write a checkpoint together with the ranks of ``group``.
+
+    Raises:
+        CheckpointException: from DCP, when any rank fails; it names the ranks.
+        OSError: the file system fails.
+    """
     planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
     save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
 
@@ -44,7 +49,7 @@ def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any], gr
 def start_writing(
     folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any], group: dist.ProcessGroup | None
 ) -> Future[Any]:
-    """As `write`, but return when the chunks have been copied."""
+    """Start to write a checkpoint as `write` does; return when the chunks have been copied to host memory."""
     planner, writer = _SavePlanner(chunks), _Writer(folder, manifest)
     saving = async_save(_values(chunks), storage_writer=writer, planner=planner, process_group=group)
     assert isinstance(saving, Future)
@@ -52,7 +57,7 @@ def start_writing(
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
-    """Write whole tensors as the weights of a Hugging Face model, this process alone."""
+    """Write whole tensors as the weights of a Hugging Face model, in this process alone."""
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files_of([chunks]))
     save(_values(chunks), storage_writer=writer, planner=_SavePlanner(chunks), no_dist=True)
 
@@ -62,7 +67,7 @@ def _values(chunks: Sequence[Chunk]) -> dict[str, Any]:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Lists one rank's chunks. What several ranks list is written once; gaps and overlaps are refused (by the base class)."""
+    """Lists one rank's chunks. The base class writes a chunk of several ranks once, and refuses gaps and overlaps."""
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -91,20 +96,26 @@ def _write_item(chunk: Chunk) -> WriteItem:
 
 @dataclass(frozen=True, slots=True)
 class _File:
+    """A file that a rank has written."""
+
     name: str
     nbytes: int
     sha256: str
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Adds what the base class lacks: bounded files, checksums, a manifest, and all or nothing."""
+    """Adds to the base class: files of bounded size, checksums, a manifest, and one rename that makes the checkpoint appear."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self._folder, self._temporary, self._manifest = folder, incomplete(folder), manifest
         super().__init__(str(self._temporary), save_distributed=True)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the coordinator alone, before any rank writes."""
+        """Make the temporary folder and share out the files; runs on the coordinator alone, before any rank writes.
+
+        Raises:
+            FileExistsError: the checkpoint exists.
+        """
         if self._folder.exists():
             raise FileExistsError(f"{self._folder} is there already; a checkpoint is never overwritten")
         shutil.rmtree(self._temporary)  # of a save that was killed; prepare_local_plan has made it in any case
@@ -113,6 +124,7 @@ class _Writer(HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: Any) -> Any:
+        """Write this rank's files; report each with its size and checksum."""
         results = super().write_data(plan, planner).value()
         first = {result.storage_data.relative_path: result for result in results}
         records = []
@@ -125,7 +137,11 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the coordinator, when all ranks have written."""
+        """Write the manifest and rename the folder; runs on the coordinator, when all ranks have written.
+
+        Raises:
+            FileNotFoundError: rank 0 does not see a file that another rank wrote.
+        """
         files = {record.name: record for of_rank in results for record in (result.storage_data for result in of_rank)}
         for record in files.values():
             path = self._temporary / record.name
@@ -141,7 +157,7 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def _share_out(plans: Sequence[SavePlan]) -> dict[str, int]:
-    """`files_of`, from DCP's plans."""
+    """Number the file of each tensor (`files_of`) from DCP's plans."""
     as_chunks = []
     for plan in plans:
         data = [(item.index.fqn, item.tensor_data) for item in plan.items]
@@ -150,17 +166,19 @@ def _share_out(plans: Sequence[SavePlan]) -> dict[str, int]:
 
 
 class Reader(HuggingFaceStorageReader):
-    """Reads ranges of tensors, this process alone; opens the files for their headers once only."""
+    """Reads ranges of tensors in this process alone; reads the headers of the files once."""
 
     @cached_property
     def headers(self) -> Metadata:
+        """Names, shapes, data types and chunks of all tensors."""
         return super().read_metadata()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the headers, as DCP asks for them."""
         return self.headers
 
     def fill(self, requests: Sequence[Request]) -> None:
-        """Names and ranges must be those of the checkpoint."""
+        """Read every request's range into its values. Names and ranges must be those of the checkpoint."""
         load({}, storage_reader=self, planner=_LoadPlanner(requests), no_dist=True)
 
 
@@ -187,7 +205,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self._requests[index].values.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It was read into its place."""
+        """Do nothing: the values were read into their place."""
 
 
 def _read_items(index: int, request: Request, chunks: Sequence[ChunkStorageMetadata]) -> Iterator[ReadItem]:

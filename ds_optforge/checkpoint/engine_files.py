@@ -1,4 +1,4 @@
-"""What is in the files of ``engine.save_checkpoint``, read without running code from them.
+"""The files of ``engine.save_checkpoint``, read without running code from them.
 
 Files are opened with ``weights_only`` and mapped, not read, so that a tensor is in memory only while it is used.
 """
@@ -22,12 +22,12 @@ _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
 
 @dataclass(slots=True, eq=False)
 class Found:
-    """What has been read: this becomes the checkpoint.
+    """The content of the files read so far, from which the portable checkpoint is written.
 
     Attributes:
-        chunks: flat pieces of logical tensors, of all ranks; the same piece may come twice.
-        shapes: of each parameter and buffer of the model.
-        groups, block_cuts: as in the manifest.
+        chunks: chunks of flat logical tensors, of all ranks; the same chunk may come twice.
+        shapes: the shape of each parameter and buffer of the model, by name.
+        groups, block_cuts: entries of the manifest.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -40,10 +40,11 @@ class EngineCheckpoint:
     """The files of one ``engine.save_checkpoint``.
 
     Args:
-        folder: the one that was saved to (its file ``latest`` names the tag), or a tag's folder in it.
+        folder: the folder that was saved to (its file ``latest`` names the tag), or a tag's folder in it.
 
     Raises:
-        CheckpointError: a folder that is none, or a file that cannot be read without running code from it.
+        CheckpointError: the folder holds no such checkpoint, or experts of a DeepSpeed MoE layer, or a file that cannot be
+            read without running code from it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,23 +63,24 @@ class EngineCheckpoint:
 
     @property
     def model(self) -> Mapping[str, Any]:
+        """The model states of rank 0."""
         first: Mapping[str, Any] = self.models[0]
         return first
 
     def optimizer(self, shard: int) -> Mapping[str, Any]:
-        """The state dict of the optimizer itself."""
+        """The state dict of the optimizer under DeepSpeed's wrapper, as the rank ``shard`` saved it."""
         found = self.shards[shard]
         base: Mapping[str, Any] = found.get("base_optimizer_state", found.get("optimizer_state_dict", found))
         return base
 
     def slices(self, shard: int) -> list[Tensor]:
-        """The float32 tensors that the optimizer steps; empty where it steps the model's own."""
+        """The flat float32 tensors that the optimizer of a rank steps; empty where it steps the model's own."""
         found: Sequence[Any] = next((self.shards[shard][key] for key in _SLICES if key in self.shards[shard]), [])
-        return [piece for entry in found for piece in (entry if isinstance(entry, list) else [entry])]
+        return [tensor for entry in found for tensor in (entry if isinstance(entry, list) else [entry])]
 
     @property
     def loss_scale(self) -> dict[str, Any]:
-        """As `ds_optforge.zero.engine.loss_scale`."""
+        """The state of a dynamic loss scale, with the keys of `ds_optforge.zero.engine.loss_scale`; empty without one."""
         shard = self.shards[0]
         scaler = shard.get("loss_scaler")
         dynamic = scaler.dynamic if scaler is not None else shard.get("dynamic_loss_scale", False)
@@ -87,12 +89,16 @@ class EngineCheckpoint:
 
 
 def _by_rank(paths: Iterable[Path]) -> list[Path]:
-    """In the order of the numbers in their names."""
+    """Sort files by the numbers in their names."""
     return sorted(paths, key=lambda path: [int(word) for word in path.stem.split("_") if word.isdigit()])
 
 
 def load(path: Path) -> Any:
-    """A file of torch.save, without running code from it. Raises CheckpointError."""
+    """Open a file of torch.save, mapped into memory, without running code from it.
+
+    Raises:
+        CheckpointError: the file cannot be read, or only by running code from it.
+    """
     try:
         with safe_classes():
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -101,5 +107,5 @@ def load(path: Path) -> Any:
 
 
 def address(tensor: Tensor) -> tuple[int, int]:
-    """The same for the same memory: tied weights stay so in a file."""
+    """A key that is equal for tensors in the same memory, as tied weights of a file are."""
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())

@@ -27,15 +27,15 @@ from ds_optforge.errors import CheckpointError
 
 
 def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint; all ranks of the default process group together, or a process without one alone.
+    """Write a checkpoint. Collective over the default process group; a process without a group writes alone.
 
     Args:
-        folder: must not be there yet, on a file system that all ranks share.
-        chunks: this rank's; the same chunk may be given by several ranks.
-        manifest: on rank 0: plain data, to be found again as `Checkpoint.manifest`.
+        folder: the folder to make, on a file system that all ranks share; it must not exist.
+        chunks: this rank's chunks; the same chunk may come from several ranks.
+        manifest: plain data that `Checkpoint.manifest` gives back; only rank 0's is written.
 
     Raises:
-        CheckpointError: on all ranks; what was written is removed.
+        CheckpointError: on all ranks, when any rank failed; what was written is removed.
     """
     from ds_optforge.checkpoint import dcp
 
@@ -45,7 +45,10 @@ def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) ->
 
 
 def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any]) -> Future[None]:
-    """As `write`, but return when the chunks have been copied; the result, or CheckpointError, comes later."""
+    """Write as `write` does, but return when the chunks have been copied to host memory.
+
+    The future holds the result, or the CheckpointError, once the checkpoint is complete.
+    """
     from ds_optforge.checkpoint import dcp
 
     done: Future[None] = Future()
@@ -71,7 +74,11 @@ def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping
 
 
 def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
-    """Write whole tensors as a Hugging Face model's weights: model-*.safetensors and their index. Raises CheckpointError."""
+    """Write whole tensors as a Hugging Face model's weights: model-*.safetensors and their index, in this process alone.
+
+    Raises:
+        CheckpointError: the folder exists, or could not be written.
+    """
     from ds_optforge.checkpoint import dcp
 
     if folder.exists():
@@ -87,7 +94,10 @@ def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
 
 @contextmanager
 def own_group() -> Iterator[dist.ProcessGroup | None]:
-    """A gloo group of all ranks: for CPU tensors, and apart from the collectives of training."""
+    """Yield a gloo group of all ranks, for CPU tensors and apart from the collectives of training; None without ranks.
+
+    Making and leaving it are collective.
+    """
     if not dist.is_initialized():
         yield None
         return
@@ -99,7 +109,7 @@ def own_group() -> Iterator[dist.ProcessGroup | None]:
 
 
 def _timeout() -> timedelta | None:
-    """The one that the default process group was given; torch has no public way to ask."""
+    """The timeout that the default process group was given; torch has no public way to ask."""
     world = dist.group.WORLD
     try:
         found: timedelta = world._get_backend(next(iter(world._device_types))).options._timeout  # type: ignore[union-attr]
@@ -127,7 +137,7 @@ class Checkpoint:
     """A complete portable checkpoint, open for reading.
 
     Raises:
-        CheckpointError: a folder that is none, or whose manifest is damaged or of an unknown version.
+        CheckpointError: the folder is no checkpoint, or its manifest is damaged or of an unknown version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,7 +148,11 @@ class Checkpoint:
         self._reader = dcp.Reader(str(folder))
 
     def damage(self, share: int = 0, shares: int = 1) -> list[str]:
-        """What is wrong with the files, by size and checksum; of every ``shares``-th file only, from number ``share``."""
+        """Compare the files with the sizes and checksums of the manifest; return a line per problem.
+
+        Args:
+            share, shares: check every ``shares``-th file only, from number ``share`` on, so that ranks share the work.
+        """
         problems = []
         if share == 0:
             strange = {path.name for path in self.folder.glob("*.safetensors")} - self.manifest["files"].keys()
@@ -155,23 +169,23 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """The same for the same checkpoint."""
+        """A digest of the manifest, equal for equal checkpoints."""
         return digest_of(self.manifest)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, torch.dtype]]:
-        """Elements and dtype of each logical tensor, by name."""
+        """Number of elements and dtype of each logical tensor, by name."""
         stored = self._reader.headers.state_dict_metadata
         return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in stored.items()}  # type: ignore[union-attr]
 
     def read(self, requests: Sequence[Request]) -> None:
-        """Fill the requests, this process alone. Names and ranges must be those of `tensors`."""
+        """Read every request's range into its values, in this process alone. Names and ranges must be those of `tensors`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group takes part
             self._reader.fill(requests)
 
     def whole(self, name: str) -> Tensor:
-        """One whole logical tensor, flat."""
+        """Read one whole logical tensor, flat."""
         numel, dtype = self.tensors[name]
         values = torch.empty(numel, dtype=dtype)
         self.read([Request(name, 0, values)])

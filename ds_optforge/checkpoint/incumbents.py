@@ -1,6 +1,6 @@
 """Checkpoints of other Muons, for `ds_optforge.checkpoint.convert`: DeepSpeed's built-in one, and torch.optim.Muon.
 
-Their momentum is the same moving average as ours, so a run goes on with it. The groups get names of their own
+Their momentum is the same moving average as ours, so training resumes with it. The groups get names of their own
 (``deepspeed0``, ``torch0``), so `load_checkpoint` takes such a checkpoint with ``strict=False``.
 """
 
@@ -25,7 +25,11 @@ _TORCH_FILE = '{"model": model.state_dict(), "optimizer": a state dict, or a lis
 
 
 def read_deepspeed_muon(checkpoint: EngineCheckpoint, found: Found) -> None:
-    """Raises CheckpointError for another optimizer, or for stage 0."""
+    """Add weights, state and groups that DeepSpeed's built-in Muon saved to ``found``.
+
+    Raises:
+        CheckpointError: another optimizer saved the checkpoint, or ZeRO stage 0, or the momenta have an unknown layout.
+    """
     groups = checkpoint.optimizer(0)["param_groups"]
     if not any(group.get("use_muon") for group in groups):
         raise CheckpointError(
@@ -58,7 +62,7 @@ def _group(rule: str, step: int, members: Sequence[str] | Mapping[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """One flat slice of DeepSpeed's: a group (ZeRO-1/2) or a sub-group (ZeRO-3), over all shards."""
+    """The slices of all ranks of one parameter group (ZeRO-1/2) or sub-group (ZeRO-3), as DeepSpeed saved them."""
 
     checkpoint: EngineCheckpoint
     number: int
@@ -70,7 +74,7 @@ class _Slice:
 
     @property
     def partitioned(self) -> bool:
-        """ZeRO-3 cuts each parameter, ZeRO-1/2 the group."""
+        """True where each parameter is cut (ZeRO-3), False where the whole group is (ZeRO-1/2)."""
         return "fp32_flat_groups" in self.checkpoint.shards[0]
 
     @property
@@ -106,7 +110,7 @@ class _Slice:
 
 
 def _read_whole_momenta(whole: _Slice, shard: int, momentum: Tensor, found: Found) -> None:
-    """ZeRO-1/2 keep the whole momentum of every parameter that a rank holds any part of, one behind the other."""
+    """Add momenta of ZeRO-1/2: whole, one behind the other, of every parameter that the rank holds a fragment of."""
     placement = whole.placement(shard)
     offset = 0
     for index, name in enumerate(placement.layout.names):
@@ -122,7 +126,14 @@ def _read_whole_momenta(whole: _Slice, shard: int, momentum: Tensor, found: Foun
 
 
 def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
-    """A file of plain PyTorch, and its part of the manifest. Raises CheckpointError."""
+    """Read a file of plain PyTorch: ``torch.save({"model": ..., "optimizer": ...})`` with torch.optim.Muon.
+
+    Returns:
+        Everything that was read, and the entries of the manifest beside it.
+
+    Raises:
+        CheckpointError: the file has another content or another optimizer's momentum, or its parameters have no names.
+    """
     saved = load(path)
     if not isinstance(saved, dict) or not {"model", "optimizer"} <= saved.keys():
         raise CheckpointError(f"{path}: got {_kind(saved)}; allowed: torch.save of {_TORCH_FILE}")
@@ -151,7 +162,7 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
 
 
 def _states(path: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(parameter, its state) of a torch optimizer, which names its parameters where it was given names."""
+    """(parameter name, its state) of a torch optimizer, which knows the names that it was given."""
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     indices = [index for group in optimizer["param_groups"] for index in group["params"]]
     if not names and len(indices) == len(model):

@@ -1,4 +1,4 @@
-"""Logical tensors: what OptForge's tensors and state hold, by the names of the model's parameters and of their buffers.
+"""Logical tensors: weights and optimizer state under the names of the model's parameters and of their state buffers.
 
 All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one); ``optimizer/NAME/BUFFER`` an elementwise
 buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
@@ -30,10 +30,10 @@ def add_members(
     """Enter what one call of ``step()`` updates into a parameter group of the manifest, which its first call makes.
 
     Args:
-        groups: of the manifest.
-        name, rule, group: the parameter group, its rule's name and its dict.
-        state: of the call's first tensor.
-        members: names of parameters.
+        groups: the manifest's groups, which are changed.
+        name, rule, group: name, rule's name and dict of the parameter group.
+        state: the state of the call's first tensor.
+        members: names of the parameters.
     """
     made = {
         "rule": rule,
@@ -46,19 +46,22 @@ def add_members(
 
 
 def weight_name(parameter: str) -> str:
+    """The name of a parameter's logical tensor."""
     return f"model/{parameter}"
 
 
 def buffer_name(parameter: str, buffer: str) -> str:
+    """The name of the logical tensor of a parameter's state buffer or statistic."""
     return f"optimizer/{parameter}/{buffer}"
 
 
 def absmax_of(name: str) -> str:
-    """The name of the scales of an 8-bit buffer."""
+    """The name of the block scales of an 8-bit buffer."""
     return f"{name}_absmax"
 
 
 def view(tensor: Tensor, held: Held) -> Tensor:
+    """A flat view, (held.numel,), of what a rank holds of a parameter in the tensor that it steps."""
     return tensor.detach().view(-1).narrow(0, held.tensor_start, held.numel)
 
 
@@ -69,12 +72,13 @@ def chunks_of(
     buffers: Sequence[str],
     statistics: Sequence[tuple[str, Per]],
 ) -> Iterator[Chunk]:
-    """What one rank holds of the parameters of one call of ``step()``, as views.
+    """Yield views of one rank's weights and state, for the parameters that one call of ``step()`` updates.
 
     Args:
-        tensors, states: what is stepped, and the state of each.
+        placement: where the parameters lie in the tensors.
+        tensors, states: the tensors that are stepped, and the state of each.
         buffers: names of the rule's elementwise buffers.
-        statistics: (name, per) of its statistics.
+        statistics: (name, per) of each of the rule's statistics.
     """
     places = {per: placement.value_places(per) for _, per in statistics}
     formats = [EightBit(fragments) for fragments in placement.held_fragments()]
@@ -100,7 +104,7 @@ def chunks_of(
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:
-    """Where fragments of a parameter meet, on any rank, inside a block of 8-bit state."""
+    """Elements of a parameter at which fragments meet, on any rank, inside a block of 8-bit state; sorted."""
     layout = placement.layout
     cut, numel = layout.cuts[parameter], placement.numel(parameter)
     cuts = {layout.matrices[index].start for index in placement.matrices_of(parameter)}
@@ -109,10 +113,12 @@ def block_cuts(placement: Placement, parameter: int) -> list[int]:
 
 
 class Loading:
-    """Reads a checkpoint into tensors and state: `requests` first, then `finish`, which makes 8-bit state of what was read.
+    """Collects what to read of a checkpoint, and where to.
+
+    Call the ``into`` methods, fill `requests` (`Checkpoint.read`), then call `finish`, which converts what was read.
 
     Args:
-        cuts: by parameter, where the saved blocks of its 8-bit state restart (`block_cuts`).
+        cuts: by parameter, the elements at which the saved blocks of its 8-bit state restart (`block_cuts`).
     """
 
     def __init__(self, checkpoint: Checkpoint, cuts: Mapping[str, Sequence[int]]) -> None:
@@ -121,12 +127,16 @@ class Loading:
         self._conversions: list[Callable[[], object]] = []
 
     def finish(self) -> None:
-        """Once the requests are filled."""
+        """Convert what was read to the format of the state. Call it once the requests are filled."""
         for convert in self._conversions:
             convert()
 
     def into(self, target: Tensor, name: str, start: int) -> None:
-        """A tensor of the model that the optimizer does not step."""
+        """Request a tensor of the model that the optimizer does not step.
+
+        Args:
+            target: of any shape, filled from element ``start`` of the logical tensor ``name`` on.
+        """
         if target.is_contiguous():
             self.requests.append(Request(name, start, target.view(-1)))
         else:
@@ -135,6 +145,7 @@ class Loading:
             self._conversions.append(lambda: target.copy_(values.view(target.shape)))
 
     def into_weights(self, slices: Slices) -> None:
+        """Request the weights that one call of ``step()`` updates."""
         placement = slices.placement
         for parameter, name in enumerate(placement.layout.names):
             held = placement.held(parameter)
@@ -142,7 +153,7 @@ class Loading:
                 self.requests.append(Request(weight_name(name), held.within.start, view(slices.tensors[held.tensor], held)))
 
     def into_state(self, slices: Slices, states: Sequence[State], rule: Rule) -> None:
-        """``states`` have been allocated."""
+        """Request the state buffers and statistics for ``states``, which must have been allocated."""
         placement = slices.placement
         places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(rule)}
         for parameter, name in enumerate(placement.layout.names):
@@ -186,6 +197,6 @@ class Loading:
 
 
 def _within(edges: Tensor, held: Held) -> Tensor:
-    """The edges of the blocks in what a rank holds, counted from its first element."""
+    """Edges of the blocks inside what a rank holds, counted from its first element."""
     inside = (edges >= held.within.start) & (edges <= held.within.start + held.numel)
     return edges[inside] - held.within.start

@@ -18,11 +18,12 @@ _READ_BYTES = 2**22
 
 
 def incomplete(folder: Path) -> Path:
-    """Where a checkpoint is written before it is complete."""
+    """The folder that a checkpoint is written into before it is complete."""
     return folder.with_name(folder.name + INCOMPLETE)
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
@@ -31,7 +32,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's entries onto the disk, where the file system knows such a thing."""
+    """Flush a folder's entries to the disk, where the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     with suppress(OSError):
         os.fsync(descriptor)
@@ -39,11 +40,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest without its own checksum, in hexadecimal."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write plain data with a checksum of itself."""
+    """Write plain data, with the version of the format and a checksum of itself."""
     manifest = {"version": VERSION, **json.loads(json.dumps(manifest))}
     with path.open("w") as file:
         json.dump({**manifest, "sha256": digest_of(manifest)}, file, indent=1)
@@ -52,6 +54,11 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and verify the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or its version is another.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         hint = f" ({incomplete(folder)} is what a save left that did not end)" if incomplete(folder).exists() else ""

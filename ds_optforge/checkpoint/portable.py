@@ -1,4 +1,4 @@
-"""Save a run so that it can go on anywhere: with other ranks, on another ZeRO stage, with offload toggled."""
+"""Save and load checkpoints that resume anywhere: with other ranks, on another ZeRO stage, with offload toggled."""
 
 import json
 import logging
@@ -54,8 +54,8 @@ _SHOWN = 5  # problems of a kind that a message lists
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """One call of ``step()``: a ZeRO-3 sub-group, or a whole parameter group."""
+class _Stepped:
+    """The tensors that one call of ``step()`` updates: those of a parameter group, or of a sub-group on ZeRO-3."""
 
     group: dict[str, Any]
     members: Members
@@ -75,8 +75,13 @@ class _Part:
         return chunks_of(self.slices.placement, self.slices.tensors, self.states, self.buffers, statistics)
 
 
-class _Run:
-    """A live engine, as a checkpoint sees it. All ranks make it together."""
+class _LiveEngine:
+    """A live engine, as a checkpoint sees it. Making it is collective: all ranks do it together.
+
+    Raises:
+        CheckpointError: OptForge does not train the engine, or parallelism other than that of data cuts its parameters.
+        RuntimeError: inside ``evaluation_weights``.
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.module, self.wrapper = engine, engine.module, engine.optimizer
@@ -88,23 +93,23 @@ class _Run:
         self.optimizer: OptForge = base
         self._refuse_model_parallel()
         refuse_while_averaged(base, "a checkpoint")
-        self.parts = [self._part(group, tensors) for group, tensors in stepped_tensors(self.wrapper, base.param_groups)]
+        self.stepped = [self._stepped(group, tensors) for group, tensors in stepped_tensors(self.wrapper, base.param_groups)]
 
     def _refuse_model_parallel(self) -> None:
-        """Where ranks have different tensors under the same name."""
+        """Raise CheckpointError where ranks have different tensors under the same name."""
         if found := model_parallelism(self.engine):
             raise CheckpointError(f"got {found}; allowed: data parallelism alone (engine.save_checkpoint saves the others)")
 
-    def _part(self, group: dict[str, Any], tensors: list[Tensor]) -> _Part:
+    def _stepped(self, group: dict[str, Any], tensors: list[Tensor]) -> _Stepped:
         groups = groups_of(self.optimizer)
         slices = groups.slices_of(group, tensors)
         states: list[State] = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
-        return _Part(group, groups[group], slices, states)
+        return _Stepped(group, groups[group], slices, states)
 
     @property
     def untrained(self) -> dict[str, tuple[Tensor, int, int]]:
-        """(values, start, elements of the whole) of this rank's part of frozen parameters and persistent buffers."""
-        trained = set(chain.from_iterable(part.slices.placement.layout.names for part in self.parts))
+        """(values, start, elements of the whole) of the frozen parameters and persistent buffers that this rank holds."""
+        trained = set(chain.from_iterable(stepped.slices.placement.layout.names for stepped in self.stepped))
         named = {n: local_part(p) for n, p in self.module.named_parameters() if n not in trained and full_shape(p).numel()}
         return named | {
             name: (buffer, 0, buffer.numel()) for name, buffer in _persistent_buffers(self.module) if buffer.numel()
@@ -112,12 +117,13 @@ class _Run:
 
     @property
     def shapes(self) -> dict[str, list[int]]:
+        """The whole shape of each parameter and persistent buffer."""
         shapes = {name: list(full_shape(parameter)) for name, parameter in self.module.named_parameters()}
         return shapes | {name: list(buffer.shape) for name, buffer in _persistent_buffers(self.module)}
 
     def chunks(self) -> list[Chunk]:
-        """This rank's part of everything."""
-        chunks = list(chain.from_iterable(part.chunks() for part in self.parts))
+        """All chunks of this rank: weights, state, frozen parameters, buffers and random states."""
+        chunks = list(chain.from_iterable(stepped.chunks() for stepped in self.stepped))
         for name, (values, start, numel) in self.untrained.items():
             if values.numel():
                 chunks.append(flat_chunk(weight_name(name), numel, start, values.reshape(-1)))
@@ -126,7 +132,7 @@ class _Run:
         return chunks
 
     def manifest(self, client_state: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Everything that is not a tensor. Raises CheckpointError for what JSON cannot hold."""
+        """All data that are no tensors. Raises CheckpointError for values that JSON cannot hold."""
         scheduler = getattr(self.engine, "lr_scheduler", None)
         return {
             "shapes": self.shapes,
@@ -146,17 +152,17 @@ class _Run:
 
     def _groups(self) -> dict[str, Any]:
         groups: dict[str, Any] = {}
-        for part in self.parts:
-            rule, members = part.members.settings.rule, part.slices.placement.layout.names
-            add_members(groups, part.name, rule, part.group, part.states[0], members)
+        for stepped in self.stepped:
+            rule, members = stepped.members.settings.rule, stepped.slices.placement.layout.names
+            add_members(groups, stepped.name, rule, stepped.group, stepped.states[0], members)
         plain: dict[str, Any] = _plain(groups, "the parameter groups")
         return plain
 
     def _block_cuts(self) -> dict[str, list[int]]:
         cuts: dict[str, list[int]] = {}
-        for part in self.parts:
-            if part.members.settings.state_dtype == "8bit":
-                placement = part.slices.placement
+        for stepped in self.stepped:
+            if stepped.members.settings.state_dtype == "8bit":
+                placement = stepped.slices.placement
                 cuts |= {name: block_cuts(placement, index) for index, name in enumerate(placement.layout.names)}
         return {name: found for name, found in cuts.items() if found}
 
@@ -170,19 +176,22 @@ def save_checkpoint(
 
     Args:
         engine: what ``deepspeed.initialize`` or ``Accelerator.prepare`` returned.
-        folder: is made; it must not be there yet, and all hosts must share it.
+        folder: the folder to make, on a file system that all hosts share; it must not exist.
         client_state: plain data that `load_checkpoint` returns again.
-        wait: False returns as soon as everything has been copied to host memory. Training goes on while a thread writes; the
+        wait: False returns as soon as everything has been copied to host memory. Training continues while a thread writes; the
             returned future ends when the checkpoint is complete, and ``result()`` must be called before the process ends.
 
+    Returns:
+        None, or the future where ``wait`` is False.
+
     Raises:
-        CheckpointError: on all ranks: it was not written, and nothing is left of it.
+        CheckpointError: on all ranks: the checkpoint was not written, and nothing is left of it.
         RuntimeError: inside ``evaluation_weights``.
     """
-    run = _Run(engine)
+    live = _LiveEngine(engine)
     path = Path(folder)
     with _agreeing():
-        chunks, manifest = run.chunks(), run.manifest(client_state)
+        chunks, manifest = live.chunks(), live.manifest(client_state)
     if wait:
         files.write(path, chunks, manifest)
         return None
@@ -190,38 +199,39 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dict[str, Any]:
-    """Go on from a portable checkpoint, whatever ranks, ZeRO stage, offload or state format wrote it.
+    """Resume from a portable checkpoint, whatever ranks, ZeRO stage, offload or state format wrote it.
 
     All ranks call it together. Nothing is changed before every file has been verified.
 
     Args:
-        engine: with the same model; trained by OptForge.
-        folder: of `save_checkpoint` or ``ds-optforge convert``.
+        engine: an engine with the same model, trained by OptForge.
+        folder: the folder that `save_checkpoint` or ``ds-optforge convert`` wrote.
         strict: False also takes a checkpoint of other parameter groups (another optimizer, other overrides): a group whose
-            state is not all there starts afresh, with this run's settings.
+            state is not complete in it starts afresh, with this run's settings.
 
     Returns:
         The ``client_state`` that was saved.
 
     Raises:
-        CheckpointError: on all ranks: damaged, or of another model or (``strict``) other groups; then nothing has changed. Or
-            memory or the disk failed while it was read; then the engine is not to be used.
+        CheckpointError: on all ranks: the checkpoint is damaged, or of another model or (``strict``) of other groups; then
+            nothing has changed. Or memory or the disk failed while it was read; then the engine must not be used.
+        RuntimeError: inside ``evaluation_weights``.
     """
-    run = _Run(engine)
+    live = _LiveEngine(engine)
     with _agreeing() as problems:
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(_rank(), dist.get_world_size() if dist.is_initialized() else 1)
-        problems += [] if problems else _differences(run, checkpoint, strict)
-        fresh = set() if problems else _fresh_groups(run, checkpoint)
+        problems += [] if problems else _differences(live, checkpoint, strict)
+        fresh = set() if problems else _fresh_groups(live, checkpoint)
     _refuse_different(checkpoint)
-    _restore(run, checkpoint, fresh)
+    _restore(live, checkpoint, fresh)
     client_state: dict[str, Any] = checkpoint.manifest["client_state"]
     return client_state
 
 
-def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
-    """Why the checkpoint is not one of this run."""
-    saved, shapes = checkpoint.manifest["shapes"], run.shapes
+def _differences(live: _LiveEngine, checkpoint: Checkpoint, strict: bool) -> list[str]:
+    """Compare model, scheduler and (``strict``) parameter groups with the checkpoint's; return a line per difference."""
+    saved, shapes = checkpoint.manifest["shapes"], live.shapes
     problems = [f"model: '{name}' is missing in the checkpoint" for name in shapes if name not in saved]
     problems += [f"model: the checkpoint holds '{name}', which this model lacks" for name in saved if name not in shapes]
     problems += [
@@ -229,15 +239,15 @@ def _differences(run: _Run, checkpoint: Checkpoint, strict: bool) -> list[str]:
         for name, shape in shapes.items()
         if name in saved and saved[name] != shape
     ]
-    problems += _other_scheduler(run, checkpoint.manifest["scheduler"])
+    problems += _other_scheduler(live, checkpoint.manifest["scheduler"])
     if strict:
         problems += _missing_rules(checkpoint)
     if problems or not strict:
         return [f"{checkpoint.folder}: {problem}" for problem in problems]
     found = {name: sorted(group["members"]) for name, group in checkpoint.manifest["groups"].items()}
     own: dict[str, list[str]] = {}
-    for part in run.parts:
-        own.setdefault(part.name, []).extend(part.slices.placement.layout.names)
+    for stepped in live.stepped:
+        own.setdefault(stepped.name, []).extend(stepped.slices.placement.layout.names)
     if found.keys() != own.keys():
         problems.append(f"parameter groups: got {sorted(found)}; allowed: this run's, {sorted(own)} (or strict=False)")
     else:
@@ -259,8 +269,8 @@ def _missing_rules(checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def _other_scheduler(run: _Run, saved: Mapping[str, Any] | None) -> list[str]:
-    scheduler = getattr(run.engine, "lr_scheduler", None)
+def _other_scheduler(live: _LiveEngine, saved: Mapping[str, Any] | None) -> list[str]:
+    scheduler = getattr(live.engine, "lr_scheduler", None)
     if scheduler is None or saved is None:
         return []
     needed = {"last_epoch"} if isinstance(scheduler, OptForgeSchedule) else set(scheduler.state_dict())
@@ -278,71 +288,71 @@ def _source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: group for group in checkpoint.manifest["groups"].values() for name in group["members"]}
 
 
-def _restore(run: _Run, checkpoint: Checkpoint, fresh: set[str]) -> None:
-    """Everything has been checked."""
+def _restore(live: _LiveEngine, checkpoint: Checkpoint, fresh: set[str]) -> None:
+    """Change the engine to the checkpoint's state. Call it after all checks."""
     manifest, source_of = checkpoint.manifest, _source_of(checkpoint)
     loading = Loading(checkpoint, manifest["block_cuts"])
     with torch.no_grad():
         with _agreeing():
-            for part in run.parts:
-                loading.into_weights(part.slices)
-                for tensor in part.slices.tensors:
-                    run.optimizer.state.pop(tensor, None)
-            for part in run.parts:
-                if part.name not in fresh:
-                    _allocate(run.optimizer, part, source_of[part.slices.placement.layout.names[0]], loading)
-            for name, (target, start, _) in run.untrained.items():
+            for stepped in live.stepped:
+                loading.into_weights(stepped.slices)
+                for tensor in stepped.slices.tensors:
+                    live.optimizer.state.pop(tensor, None)
+            for stepped in live.stepped:
+                if stepped.name not in fresh:
+                    _allocate(live.optimizer, stepped, source_of[stepped.slices.placement.layout.names[0]], loading)
+            for name, (target, start, _) in live.untrained.items():
                 loading.into(target, weight_name(name), start)
             checkpoint.read(loading.requests)
             loading.finish()
             random_states = _saved_random_states(checkpoint)
-        refresh_weights(run.wrapper)
-    _restore_engine(run, manifest, fresh)
+        refresh_weights(live.wrapper)
+    _restore_engine(live, manifest, fresh)
     _set_random_states(random_states)
 
 
-def _fresh_groups(run: _Run, checkpoint: Checkpoint) -> set[str]:
+def _fresh_groups(live: _LiveEngine, checkpoint: Checkpoint) -> set[str]:
     """The groups whose state is not all in the checkpoint (none if it was saved before their first step)."""
     source_of = _source_of(checkpoint)
     reasons: dict[str, str] = {}
-    for part in run.parts:
-        names = part.slices.placement.layout.names
+    for stepped in live.stepped:
+        names = stepped.slices.placement.layout.names
         sources = [source_of.get(name) for name in names]
         steps = {source["step"] if source else 0 for source in sources}
-        keys = [*part.buffers, *(statistic.name for statistic in statistics_of(part.members.rule))]
+        keys = [*stepped.buffers, *(statistic.name for statistic in statistics_of(stepped.members.rule))]
         missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
         unknown = {source["rule"] for source in sources if source and rule_settings(source["rule"]) is None}
         if unknown:  # its buffers may have the names of this rule's, and mean something else
-            reasons[part.name] = f"it was trained by '{min(unknown)}', which nothing here offers"
+            reasons[stepped.name] = f"it was trained by '{min(unknown)}', which nothing here offers"
         elif steps == {0}:
-            reasons[part.name] = "no step of it had been taken"
+            reasons[stepped.name] = "no step of it had been taken"
         elif len(steps) > 1:
-            reasons[part.name] = f"its parameters had taken {sorted(steps)} steps"
+            reasons[stepped.name] = f"its parameters had taken {sorted(steps)} steps"
         elif missing:
-            reasons[part.name] = f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
+            reasons[stepped.name] = f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
     for name, reason in reasons.items():
         logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, reason)
     return set(reasons)
 
 
-def _allocate(optimizer: OptForge, part: _Part, source: Mapping[str, Any], loading: Loading) -> None:
-    states: list[State] = [optimizer.state[tensor] for tensor in part.slices.tensors]
-    part.slices.allocate(part.members.rule, states)
+def _allocate(optimizer: OptForge, stepped: _Stepped, source: Mapping[str, Any], loading: Loading) -> None:
+    states: list[State] = [optimizer.state[tensor] for tensor in stepped.slices.tensors]
+    stepped.slices.allocate(stepped.members.rule, states)
     for state in states:
         state["step"].fill_(source["step"])
         state.update(source["scalars"])
-    loading.into_state(part.slices, states, part.members.rule)
+    loading.into_state(stepped.slices, states, stepped.members.rule)
 
 
-def _restore_engine(run: _Run, manifest: Mapping[str, Any], fresh: set[str]) -> None:
-    for group in run.optimizer.param_groups:
+def _restore_engine(live: _LiveEngine, manifest: Mapping[str, Any], fresh: set[str]) -> None:
+    for group in live.optimizer.param_groups:
         saved = manifest["groups"].get(group[GROUP])
         if saved is not None and group[GROUP] not in fresh:
             values = saved["hyperparameters"].items()
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values})
-    set_counters(run.engine, manifest["counters"])
-    set_loss_scale(run.wrapper, manifest["loss_scale"])
-    scheduler = getattr(run.engine, "lr_scheduler", None)
+    set_counters(live.engine, manifest["counters"])
+    set_loss_scale(live.wrapper, manifest["loss_scale"])
+    scheduler = getattr(live.engine, "lr_scheduler", None)
     if scheduler is not None and manifest["scheduler"] is not None:
         scheduler.load_state_dict(manifest["scheduler"])
 
@@ -355,7 +365,7 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(value: Any, what: str) -> Any:
-    """As JSON gives it back. Raises CheckpointError for what it would not give back."""
+    """Return plain data as JSON gives it back. Raises CheckpointError for values that it would change or refuse."""
     allowed = "allowed: numbers, strings, lists, and dicts with strings as keys"
     if odd := list(_odd_keys(value)):
         raise CheckpointError(f"{what} cannot be saved: got the key {odd[0]!r}; {allowed}")
@@ -378,7 +388,7 @@ def _rank() -> int:
 
 
 def _random_states() -> dict[str, Tensor]:
-    """This rank's generators, as bytes."""
+    """The states of this rank's random generators, as uint8 tensors."""
     version, keys, gauss = random.getstate()
     kind, words, *rest = cast("tuple[Any, ...]", numpy.random.get_state(legacy=True))
     states = {
@@ -396,7 +406,7 @@ def _bytes(value: Sequence[Any]) -> Tensor:
 
 
 def _saved_random_states(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """This rank's; a rank that the checkpoint lacks keeps its own."""
+    """The saved random states of this rank; none for a rank that the checkpoint lacks, which keeps its own."""
     names = {kind: f"random/{_rank()}/{kind}" for kind in _random_states()}
     return {kind: checkpoint.whole(name) for kind, name in names.items() if name in checkpoint.tensors}
 
@@ -416,7 +426,7 @@ def _set_random_states(found: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _agreeing() -> Iterator[list[str]]:
-    """Raise CheckpointError on all ranks if anything went wrong, or was entered into the list, on any of them."""
+    """Raise CheckpointError on all ranks if, on any of them, an error was raised or the yielded list got a problem."""
     problems: list[str] = []
     try:
         yield problems
@@ -431,7 +441,7 @@ def _agreeing() -> Iterator[list[str]]:
 
 
 def _refuse_different(checkpoint: Checkpoint) -> None:
-    """On a shared folder that not all hosts see alike, ranks may have opened different checkpoints."""
+    """Raise CheckpointError where ranks opened different checkpoints, as in a folder that not all hosts see alike."""
     if len(set(_from_all_ranks(checkpoint.identity))) > 1:
         raise CheckpointError(f"{checkpoint.folder}: ranks found different checkpoints; allowed: a folder that all hosts share")
 

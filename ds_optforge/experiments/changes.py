@@ -1,4 +1,4 @@
-"""Changes to a DeepSpeed configuration, by dotted path; and what the runner reads of a configuration."""
+"""Changes to a DeepSpeed configuration by dotted path, and the values of a configuration that comparisons and sweeps read."""
 
 import copy
 import difflib
@@ -17,8 +17,10 @@ Differences = list[tuple[str, Any, Any]]
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``config`` with each value of ``changes`` at its dotted path.
 
-    The last name of a path may be new, the sections on the way must exist: a misspelt path would change nothing that
-    anything reads. Raises ConfigError.
+    The last name of a path may be new; the sections before it must exist, because nothing would read a misspelt path.
+
+    Raises:
+        ConfigError: a section on a path does not exist.
     """
     result: dict[str, Any] = copy.deepcopy(dict(config))
     for path, value in changes.items():
@@ -41,7 +43,11 @@ def _no_section(path: str, name: str, owner: Mapping[str, Any]) -> str:
 
 
 def prepared(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """``config`` for a run of ``steps`` steps, validated as far as it is OptForge's. Raises ConfigError."""
+    """Set the length of the schedule to ``steps`` and check the sections that OptForge reads.
+
+    Raises:
+        ConfigError: a section is invalid.
+    """
     match config:
         case {"scheduler": {"params": {"total_num_steps": _}}}:
             config = changed(config, {"scheduler.params.total_num_steps": steps})
@@ -52,7 +58,7 @@ def prepared(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def warmup_steps(config: Mapping[str, Any]) -> int:
-    """Steps of warm-up, of the schedule or of the rule itself."""
+    """Number of warm-up steps: those of the schedule or those of the rule itself, whichever are more."""
     own = schedule = 0
     match config:
         case {"optimizer": {"params": {"warmup_steps": int(own)}}}:
@@ -71,21 +77,21 @@ def steady_start(config: Mapping[str, Any]) -> int:
 
 
 def differences(one: Any, other: Any, path: str = "") -> Differences:
-    """(dotted path, value in one, value in the other) wherever two configurations differ; None for what is missing."""
+    """List (dotted path, value in one, value in the other) wherever two configurations differ; None for a missing value."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = list(dict.fromkeys([*one, *other]))
         found = (differences(one.get(key), other.get(key), f"{path}.{key}".removeprefix(".")) for key in keys)
-        return [difference for part in found for difference in part]
+        return [difference for inner in found for difference in inner]
     return [] if one == other else [(path, one, other)]
 
 
 def described(changes: Mapping[str, Any]) -> str:
-    """Changes as people read them: the shortest end of each path that says what it is."""
+    """Changes as text for people, each path without the sections that all have."""
     return ", ".join(f"{_short(path.split('.'))} = {_value(value)}" for path, value in changes.items())
 
 
-def _short(parts: Sequence[str]) -> str:
-    return ".".join(part for part in parts if part not in ("optimizer", "scheduler", "params", "roles"))
+def _short(names: Sequence[str]) -> str:
+    return ".".join(name for name in names if name not in ("optimizer", "scheduler", "params", "roles"))
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What `ds-optforge compare` and `ds-optforge sweep` do with their arguments."""
+"""The commands `ds-optforge compare` and `ds-optforge sweep`, after their arguments have been parsed."""
 
 import argparse
 import signal
@@ -22,7 +22,14 @@ FAILED, INTERRUPTED = 1, 130  # exit statuses; 130 is what a shell gives for an 
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Run a comparison and write its table, results.tsv, plots and report."""
+    """Run a comparison and write its table, results.tsv, plots and report.
+
+    Returns:
+        The exit status: 0, `FAILED` or `INTERRUPTED`.
+
+    Raises:
+        ConfigError: the file is invalid or unfair.
+    """
     comparison = read_comparison(options.file, options.steps, options.out)
     settings, console = comparison.settings, _console()
     board = Board(f"compare {options.file}", METRIC, console)
@@ -37,7 +44,14 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Run a sweep, and write results.tsv and the report after each decision."""
+    """Run a sweep, and write results.tsv and the report after each decision.
+
+    Returns:
+        The exit status: 0, `FAILED` (also where no experiment of a phase finished) or `INTERRUPTED`.
+
+    Raises:
+        ConfigError: the file is invalid.
+    """
     read = read_sweep(options.file, options.steps, options.out)
     settings, console = read.settings, _console()
     if options.dry_run:
@@ -63,7 +77,7 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def print_plan(sweep: Sweep, console: Console) -> None:
-    """The order that a sweep takes."""
+    """Print the experiments of a sweep in their order."""
     settings = sweep.settings
     budget = f"{settings.steps} steps" if settings.steps else f"{settings.seconds:g} seconds"
     experiments = sum(len(phase.experiments) for phase in sweep.phases)
@@ -84,17 +98,19 @@ def print_plan(sweep: Sweep, console: Console) -> None:
 
 
 def _console() -> Console:
-    """As wide as the terminal; elsewhere wide enough for the tables."""
+    """A console as wide as the terminal; without one, wide enough for the tables."""
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 class _Status:
+    """The exit status, which the `with` block may set."""
+
     status = 0
 
 
 @contextmanager
 def _reported() -> Iterator[_Status]:
-    """Turn what can go wrong into a message and an exit status; SIGTERM ends the runs as an interrupt does."""
+    """Turn errors and interrupts into a message and an exit status; SIGTERM counts as an interrupt."""
     outcome = _Status()
     earlier = signal.signal(signal.SIGTERM, _interrupt)
     try:

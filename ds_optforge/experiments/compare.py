@@ -18,7 +18,7 @@ METRIC = "validation_loss"
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One run: its losses, and when each step ended, in seconds from the first one's start."""
+    """The losses of one run, and when each step ended, in seconds from the start of the first."""
 
     steps: list[int]
     losses: list[float]
@@ -35,7 +35,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What one configuration's runs measured. ``crashed``: why there is nothing to show, or ""."""
+    """The results of one configuration.
+
+    Attributes:
+        name, lr: its name and learning rate.
+        records, curves: its runs, one per seed.
+        figures: mean and standard error over the seeds, by name.
+        crashed: why there are no figures, or "".
+    """
 
     name: str
     lr: float
@@ -47,7 +54,14 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished comparison, the best validation loss first. ``steady_after``: the step that the steady loss begins after."""
+    """A finished comparison.
+
+    Attributes:
+        comparison: the file.
+        standings: the results, the lowest validation loss first.
+        steady_after: the step after which the steady-state loss begins.
+        notes: sentences for the report.
+    """
 
     comparison: Comparison
     standings: list[Standing]
@@ -56,7 +70,12 @@ class Outcome:
 
 
 def run_comparison(comparison: Comparison, launcher: Launcher, board: Board) -> Outcome:
-    """Launch what has no record yet, and put the results side by side. Raises ExperimentError if nothing can be compared."""
+    """Launch all runs that have no record yet, and compare the results.
+
+    Raises:
+        ConfigError: a configuration is invalid.
+        ExperimentError: no configuration finished, or the runs were not made under the same conditions.
+    """
     settings, contenders = comparison.settings, comparison.contenders
     configs = [prepared(contender.config, settings.steps) for contender in contenders]
     board.stage(f"{len(contenders)} configurations, {len(settings.seeds)} seeds, {settings.steps} steps")
@@ -107,7 +126,7 @@ def _standing(contender: Contender, records: list[Record], steady_after: int) ->
 
 
 def curve_of(record: Record, config: dict[str, Any]) -> Curve:
-    """The losses of a run's metrics.jsonl against steps and time."""
+    """Read the losses of a run's metrics.jsonl against steps and time."""
     rows = read_rows(record.folder)
     tokens = tokens_per_step(record, config)
     seconds, now = [], 0.0
@@ -118,7 +137,7 @@ def curve_of(record: Record, config: dict[str, Any]) -> Curve:
 
 
 def tokens_per_step(record: Record, config: dict[str, Any]) -> float:
-    """Of the global batch, as the configuration and summary.json say."""
+    """Tokens of a global batch, from the configuration and the conditions in summary.json."""
     batch = config.get("train_batch_size")
     if batch is None:
         micro, accumulation = config.get("train_micro_batch_size_per_gpu", 1), config.get("gradient_accumulation_steps", 1)
@@ -145,7 +164,7 @@ def _notes(comparison: Comparison, records: Sequence[Record], steady_after: int)
 
 
 def conditions_of(outcome: Outcome) -> str:
-    """What all runs had in common, in a line."""
+    """Describe the conditions that all runs had in common, in a line."""
     settings = outcome.comparison.settings
     finished = next(record for standing in outcome.standings for record in standing.records if record.finished)
     same = {key: value for key, value in finished.conditions.items() if key != "versions"}
@@ -155,5 +174,5 @@ def conditions_of(outcome: Outcome) -> str:
 
 
 def folder_of(comparison: Comparison) -> Path:
-    """Where the results go."""
+    """The folder for the results."""
     return Path(comparison.settings.out)

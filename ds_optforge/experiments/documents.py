@@ -24,7 +24,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a YAML file holds, and on which line each part of it begins."""
+    """The content of a YAML file, and the line of each of its values.
+
+    Attributes:
+        file: the path, as messages show it.
+        content: the fields.
+        lines: the line, from 1, by location: the keys and indices from the outside in.
+    """
 
     file: str
     content: dict[str, Any]
@@ -32,7 +38,11 @@ class Document:
 
     @classmethod
     def read(cls, path: Path) -> "Document":
-        """Raises ConfigError for a file that cannot be read, is not YAML or is no mapping."""
+        """Read a file with the safe loader.
+
+        Raises:
+            ConfigError: the file cannot be read, is not YAML, is no mapping, or gives a key twice.
+        """
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -52,14 +62,18 @@ class Document:
         return cls(str(path), content, lines)
 
     def at(self, *location: str | int) -> str:
-        """``FILE:LINE: field``, with the line of the innermost part that the file has."""
+        """Format a location as ``FILE:LINE: field``, with the line of its innermost value that the file has."""
         known = location
         while known and known not in self.lines:
             known = known[:-1]
         return f"{self.file}:{self.lines.get(known, 1)}: {_field(location)}"
 
     def section(self, model: type[M], value: Any, *location: str | int) -> M:
-        """``model`` of the value at ``location``. Raises ConfigError with a line per problem."""
+        """Validate the value at ``location`` as ``model``.
+
+        Raises:
+            ConfigError: the value is invalid; the message has a line per problem.
+        """
         if not isinstance(value, Mapping):
             raise ConfigError(f"{self.at(*location)}: got {value!r}; allowed: a mapping of {', '.join(model.model_fields)}")
         try:
@@ -68,7 +82,7 @@ class Document:
             raise ConfigError("\n".join(self._problem(model, detail, location) for detail in error.errors())) from None
 
     def _problem(self, model: type[BaseModel], detail: Any, location: Location) -> str:
-        place = (*location, *(part for part in detail["loc"] if part != "[key]"))
+        place = (*location, *(key for key in detail["loc"] if key != "[key]"))
         if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):  # of ours: "field: what is wrong"
             name, _, message = str(detail["ctx"]["error"]).partition(": ")
             return f"{self.at(*place, name)}: {message}"
@@ -80,7 +94,7 @@ class Document:
 
 
 def _walk(node: yaml.Node, location: Location, lines: dict[Location, int], file: str, inside: tuple[int, ...]) -> None:
-    """Note the line of every part; refuse what PyYAML accepts and nobody means: a key given twice, an endless alias."""
+    """Note the line of every value; refuse mistakes that PyYAML accepts: a key given twice, an alias that contains itself."""
     if id(node) in inside:
         raise ConfigError(f"{file}:{node.start_mark.line + 1}: {_field(location)}: an alias that contains itself")
     inside = (*inside, id(node))
@@ -105,8 +119,8 @@ def _walk(node: yaml.Node, location: Location, lines: dict[Location, int], file:
 
 def _field(location: Location) -> str:
     text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    for key in location:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}"
     return text.removeprefix(".") or "the file"
 
 

@@ -1,8 +1,8 @@
-"""Runs of a training program: launched from an argument-list template, recorded when they have ended, never run twice.
+"""Launches runs of a training program from an argument-list template, and records each when it has ended.
 
-The program is told a DeepSpeed configuration file, a folder, a seed and a number of steps. It writes metrics.jsonl (a row a
-step: step, loss, grad_norm, tokens_per_second, peak_memory_gb) and summary.json (numbers, validation_loss among them) into the
-folder, as train.py does, and exits with 0.
+A run that has a record is not launched again. The program gets a DeepSpeed configuration file, a folder, a seed and a number of
+steps. It writes metrics.jsonl (a row per step: step, loss, grad_norm, tokens_per_second, peak_memory_gb) and summary.json
+(numbers, validation_loss among them) into the folder, as train.py does, and exits with 0.
 """
 
 import fcntl
@@ -52,7 +52,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """How a run ended, kept as record.json in its folder. ``measured``: finite numbers by name."""
+    """The end of a run, kept as record.json in its folder.
+
+    Attributes:
+        name, seed, steps: those of the run.
+        status, reason: how it ended, and why, where it did not finish.
+        seconds: wall time of the launch.
+        commit: the commit of the working folder.
+        command: the arguments that were launched.
+        measured: finite numbers by name.
+        conditions: values of summary.json that runs must share to be compared.
+        folder: the folder of the run.
+    """
 
     name: str
     seed: int
@@ -68,20 +79,32 @@ class Record:
 
     @property
     def finished(self) -> bool:
+        """True where the run ended well, with finite losses."""
         return self.status == "finished"
 
 
 class Watcher(Protocol):
-    """Hears of runs as they start and end, from several threads."""
+    """Receives the start and the end of each run, in several threads."""
 
-    def started(self, run: Run, folder: Path) -> None: ...
+    def started(self, run: Run, folder: Path) -> None:
+        """Receive a run that has been launched."""
 
-    def ended(self, record: Record, reused: bool) -> None: ...
+    def ended(self, record: Record, reused: bool) -> None:
+        """Receive the record of a run; ``reused`` where it was found and not launched."""
 
 
 @dataclass(slots=True)
 class Launcher:
-    """Launches runs, ``parallel`` at a time, in folders under ``out``/runs."""
+    """Launches runs, each in a folder of its own under ``out``/runs.
+
+    Attributes:
+        template: the command, with placeholders (`filled`).
+        out: the folder for runs and results.
+        watcher: receives starts and ends.
+        timeout: seconds after which a run is ended; None for no limit.
+        parallel: number of runs at a time.
+        retry: launch runs again whose record says that they did not finish.
+    """
 
     template: Sequence[str]
     out: Path
@@ -95,7 +118,11 @@ class Launcher:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the folder: a second command, or a run that a killed one left behind, would write into the same files."""
+        """Lock the folder, because a second command, or a run that a killed one left behind, would write into the same files.
+
+        Raises:
+            ExperimentError: another process holds the folder.
+        """
         (self.out / "runs").mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -112,7 +139,13 @@ class Launcher:
         return f"another command or the runs of a killed one: {', '.join(left)}" if left else "another command"
 
     def run(self, runs: Sequence[Run]) -> list[Record]:
-        """Launch what has no record yet; return one record a run, in order. On an interrupt all processes are ended."""
+        """Launch the runs that have no record yet; return one record per run, in order.
+
+        An exception, an interrupt among them, ends all processes before it is passed on.
+
+        Raises:
+            ConfigError: a record.json cannot be read.
+        """
         slots: queue.Queue[int] = queue.Queue()
         for slot in range(self.parallel):
             slots.put(slot)
@@ -146,7 +179,7 @@ class Launcher:
         return record
 
     def _key(self, run: Run) -> str:
-        """What decides a run's result: two runs that agree in it are one, whatever their names."""
+        """A digest of all that decides a run's result: two runs with the same key are one, whatever their names."""
         content = json.dumps([list(self.template), run.config, run.seed, run.steps], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:10]
 
@@ -200,7 +233,7 @@ def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End what is left of a run, its ranks included."""
+    """End the processes that are left of a run, its ranks included."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -212,7 +245,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def filled(template: Sequence[str], run: Run, folder: Path, slot: int) -> list[str]:
-    """The command of a run: placeholders are filled in argument by argument, and no shell reads it."""
+    """Make the command of a run: placeholders are filled in argument by argument, and no shell reads it."""
     values = {
         "config": str(folder / "config.json"),
         "out": str(folder),
@@ -228,7 +261,10 @@ def filled(template: Sequence[str], run: Run, folder: Path, slot: int) -> list[s
 
 
 def measure(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of a finished run, and the conditions that must be the same in all runs that are compared."""
+    """Read the numbers of a finished run, and the conditions that must be the same in all runs that are compared.
+
+    Both are empty where summary.json cannot be read.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
@@ -254,7 +290,7 @@ def _is_number(value: Any) -> bool:
 
 
 def judged(folder: Path) -> tuple[Status, str]:
-    """Whether a run that ended well also left results, and finite ones."""
+    """Judge a run that exited with 0: finished, crashed without results, or diverged; and the reason."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError) as error:
@@ -270,13 +306,17 @@ def judged(folder: Path) -> tuple[Status, str]:
 
 
 def write_record(record: Record) -> None:
-    """Write record.json in one move: a run either has a whole one or will be run again."""
+    """Write record.json atomically: a run has a complete one, or is launched again."""
     content = {key: value for key, value in asdict(record).items() if key != "folder"}
     replace_text(record.folder / RECORD, json.dumps(content, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> Record:
-    """Read a run's record. Raises ConfigError for one that no version of this module wrote."""
+    """Read a run's record.
+
+    Raises:
+        ConfigError: no version of this module wrote it.
+    """
     try:
         return Record(**json.loads((folder / RECORD).read_text()), folder=folder)
     except (ValueError, TypeError) as error:
@@ -284,7 +324,7 @@ def read_record(folder: Path) -> Record:
 
 
 def current_commit() -> str:
-    """The commit that the working folder is at, with -dirty if files were changed since; "unknown" outside of git."""
+    """The commit of the working folder, with -dirty where files have been changed since; "unknown" outside of git."""
     git = shutil.which("git")
     if git is None:
         return "unknown"
@@ -294,7 +334,7 @@ def current_commit() -> str:
 
 
 def last_line(log: Path) -> str:
-    """What a program says at its end; the terminal's codes are left out, a log may hold a progress bar."""
+    """The last line of a log that names an error, else its last line, without the control codes of a terminal."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     telling = [line for line in lines if re.match(r"(\[rank\d+\]: )?(\w+\.)*\w*(Error|Exception)\b|.*\berror: ", line)]

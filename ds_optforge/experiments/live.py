@@ -1,4 +1,4 @@
-"""What a terminal shows while runs are under way: each run's progress, and what has been decided so far."""
+"""The view on the terminal while runs are in progress: the progress of each, and the decisions so far."""
 
 import json
 import threading
@@ -42,22 +42,24 @@ class Board:
         self._live.stop()
 
     def stage(self, text: str) -> None:
-        """What the next runs are for."""
+        """Show the purpose of the next runs."""
         self._stage = text
         self._say(text)
 
     def decided(self, text: str) -> None:
-        """What the runs so far have shown."""
+        """Show a decision that the runs so far have led to."""
         with self._lock:
             self._decided.append(text)
         self._say(text)
 
     def started(self, run: Run, folder: Path) -> None:
+        """Show a run that has been launched."""
         with self._lock:
             self._active[folder] = (run, time.monotonic())
         self._say(f"  {run.name}, seed {run.seed}: started, {run.steps} steps ({folder})")
 
     def ended(self, record: Record, reused: bool) -> None:
+        """Show how a run ended; ``reused`` where an earlier command launched it."""
         with self._lock:
             self._active.pop(record.folder, None)
             self._reused += reused
@@ -75,18 +77,18 @@ class Board:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def render(self) -> RenderableType:
-        """The view at this moment."""
+        """Render the view at this moment."""
         with self._lock:
             active, ended, decided = dict(self._active), self._ended[-SHOWN:], self._decided[-SHOWN:]
             counts = f"{len(self._ended)} runs ended, {self._reused} found finished, {len(active)} under way"
         header = Text.assemble((self._title, "bold"), "  ", (self._stage, "cyan"), "\n", (counts, "dim"))
-        parts: list[RenderableType] = [header]
+        blocks: list[RenderableType] = [header]
         if active:
-            parts.append(_under_way(active))
+            blocks.append(_under_way(active))
         if ended:
-            parts.append(self._finished(ended))
-        parts += [Text(line) for line in decided]
-        return Group(*parts)
+            blocks.append(self._finished(ended))
+        blocks += [Text(line) for line in decided]
+        return Group(*blocks)
 
     def _finished(self, records: list[Record]) -> Table:
         table = Table("run", "seed", "status", "seconds", "outcome", title="latest", title_justify="left", expand=True)
@@ -118,7 +120,7 @@ def _number(value: Any, how: str) -> str:
 
 
 def last_row(folder: Path) -> dict[str, Any]:
-    """The last whole row of a run's metrics.jsonl; empty before the first."""
+    """Read the last complete row of a run's metrics.jsonl; empty before the first."""
     try:
         with open(folder / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))

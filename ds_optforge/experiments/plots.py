@@ -21,7 +21,7 @@ DPI = 120
 
 
 def draw_losses(path: Path, standings: Sequence[Standing], against: Literal["steps", "seconds"], steady_after: int = 0) -> None:
-    """The training loss of each configuration, smoothed: the mean over the seeds, and a band from the lowest to the highest."""
+    """Draw the smoothed training loss of each configuration: the mean over the seeds, and a band from lowest to highest."""
     figure = Figure(figsize=(8.5, 5.0), layout="constrained")
     axes = figure.subplots()
     highest, lowest = -math.inf, math.inf
@@ -53,7 +53,7 @@ def _along(curves: Sequence[Curve], against: Literal["steps", "seconds"]) -> lis
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over up to 2% of all values on each side, as many on the one as on the other: no lag."""
+    """Smooth without lag: the mean over up to 2% of all values on each side, always equally many on both."""
     reach = max(1, len(values) // 50)
     means = []
     for index in range(len(values)):
@@ -63,7 +63,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def draw_sweep(path: Path, progress: Progress) -> None:
-    """The metric of every experiment in the order they ran, with standard errors, and the baseline each was measured by."""
+    """Draw the metric of every experiment in the order they ran, with standard errors and the baseline of each phase."""
     rows = progress.rows
     figure = Figure(figsize=(max(8.5, 2.0 + 0.3 * len(rows)), 5.2), layout="constrained")
     axes = figure.subplots()
@@ -98,7 +98,7 @@ _SLANTED = {"rotation": 20, "ha": "left", "va": "bottom", "color": "0.35"}
 
 
 def _limit(axes: Any, rows: Sequence[Row], phases: Sequence[PhaseResult]) -> None:
-    """Keep what went astray from flattening everything else: it is drawn as an arrow at the upper edge, with its value."""
+    """Limit the vertical axis: outliers, which would flatten the rest, become arrows at the upper edge, with their values."""
     means = {index: row.mean for index, row in enumerate(rows) if row.mean is not None and row.verdict != "crash"}
     bands = [statistics.mean(result.baseline.values) + sign * result.threshold for result in phases for sign in (-1, 1)]
     low = min([*means.values(), *bands])
@@ -116,7 +116,7 @@ def _limit(axes: Any, rows: Sequence[Row], phases: Sequence[PhaseResult]) -> Non
 
 
 def draw_final(path: Path, rows: Sequence[Row], curves: Sequence[list[Curve]]) -> None:
-    """The training loss of the first baseline and of all winners together."""
+    """Draw the training loss of the first baseline and of all winners together."""
     standings = [
         Standing(row.experiment, 0.0, row.records, {}, ours, "") for row, ours in zip(rows, curves, strict=True) if ours
     ]

@@ -26,7 +26,7 @@ STYLES = {"keep": "green", "crash": "red"}
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table. ``text``: aligned left; ``wide``: its text may need several lines."""
+    """A column of a table. ``text`` aligns it left; ``wide`` lets its text take several lines."""
 
     heading: str
     text: bool = False
@@ -35,7 +35,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of a table; ``kind`` is keep, crash or "" and sets its color."""
+    """A row of a table. ``kind`` is "keep", "crash" or "" and sets its color."""
 
     cells: list[str]
     kind: str = ""
@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The metric over two axes; grids of more have their table alone."""
+    """The metric over the two axes of a grid; a grid of more axes has its table alone."""
 
     rows_name: str
     columns_name: str
@@ -53,7 +53,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A table, for the terminal, Markdown and the page alike."""
+    """A table that is shown on the terminal, in Markdown and on the page."""
 
     title: str
     columns: list[Column]
@@ -62,7 +62,7 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A section of the page."""
+    """A section of the report's page: a title, and any of text, picture, table and grid."""
 
     title: str
     text: str = ""
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number of a comparison: its key, its heading and how it is written, with or without its standard error."""
+    """A number of a comparison: its key, heading and format. ``error`` shows its standard error too."""
 
     key: str
     heading: str
@@ -93,7 +93,7 @@ RESULTS = ["commit", "experiment", "metric", "memory_gb", "status", "description
 
 
 def comparison_sheet(outcome: Outcome) -> Sheet:
-    """A row for each configuration, the best first."""
+    """Make the table of a comparison: a row for each configuration, the best first."""
     columns = [Column("optimizer", text=True), Column("learning rate"), *(Column(measure.heading) for measure in MEASURES)]
     rows = []
     for standing in outcome.standings:
@@ -116,12 +116,12 @@ def _figure(standing: Standing, measure: Measure) -> str:
 
 
 def comparison_table(outcome: Outcome) -> Table:
-    """For the terminal."""
+    """Make the table of a comparison for the terminal."""
     return _rich(comparison_sheet(outcome), caption="\n".join(outcome.notes))
 
 
 def write_comparison(outcome: Outcome) -> Path:
-    """Write results.tsv, results.md, two plots and report.html; returns the page's path."""
+    """Write results.tsv, results.md, two plots and report.html; return the path of report.html."""
     out = Path(outcome.comparison.settings.out)
     sheet = comparison_sheet(outcome)
     replace_text(out / "results.md", markdown(sheet))
@@ -155,7 +155,7 @@ def _comparison_values(outcome: Outcome) -> tuple[list[str], list[list[Any]]]:
 
 
 def sweep_sheets(progress: Progress) -> list[Sheet]:
-    """A table for each phase, and one for the final comparison."""
+    """Make the tables of a sweep: the baseline, each phase, and the final comparison."""
     metric = progress.sweep.settings.metric
     sheets = [_sweep_sheet("Baseline", [progress.first], metric)] if progress.first else []
     sheets += [_sweep_sheet(result.phase.name, result.rows, metric) for result in progress.phases]
@@ -183,12 +183,12 @@ def _memory(row: Row) -> str:
 
 
 def sweep_tables(progress: Progress) -> list[Table]:
-    """For the terminal."""
+    """Make the tables of a sweep for the terminal."""
     return [_rich(sheet) for sheet in sweep_sheets(progress)]
 
 
 def sweep_summary(progress: Progress) -> str:
-    """What came of it, in a sentence or two."""
+    """Describe the result of a sweep in a sentence or two."""
     if not progress.winners:
         return "No experiment beat the baseline by more than the noise between seeds."
     names = ", ".join(winner.name for winner in progress.winners)
@@ -199,7 +199,7 @@ def sweep_summary(progress: Progress) -> str:
 
 
 def write_sweep(progress: Progress) -> Path:
-    """Write results.tsv, results.md, the plots and report.html as far as the sweep has come; returns the page's path."""
+    """Write results.tsv, results.md, the plots and report.html of a sweep in progress; return the path of report.html."""
     out = Path(progress.sweep.settings.out)
     sheets = sweep_sheets(progress)
     replace_text(out / "results.tsv", tab_separated(RESULTS, [_result(row) for row in progress.rows]))
@@ -260,7 +260,7 @@ def _shaded(mean: float | None, known: Sequence[float]) -> dict[str, str]:
 
 
 def markdown(sheet: Sheet) -> str:
-    """A table for a document."""
+    """Format a table as Markdown."""
     rule = "| " + " | ".join("---" if column.text else "---:" for column in sheet.columns) + " |"
     lines = ["| " + " | ".join(column.heading for column in sheet.columns) + " |", rule]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in sheet.rows]
@@ -268,7 +268,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def tab_separated(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The text of results.tsv; a cell never breaks its line."""
+    """Format results.tsv; line ends inside a cell become spaces."""
     file = io.StringIO()
     writer = csv.writer(file, delimiter="\t", lineterminator="\n")
     writer.writerow(header)
@@ -302,7 +302,7 @@ def _write_page(
     parts: Sequence[Part],
     configs: Sequence[tuple[str, str]],
 ) -> Path:
-    """One file, pictures included; what comes from files and programs is escaped."""
+    """Write report.html as one file, pictures included; text from files and programs is escaped."""
     template = resources.files("ds_optforge.experiments").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(

@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder, as train.py writes and reads it and as compare and sweep do."""
+"""The files that a training run leaves in its folder, as train.py, compare and sweep write and read them."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, up to one that is still being written or that a run was killed in; none without a file."""
+    """Read the rows of metrics.jsonl up to the first incomplete one (still being written, or cut off); none without a file."""
     path = folder / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -19,7 +19,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, or is killed, finds the old text or the new one."""
+    """Write a file atomically: readers find the old text or the new one, also after the writer was killed."""
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)

@@ -1,4 +1,4 @@
-"""The files of `ds-optforge compare` and `ds-optforge sweep`, checked before anything is launched.
+"""The YAML files of `ds-optforge compare` and `ds-optforge sweep`, checked before anything is launched.
 
 Paths in them, those of the launcher included, are relative to the folder that the command is run in.
 """
@@ -41,7 +41,7 @@ Priority: TypeAlias = Literal["high", "medium", "low"]
 
 
 class Launches(Section):
-    """The fields that both kinds of file have."""
+    """Fields that both kinds of file have."""
 
     out: str = Field(min_length=1, description="a folder for the runs, results.tsv and the report")
     launcher: Template = Field(description="the command, a list of arguments with {config}, {out}, {seed} and {steps} in it")
@@ -86,7 +86,7 @@ class ExperimentSection(Section):
 
 
 class PhaseSection(Section):
-    """Experiments, or a grid of values, of which one may become the next baseline."""
+    """A phase: experiments or a grid of values, of which one may become the next baseline."""
 
     name: str = Field(min_length=1, description="a title")
     experiments: dict[str, Any] | None = Field(None, min_length=1, description="by name")
@@ -117,7 +117,7 @@ class SweepSection(Launches):
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A configuration of a comparison, with its learning rate and changes in it."""
+    """A configuration of a comparison, with its learning rate and changes applied."""
 
     name: str
     config: dict[str, Any]
@@ -135,7 +135,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """Changes to the baseline, under a name."""
+    """Named changes to the baseline."""
 
     name: str
     changes: dict[str, Any]
@@ -146,7 +146,7 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Experiments in the order to run them in; of a grid, also its axes."""
+    """Experiments in the order to run them in, and the axes where they are a grid."""
 
     name: str
     experiments: tuple[Experiment, ...]
@@ -164,7 +164,15 @@ class Sweep:
 
 
 def read_comparison(path: Path, steps: int | None = None, out: str | None = None) -> Comparison:
-    """Read and check a file; ``steps`` and ``out`` replace what it says. Raises ConfigError, also if it is not fair."""
+    """Read and check a file of `ds-optforge compare`.
+
+    Args:
+        path: the file.
+        steps, out: replace the file's values unless they are None.
+
+    Raises:
+        ConfigError: the file or a configuration is invalid, or the comparison is not fair.
+    """
     document = Document.read(path)
     settings = document.section(CompareSection, _replaced(document.content, steps=steps, out=out))
     contenders = tuple(_contender(document, name, value, settings.steps) for name, value in settings.runs.items())
@@ -174,7 +182,15 @@ def read_comparison(path: Path, steps: int | None = None, out: str | None = None
 
 
 def read_sweep(path: Path, steps: int | None = None, out: str | None = None) -> Sweep:
-    """Read and check a file; ``steps`` (also in place of seconds) and ``out`` replace what it says. Raises ConfigError."""
+    """Read and check a file of `ds-optforge sweep`.
+
+    Args:
+        path: the file.
+        steps, out: replace the file's values unless they are None; ``steps`` also replaces ``seconds``.
+
+    Raises:
+        ConfigError: the file, the baseline or an experiment is invalid.
+    """
     document = Document.read(path)
     content = _replaced(document.content, steps=steps, out=out)
     if steps:
@@ -208,7 +224,7 @@ def _contender(document: Document, name: str, value: Any, steps: int) -> Contend
 
 
 def _check_fair(document: Document, one: Contender, other: Contender) -> None:
-    """Everything but the optimizer must be the same; the schedule too, except for a rule that must have none."""
+    """Refuse differences outside the optimizer section; the schedule may differ where a rule must have none."""
     free = {"optimizer"}
     if any(_replaces_schedule(contender) for contender in (one, other)):
         free.add("scheduler")

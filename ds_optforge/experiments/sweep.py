@@ -1,7 +1,7 @@
 """`ds-optforge sweep`: named experiments in phases; a phase's winner becomes the next phase's baseline.
 
-Nothing is remembered but the records of the runs: a sweep that was interrupted is walked through again from its beginning, and
-launches only what has no record.
+The only memory is the records of the runs: an interrupted sweep starts again from its beginning, and launches only the runs
+that have no record.
 """
 
 import statistics
@@ -24,7 +24,14 @@ BASELINE, COMBINED = "baseline", "combined"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the results: an experiment's runs and what became of it. ``values``: the metric, a number a seed."""
+    """A line of the results: an experiment and its verdict.
+
+    Attributes:
+        phase, experiment, priority, description: those of the file.
+        verdict, reason: the decision, and its grounds.
+        values: the metric, one number per seed.
+        records: the runs, one per seed.
+    """
 
     phase: str
     experiment: str
@@ -37,12 +44,13 @@ class Row:
 
     @property
     def mean(self) -> float | None:
+        """Mean of the metric over the seeds; None without values."""
         return statistics.mean(self.values) if self.values else None
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseResult:
-    """A phase: the baseline that it began with, its threshold, and its experiments in the order they ran."""
+    """A phase that has ended: the baseline that it began with, its threshold, and its experiments in the order they ran."""
 
     phase: Phase
     baseline: Row
@@ -53,7 +61,15 @@ class PhaseResult:
 
 @dataclass(slots=True)
 class Progress:
-    """A sweep as far as it has come. ``final``: the first baseline and the combination, on seeds that chose nothing."""
+    """A sweep in progress.
+
+    Attributes:
+        sweep: the file.
+        phases: the phases that have ended.
+        first: the first baseline.
+        winners: the winner of each phase that has one.
+        final: the first baseline and all winners together, on seeds that chose none of them.
+    """
 
     sweep: Sweep
     phases: list[PhaseResult] = field(default_factory=list)
@@ -63,17 +79,22 @@ class Progress:
 
     @property
     def rows(self) -> list[Row]:
+        """All lines of the results, in the order they ran."""
         first = [self.first] if self.first else []
         return [*first, *(row for result in self.phases for row in result.rows), *self.final]
 
     @property
     def unfinished(self) -> list[PhaseResult]:
-        """The phases of which no experiment finished."""
+        """The phases in which no experiment finished."""
         return [result for result in self.phases if all(row.verdict == "crash" for row in result.rows)]
 
 
 def run_sweep(sweep: Sweep, launcher: Launcher, board: Board) -> Iterator[Progress]:
-    """Walk through the phases; yields after each decision. Raises ExperimentError where there is no baseline to go on with."""
+    """Run the phases in order; yield the progress after each decision.
+
+    Raises:
+        ExperimentError: a baseline did not finish, or runs lack the metric or were not made under the same conditions.
+    """
     walk = _Walk(sweep, launcher, board)
     progress = Progress(sweep)
     config = sweep.config
@@ -97,12 +118,14 @@ def run_sweep(sweep: Sweep, launcher: Launcher, board: Board) -> Iterator[Progre
 
 @dataclass(slots=True)
 class _Walk:
+    """Runs the steps of a sweep."""
+
     sweep: Sweep
     launcher: Launcher
     board: Board
 
     def baseline(self, config: Mapping[str, Any]) -> Row:
-        """The runs of the first baseline: there is nothing to compare with unless all of its seeds finish."""
+        """Run the first baseline, all of whose seeds must finish."""
         settings = self.sweep.settings
         self.board.stage(f"baseline, {len(settings.seeds)} seeds")
         records = self._launch(((BASELINE, config),), settings.seeds)[0]
@@ -113,7 +136,7 @@ class _Walk:
         return row
 
     def phase(self, phase: Phase, config: Mapping[str, Any], baseline: Row) -> PhaseResult:
-        """Run a phase's experiments a seed at a time, without those that crashed or are behind beyond hope."""
+        """Run a phase's experiments seed by seed, dropping those that crashed or are hopeless (`noise.hopeless`)."""
         seeds, experiments = self.sweep.settings.seeds, list(phase.experiments)
         records: dict[str, list[Record]] = {experiment.name: [] for experiment in experiments}
         impossible: dict[str, str] = {}
@@ -177,7 +200,7 @@ class _Walk:
         return "discard", by
 
     def final(self, first: Mapping[str, Any], last: Mapping[str, Any], winners: Sequence[Experiment]) -> list[Row]:
-        """First baseline and combination once more, with other seeds: those that chose the winners flatter them."""
+        """Run the first baseline and the combination with other seeds: those that chose the winners would flatter them."""
         seeds = self.sweep.settings.seeds
         fresh = [max(seeds) + 1 + index for index in range(len(seeds))]
         before, after = self._launch(((BASELINE, first), (COMBINED, last)), fresh)
@@ -197,7 +220,7 @@ class _Walk:
         return [row, self._row(title, COMBINED, "keep" if better else "discard", after, description, reason)]
 
     def _launch(self, configs: Sequence[tuple[str, Mapping[str, Any]]], seeds: Sequence[int]) -> list[list[Record]]:
-        """The records of each configuration, one a seed; all are launched together."""
+        """Launch all configurations with all seeds together; return the records of each configuration, one per seed."""
         timed = [(name, dict(config), self._steps(name, config)) for name, config in configs]
         runs = [Run(name, prepared(config, steps), seed, steps) for name, config, steps in timed for seed in seeds]
         records = self.launcher.run(runs)
@@ -205,7 +228,7 @@ class _Walk:
         return [records[index * count : (index + 1) * count] for index in range(len(configs))]
 
     def _steps(self, name: str, config: Mapping[str, Any]) -> int:
-        """The budget in steps; one in seconds is divided by what a step takes in a short run of its own."""
+        """The budget in steps; a budget in seconds is divided by the time of a step, measured in a short run."""
         settings = self.sweep.settings
         if settings.steps:
             return settings.steps
@@ -253,5 +276,5 @@ class _Walk:
 
 
 def described_file(sweep: Sweep) -> str:
-    """What the first baseline is."""
+    """Describe the first baseline."""
     return f"{sweep.settings.config} as it is"

@@ -1,1 +1,1 @@
-"""Cost of a run that does not exist, from shapes alone."""
+"""The cost of a step, predicted from the shapes of a model alone."""

@@ -1,4 +1,4 @@
-"""The parameters of well-known models, as published: names and shapes, to plan for without building the model.
+"""The parameters of well-known models, as published: names and shapes, from which to plan without building the model.
 
 GPT-2: Radford et al. 2019 (q, k and v fused; here stored (out, in)). Llama 3: Dubey et al. 2024 (arXiv 2407.21783).
 Mixtral: Jiang et al. 2024 (arXiv 2401.04088). Kimi K2: arXiv 2507.20534. Experts are banks (experts, out, in), one parameter
@@ -46,7 +46,7 @@ def _llama(layers: int, width: int, key_value: int, inner: int, vocabulary: int,
 
 
 def _kimi_k2() -> Named:
-    """61 layers, the first with a dense MLP; latent attention of 64 heads (128 + 64 for q and k, 128 for v)."""
+    """Kimi K2: 61 layers, the first with a dense MLP; latent attention of 64 heads (128 + 64 for q and k, 128 for v)."""
     width, heads, query_rank, key_value_rank, inner = 7168, 64, 1536, 512, 2048
     yield "token_embedding.weight", (163840, width)
     for layer in range(61):

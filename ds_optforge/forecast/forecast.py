@@ -1,7 +1,7 @@
-"""What a step would cost every rank of a run that does not exist: FLOPs, bytes, memory, from shapes alone.
+"""Predicts what a step costs every rank (FLOPs, bytes, memory) from the shapes of a model alone.
 
-The parameters are routed as in training, laid out as DeepSpeed's ZeRO would lay them out, and planned with the plan that
-runs. No process group, no tensors.
+The parameters are routed as in training, laid out as DeepSpeed's ZeRO would lay them out, and planned by the code that plans
+in training. It takes no process group and no tensors.
 """
 
 from collections import Counter
@@ -33,13 +33,16 @@ Cost = Callable[[Matrix], int]
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The ranks of a run.
+    """The ranks of a run, and how ZeRO uses them.
 
     Attributes:
-        world_size: ranks that ZeRO cuts the parameters over.
-        stage: 1, 2 or 3.
-        expert_parallel: ranks that share out each bank of experts, before ZeRO cuts their shares over the others.
+        world_size: number of ranks that ZeRO cuts the parameters over.
+        stage: ZeRO stage: 1, 2 or 3.
+        expert_parallel: number of ranks that each bank of experts is split over, before ZeRO cuts the shares over the others.
         sub_group_size: elements per rank that ZeRO-3 steps at a time.
+
+    Raises:
+        ConfigError: no run can have these numbers.
     """
 
     world_size: int
@@ -48,7 +51,7 @@ class Topology:
     sub_group_size: int = SUB_GROUP_SIZE
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for numbers that no run can have."""
+        """Check the numbers."""
         if self.world_size < 1:
             raise ConfigError(f"world size: got {self.world_size}; allowed: at least 1")
         if self.stage not in (1, 2, 3):
@@ -61,15 +64,15 @@ class Topology:
 
 @dataclass(slots=True)
 class RankFigures:
-    """One rank's part of a step.
+    """The cost of a step on one rank.
 
     Attributes:
-        matrices: that it orthogonalizes.
-        flops: of doing so.
-        shard_flops: of orthogonalizing what it holds instead (shard_local).
-        sent_bytes: to other ranks, fragments and updates.
-        workspace_bytes: of the exchanges under way at a time, its largest local bucket and largest matrix together.
-        state_bytes: optimizer state, without the weights.
+        matrices: number of matrices that the rank orthogonalizes.
+        flops: FLOPs of orthogonalizing them.
+        shard_flops: FLOPs of orthogonalizing its own fragments instead (shard_local).
+        sent_bytes: bytes that it sends to other ranks, fragments and updates.
+        workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and its largest matrix together.
+        state_bytes: bytes of optimizer state, without the weights.
     """
 
     matrices: int = 0
@@ -82,18 +85,20 @@ class RankFigures:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The figures of a run.
+    """The cost of a step on all ranks.
 
     Attributes:
-        ranks: in order.
-        matrices: that are orthogonalized, in all.
-        largest: FLOPs of the largest matrix: no step is shorter.
-        critical_path: FLOPs until the last rank is through, waiting for others included.
-        shard_rows: how many fragments of cut matrices touch how many rows.
-        exchanges: pairs of collectives.
+        topology: the ranks that it was predicted for.
+        ranks: the figures of each rank, in order.
+        matrices: number of matrices that are orthogonalized.
+        largest: FLOPs of the largest matrix, a lower bound of every step.
+        critical_path: FLOPs until the last rank is done, waiting for others included.
+        shard_rows: number of fragments of straddling matrices, by the rows that they touch.
+        exchanges: number of exchanges, each a pair of collectives.
         sub_groups: calls of ``step()`` that orthogonalize: one per parameter group with matrices, more on ZeRO-3.
-        groups: parameter groups with matrices.
-        zero_bytes: that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3), 2 bytes each.
+        groups: number of parameter groups with matrices.
+        zero_bytes: bytes that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3), 2 bytes
+            per element.
     """
 
     topology: Topology
@@ -109,17 +114,17 @@ class Forecast:
 
     @cached_property
     def mean_flops(self) -> float:
-        """What every rank would have to compute if the work could be shared out evenly."""
+        """FLOPs of every rank if the work could be divided evenly."""
         return sum(rank.flops for rank in self.ranks) / len(self.ranks)
 
     @property
     def balance(self) -> float:
-        """FLOPs of the busiest rank over the mean."""
+        """FLOPs of the busiest rank over the mean; 1 without matrices."""
         return max(rank.flops for rank in self.ranks) / self.mean_flops if self.matrices else 1.0
 
     @property
     def path_over_ideal(self) -> float:
-        """The critical path over the mean."""
+        """The critical path over the mean; 1 without matrices."""
         return self.critical_path / self.mean_flops if self.matrices else 1.0
 
 
@@ -127,14 +132,18 @@ def forecast(model: nn.Module, config: OptimizerConfig, topology: Topology) -> F
     """Route, lay out and plan ``model`` (on the meta device) for ``topology``.
 
     Raises:
-        ConfigError: a configuration that does not fit the model, or experts that expert_parallel does not divide.
+        ConfigError: the configuration does not fit the model, or expert_parallel does not divide the experts.
     """
     return forecast_routes(routes_of(model, config), config.common.sharding, topology)
 
 
 def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topology: Topology) -> Forecast:
-    """As `forecast`, of parameters that were routed already."""
-    groups = [_Group(part, sharding, topology, experts) for part, experts in _groups(routes, topology)]
+    """Lay out and plan parameters that were routed already, as `forecast` does.
+
+    Raises:
+        ConfigError: expert_parallel does not divide the experts.
+    """
+    groups = [_Group(stepped, sharding, topology, experts) for stepped, experts in _groups(routes, topology)]
     ranks = tuple(RankFigures() for _ in range(topology.world_size))
     rows: Counter[int] = Counter()
     for group in groups:
@@ -155,7 +164,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
 
 
 def _groups(routes: Sequence[Route], topology: Topology) -> Iterator[tuple[list[Route], bool]]:
-    """What one call of ``step()`` updates: (a parameter group, or a sub-group of one on ZeRO-3; whether it is of experts)."""
+    """Yield what each call of ``step()`` updates: (parameters of a group, or of a sub-group on ZeRO-3; True for experts)."""
     members: dict[tuple[str, bool], list[Route]] = {}
     for route in routes:
         experts = topology.expert_parallel > 1 and _is_bank(route)
@@ -165,15 +174,15 @@ def _groups(routes: Sequence[Route], topology: Topology) -> Iterator[tuple[list[
             yield group, experts
             continue
         ends = accumulate(-(-route.numel // topology.world_size) for route in group)
-        part: list[Route] = []
+        sub_group: list[Route] = []
         done = 0
         for route, end in zip(group, ends, strict=True):
-            part.append(route)
+            sub_group.append(route)
             if end - done >= topology.sub_group_size:
-                yield part, experts
-                part, done = [], end
-        if part:
-            yield part, experts
+                yield sub_group, experts
+                sub_group, done = [], end
+        if sub_group:
+            yield sub_group, experts
 
 
 def _is_bank(route: Route) -> bool:
@@ -181,7 +190,7 @@ def _is_bank(route: Route) -> bool:
 
 
 def _share(route: Route, ranks: int) -> Route:
-    """One rank's share of a bank of experts."""
+    """One rank's share of a bank of experts. Raises ConfigError where the number of experts is no multiple of ``ranks``."""
     if route.shape[0] % ranks:
         raise ConfigError(f"expert parallel: got {ranks}; allowed: a divisor of the {route.shape[0]} experts of {route.name}")
     shape = (route.shape[0] // ranks, *route.shape[1:])
@@ -190,7 +199,7 @@ def _share(route: Route, ranks: int) -> Route:
 
 
 def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[PartitionLayout, int]:
-    """Where ZeRO would put the parameters of a group, and the elements of a rank's slice, padding included."""
+    """Lay out the parameters of a group as ZeRO would; also return the elements of a rank's slice, padding included."""
     cut = cuts_of_parameters if stage == 3 else cuts_of_group
     cuts, slice_numel = cut([route.numel for route in routes], world_size)
     names = tuple(route.name for route in routes)
@@ -200,7 +209,7 @@ def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[Parti
 class _Group:
     """One call of ``step()`` on all ranks. ``plan`` is None for an elementwise rule.
 
-    With expert parallelism there are ``siblings`` groups alike: rank r of each stands for ranks r * siblings and following.
+    With expert parallelism there are ``siblings`` equal groups: rank r of this one stands for ranks r * siblings and following.
     """
 
     def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
@@ -220,7 +229,7 @@ class _Group:
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
 
     def enter(self, ranks: Sequence[RankFigures]) -> Counter[int]:
-        """Add this group's part to the figures; return the rows that fragments of cut matrices touch."""
+        """Add this group's cost to the figures; return the rows that fragments of straddling matrices touch."""
         figures, rows = self._figures()
         for index, rank in enumerate(ranks):
             own = figures[index // self.siblings]
@@ -269,7 +278,7 @@ class _Group:
         for rank, own in enumerate(figures):
             received = [size.receives[rank] for size in sizes]
             both = [0, *(size.sends[rank] + size.receives[rank] for size in sizes), 0]
-            # One returns, one is in work in its receive buffer, one is collected; at the end of its work it returns too.
+            # One exchange returns, one is orthogonalized in its receive buffer, one is collected; done, the second returns too.
             under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
             in_flight = max(under_way, default=0)
             bucket = max(min(local[rank], plan.local_numel), largest_local[rank])
@@ -291,19 +300,24 @@ def _remembered(cost: Callable[[int, int], int]) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeSizes:
-    """Elements of one exchange's buffers, by rank: of its send and receive buffer, and of what it would send to itself."""
+    """Elements of one exchange's buffers, by rank.
+
+    Attributes:
+        sends, receives: elements of the rank's send and receive buffer.
+        keeps: elements that it would send to itself.
+    """
 
     sends: list[int]
     receives: list[int]
     keeps: list[int]
 
     def travels(self, rank: int) -> int:
-        """Elements that the rank sends to others, there (fragments) and back (updates)."""
+        """Elements that the rank sends to others: fragments to the owners, and updates back."""
         return self.sends[rank] + self.receives[rank] - 2 * self.keeps[rank]
 
 
 def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[ExchangeSizes]:
-    """What `exchange_buckets` of every rank holds, in time that grows with the fragments alone."""
+    """Sizes of the buffers that `exchange_buckets` makes on every rank, in O(fragments) time."""
     sizes = []
     for exchange in plan.exchanges:
         size = ExchangeSizes(*([0] * plan.layout.world_size for _ in range(3)))
@@ -323,7 +337,7 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
 
 
 def _cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list[int]]:
-    """Groups of matrices of one shape with the same cuts: on ZeRO-3, the layers of a model."""
+    """Group matrices by shape and cuts: on ZeRO-3, the layers of a model are alike."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in indices:
         matrix = layout.matrices[index]
@@ -334,7 +348,7 @@ def _cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list
 
 
 def _fragments(layout: PartitionLayout, index: int) -> Iterator[tuple[int, Range]]:
-    """(rank, elements within the matrix) of each of its fragments."""
+    """Yield (rank, elements within the matrix) for each fragment of a matrix."""
     matrix = layout.matrices[index]
     cut = layout.cuts[matrix.parameter]
     begin = cut.base + matrix.start
@@ -347,13 +361,21 @@ def _fragments(layout: PartitionLayout, index: int) -> Iterator[tuple[int, Range
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a rank has: bfloat16 TFLOP/s that matrix products reach, and Gbit/s of its link, in each direction."""
+    """The speed of a rank.
+
+    Attributes:
+        tflops: bfloat16 TFLOP/s that matrix products reach.
+        link_gbps: Gbit/s of its link, in each direction.
+
+    Raises:
+        ConfigError: a speed is not positive.
+    """
 
     tflops: float
     link_gbps: float
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a speed that is not positive."""
+        """Check the speeds."""
         for name, value in (("tflops", self.tflops), ("link gbps", self.link_gbps)):
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}: got {value:g}; allowed: a positive number")
@@ -361,7 +383,13 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A sharding mode and its predicted seconds a step, on average over steps; traffic and computation can overlap."""
+    """A sharding mode and its predicted time.
+
+    Attributes:
+        name: title of the mode.
+        settings: fields of the "sharding" section that choose it.
+        orthogonalization, traffic: seconds per step, on average over steps.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -370,6 +398,7 @@ class Mode:
 
     @property
     def seconds(self) -> float:
+        """Seconds per step if traffic and computation overlap fully."""
         return max(self.orthogonalization, self.traffic)
 
 
@@ -378,7 +407,10 @@ AFFORDABLE = 0.1  # of the time of ZeRO's own traffic
 
 
 def modes(predicted: Forecast, hardware: Hardware) -> list[Mode]:
-    """gather, block-periodic with `PERIODS`, and shard_local; the slowest rank's time."""
+    """Predict gather, shard_local with a gather every `PERIODS` steps, and shard_local alone, on the slowest rank.
+
+    They are in order of exactness, the most exact first.
+    """
     whole = predicted.critical_path / (hardware.tflops * 1e12)
     traffic = max(rank.sent_bytes for rank in predicted.ranks) * 8 / (hardware.link_gbps * 1e9)
     alone = max(rank.shard_flops for rank in predicted.ranks) / (hardware.tflops * 1e12)
@@ -391,14 +423,14 @@ def modes(predicted: Forecast, hardware: Hardware) -> list[Mode]:
 
 
 def zero_seconds(predicted: Forecast, hardware: Hardware) -> float:
-    """What ZeRO's own traffic takes: no iteration is much shorter, whatever the batch and the optimizer."""
+    """Seconds that ZeRO's own traffic takes: no iteration is much shorter, whatever the batch and the optimizer."""
     return predicted.zero_bytes * 8 / (hardware.link_gbps * 1e9)
 
 
 def best_mode(predicted: Forecast, hardware: Hardware) -> Mode:
-    """The most exact mode that takes at most a tenth of `zero_seconds`, else shard_local.
+    """Choose the most exact mode that takes at most a tenth of `zero_seconds`, else shard_local.
 
-    Exactness first: what less of it costs in loss, only a training run can tell.
+    Exactness comes first because only a training run can tell what less of it costs in loss.
     """
     candidates = modes(predicted, hardware)
     bound = AFFORDABLE * zero_seconds(predicted, hardware)
@@ -408,9 +440,10 @@ def best_mode(predicted: Forecast, hardware: Hardware) -> Mode:
 def better_bucket(
     routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, now: Forecast, largest: int = 2**31
 ) -> tuple[int, Forecast] | None:
-    """The smallest larger power of two for bucket_numel whose critical path is within 5% of what buckets can reach.
+    """Find a larger bucket_numel: the smallest power of two whose critical path is within 5% of the best that buckets reach.
 
-    None where that would gain less than 5%.
+    Returns:
+        (bucket_numel, its forecast), or None where that would gain less than 5%.
     """
     numel = 1 << sharding.bucket_numel.bit_length()
     tried: list[tuple[int, Forecast]] = []

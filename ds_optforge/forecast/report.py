@@ -1,4 +1,4 @@
-"""What ``ds-optforge plan`` prints: figures per rank, the sharding modes, and what would make a step shorter."""
+"""The output of ``ds-optforge plan``: figures per rank, the sharding modes, and changes that would make a step shorter."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,14 @@ _COLUMNS = ("matrices", "GFLOP", "sent a step, MB", "state, MB", "workspace, MB"
 def report(
     title: str, routes: Sequence[Route], sharding: ShardingSettings, predicted: Forecast, hardware: Hardware, width: int = 110
 ) -> str:
-    """The text for one forecast of the given routes."""
+    """Format one forecast.
+
+    Args:
+        title: name of the model.
+        routes, sharding: the routed parameters and the "sharding" section that the forecast was made from.
+        predicted, hardware: the forecast, and the speeds that turn it into seconds.
+        width: columns of the text.
+    """
     console = Console(width=width)
     with console.capture() as capture:
         ranks = predicted.topology.world_size
@@ -105,7 +112,7 @@ def _shards(rows: Counter[int]) -> str:
 
 
 def _advice(routes: Sequence[Route], sharding: ShardingSettings, now: Forecast, hardware: Hardware) -> Iterator[str]:
-    """What to change, with what it would bring."""
+    """Yield recommended changes, each with its predicted gain."""
     chosen = best_mode(now, hardware)
     rate = hardware.tflops * 1e9  # FLOPs in a millisecond
     ranks = len(now.ranks)

@@ -1,4 +1,4 @@
-"""Modules on the meta device to plan for: of the models in the catalog, or of a Hugging Face configuration."""
+"""Modules on the meta device to plan for, made from the models of the catalog or from a Hugging Face configuration."""
 
 from pathlib import Path
 
@@ -12,7 +12,10 @@ _ALLOWED = f"{', '.join(MODEL_SHAPES)}, or the path of a Hugging Face config.jso
 
 
 def skeleton(model: str) -> nn.Module:
-    """A module of `MODEL_SHAPES`' parameters, on the meta device. It cannot run; embeddings and the head are what they are."""
+    """Make a module with the parameters of ``MODEL_SHAPES[model]``, on the meta device.
+
+    It has no forward pass. Embeddings and the head are an nn.Embedding and an nn.Linear, from which their roles follow.
+    """
     root = nn.Module()
     with torch.device("meta"):
         for name, shape in MODEL_SHAPES[model]:
@@ -27,21 +30,21 @@ def skeleton(model: str) -> nn.Module:
 
 
 def _descend(module: nn.Module, path: list[str]) -> nn.Module:
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
+    for name in path:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
     return module
 
 
 def load(model: str) -> nn.Module:
-    """A module on the meta device: the `skeleton` of a shipped model, or what transformers builds from a config.json.
+    """Make a module on the meta device: the `skeleton` of a model of the catalog, or the model of a Hugging Face config.json.
 
     Args:
         model: a name in `MODEL_SHAPES`, or the path of a Hugging Face config.json.
 
     Raises:
-        ConfigError: neither, or a configuration that transformers does not know.
+        ConfigError: ``model`` is neither, or transformers is missing or does not know the configuration.
     """
     if model in MODEL_SHAPES:
         return skeleton(model)

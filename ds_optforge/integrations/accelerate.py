@@ -1,4 +1,4 @@
-"""The door into Accelerate: an Accelerator that trains with DeepSpeed for sure, and what its `prepare` wants.
+"""Training through Accelerate: an Accelerator that is guaranteed to use DeepSpeed, and the objects that its `prepare` takes.
 
 ```python
 accelerator = make_accelerator("ds_configs/muon_zero2.json")
@@ -36,16 +36,16 @@ _ACCUMULATION = "gradient_accumulation_steps"
 
 
 def make_accelerator(config: str | Path | Mapping[str, Any], **arguments: Any) -> Accelerator:
-    """An Accelerator that trains by ``config``, on every rank of the launcher.
+    """Make an Accelerator that trains by ``config``, on every rank of the launcher.
 
     Args:
         config: a DeepSpeed configuration, as a dict or a path to its JSON file. ``gradient_clipping`` is set there alone:
             Accelerate's ``clip_grad_norm_`` then only returns the norm.
-        arguments: of Accelerator. ``gradient_accumulation_steps`` may stand here or in ``config``.
+        arguments: arguments of Accelerator. ``gradient_accumulation_steps`` may be given here or in ``config``.
 
     Raises:
-        ConfigError: a bad configuration, or a setting with which Accelerate would leave DeepSpeed out (and train with DDP)
-            or would count one process in place of all.
+        ConfigError: the configuration is invalid, or a setting would make Accelerate train with DDP in place of DeepSpeed, or
+            count one process in place of all.
     """
     loaded = load_config(config)
     if "optimizer" in loaded:
@@ -63,20 +63,20 @@ def make_accelerator(config: str | Path | Mapping[str, Any], **arguments: Any) -
 def optimizer_and_scheduler(
     accelerator: Accelerator, model: nn.Module, total_steps: int | None = None, real: bool = False
 ) -> tuple[Any, Any]:
-    """What ``accelerator.prepare`` wants beside ``model``, from the configuration that the accelerator was made with.
+    """Make the optimizer and scheduler for ``accelerator.prepare``, from the configuration that the accelerator was made with.
 
     Args:
         accelerator: from `make_accelerator`.
         model: to be trained; it is registered here.
         total_steps: optimizer steps of the run, where the schedule's ``total_num_steps`` is "auto" or missing.
-        real: return an OptForge and an OptForgeSchedule and take their sections out of the accelerator's configuration. Else
-            Accelerate's DummyOptim and DummyScheduler, for which DeepSpeed builds both from the sections.
+        real: True returns an OptForge and an OptForgeSchedule and removes their sections from the accelerator's configuration.
+            False returns Accelerate's DummyOptim and DummyScheduler, for which DeepSpeed builds both from the sections.
 
     Returns:
         (optimizer, scheduler); the scheduler is None where the configuration has no "scheduler" section.
 
     Raises:
-        ConfigError: an "auto" that nothing fills, and what `check` refuses.
+        ConfigError: nothing fills an "auto", or `check` refuses the configuration, or another Accelerator was made first.
     """
     _refuse_other_state(accelerator)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -95,7 +95,7 @@ def optimizer_and_scheduler(
 
 
 def _fill_length(config: dict[str, Any], total_steps: int | None) -> None:
-    """In the configuration itself: Accelerate would divide DummyScheduler's total_num_steps by the number of processes."""
+    """Fill in the configuration itself: Accelerate would divide DummyScheduler's total_num_steps by the number of processes."""
     scheduler = config.get("scheduler", {})
     if total_steps is not None and scheduler.get("type") == OptForgeSchedule.__name__:
         params = scheduler.setdefault("params", {})
@@ -104,7 +104,7 @@ def _fill_length(config: dict[str, Any], total_steps: int | None) -> None:
 
 
 def _refuse_fallback(arguments: Mapping[str, Any]) -> None:
-    """What would make Accelerate leave DeepSpeed out, by the name of the setting to change."""
+    """Raise ConfigError, with the setting to change, where Accelerate would train without DeepSpeed."""
     problems = []
     if arguments.get("cpu"):
         problems.append(
@@ -126,7 +126,7 @@ def _refuse_fallback(arguments: Mapping[str, Any]) -> None:
 
 
 def _accumulation(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> int:
-    """One number for both: Accelerate counts micro-batches by its argument, DeepSpeed by its configuration."""
+    """The one number that both must have: Accelerate counts micro-batches by its argument, DeepSpeed by its configuration."""
     argument = arguments.get(_ACCUMULATION)
     written = config.get(_ACCUMULATION, "auto")
     if written == "auto":
@@ -137,7 +137,7 @@ def _accumulation(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> in
 
 
 def _handlers(arguments: Mapping[str, Any]) -> list[Any]:
-    """The caller's, and on a CPU the backend: without it Accelerate counts one process, and data is not split."""
+    """The caller's handlers; on a CPU with the backend, without which Accelerate counts one process and does not split data."""
     from deepspeed.accelerator import get_accelerator
 
     handlers = list(arguments.get("kwargs_handlers") or [])
@@ -154,7 +154,7 @@ def _handlers(arguments: Mapping[str, Any]) -> list[Any]:
 
 
 def _refuse_other_state(accelerator: Accelerator) -> None:
-    """Accelerate keeps one state per process: that of whatever asked first."""
+    """Raise ConfigError where Accelerate's one state per process was made earlier, with other settings."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ConfigError(
             f"accelerator: got distributed_type {accelerator.distributed_type.value}; allowed: DEEPSPEED (make_accelerator, "

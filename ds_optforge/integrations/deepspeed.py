@@ -1,4 +1,4 @@
-"""The doors into DeepSpeed: `register` makes the JSON names known, `initialize` is register + deepspeed.initialize."""
+"""Training through DeepSpeed: `register` makes the names in JSON known, `initialize` is register + deepspeed.initialize."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -21,13 +21,13 @@ logger = logging.getLogger("ds_optforge")
 
 
 def publish_names() -> None:
-    """Let "type": "OptForge" and "OptForgeSchedule" be found: DeepSpeed looks unknown types up in these torch modules."""
+    """Make "type": "OptForge" and "OptForgeSchedule" known: DeepSpeed looks for unknown types in these torch modules."""
     torch.optim.OptForge = OptForge  # type: ignore[attr-defined]
     torch.optim.lr_scheduler.OptForgeSchedule = OptForgeSchedule  # type: ignore[attr-defined]
 
 
 def register_with_deepspeed() -> None:
-    """Enter OptForge and OptForgeSchedule into DeepSpeed's lists of optimizers and schedulers that it trusts."""
+    """Publish the names, and enter both classes into DeepSpeed's lists of optimizers and schedulers that it trusts."""
     publish_names()
     make_trusted(OptForge, OptForgeSchedule)
 
@@ -35,7 +35,7 @@ def register_with_deepspeed() -> None:
 def register(model: nn.Module) -> None:
     """Make ``model`` trainable with "type": "OptForge" under DeepSpeed, Accelerate and the HF Trainer.
 
-    Tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
+    It tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
     enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built.
     """
     register_with_deepspeed()
@@ -45,20 +45,20 @@ def register(model: nn.Module) -> None:
 def initialize(
     *, model: nn.Module, config: str | Path | Mapping[str, Any], optimizer: Any = None, **arguments: Any
 ) -> tuple[Any, ...]:
-    """``deepspeed.initialize`` with ``model`` registered and ``config`` checked first.
+    """Check ``config``, register ``model`` and call ``deepspeed.initialize``.
 
     Args:
-        model: to be trained.
+        model: the model to train.
         config: a DeepSpeed configuration, as a dict or a path to its JSON file.
         optimizer: an OptForge (`build_optimizer`, `MuonWithAuxAdam`) or a function of the parameters that makes one, where
             ``config`` has no "optimizer" section.
-        arguments: everything else that deepspeed.initialize takes.
+        arguments: other arguments of deepspeed.initialize.
 
     Returns:
-        deepspeed.initialize's (engine, optimizer, dataloader, scheduler).
+        (engine, optimizer, dataloader, scheduler), as deepspeed.initialize returns them.
 
     Raises:
-        ConfigError: before any engine exists.
+        ConfigError: the configuration is invalid or contradicts the arguments; no engine has been built then.
     """
     import deepspeed
 
@@ -82,7 +82,7 @@ _BOTH = (
 
 
 def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The checked configuration for a real optimizer, beside which DeepSpeed would ignore an optimizer section."""
+    """The configuration, checked for use with an optimizer object, beside which DeepSpeed ignores an "optimizer" section."""
     if "optimizer" in config:
         raise ConfigError(f"optimizer: {_BOTH.format(what='optimizer', argument='optimizer')}")
     if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, OptForge):
@@ -96,7 +96,7 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
 
 
 def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:
-    """(what holds it, the OptForge) under an engine's or a framework's wrappers."""
+    """(the wrapper around it, the OptForge) under an engine's or a framework's wrappers."""
     wrapper = optimizer = engine
     while not isinstance(optimizer, OptForge):
         wrapper, optimizer = optimizer, optimizer.optimizer
@@ -105,15 +105,17 @@ def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:
 
 @contextmanager
 def evaluation_weights(engine: Any) -> Iterator[None]:
-    """Evaluate and export with the weights that are meant for it.
+    """Put the weights for evaluation and export into the model, and take them out again at the end of the ``with`` block.
 
     Inside, the model's weights are Schedule-Free's average on every stage; afterwards they are the training weights again,
-    bit for bit. Other rules leave the weights alone. All ranks enter and leave together. `step()` and saving a training
-    checkpoint inside raise RuntimeError.
+    bit for bit. Other rules leave the weights alone. Entering and leaving are collective.
 
     Args:
-        engine: what deepspeed.initialize or Accelerator.prepare returned; or an optimizer: the HF Trainer's
+        engine: the engine that deepspeed.initialize or Accelerator.prepare returned; or an optimizer: the HF Trainer's
             ``trainer.optimizer``, or an OptForge in plain PyTorch.
+
+    Raises:
+        RuntimeError: inside the block, by `step()` and by saving a training checkpoint.
     """
     wrapper, optimizer = _base_optimizer(engine)
     if not optimizer.averages_weights:

@@ -1,4 +1,4 @@
-"""The door without DeepSpeed: a torch optimizer and scheduler from the same configuration, and the routing table."""
+"""Training without DeepSpeed: a torch optimizer and scheduler from the same configuration, and the routing table."""
 
 import os
 import sys
@@ -23,14 +23,14 @@ Config = str | Path | Mapping[str, Any]
 
 
 def build_optimizer(model: nn.Module, config: Config) -> OptForge:
-    """A `torch.optim.Optimizer` for ``model``, for plain PyTorch or as ``optimizer=`` of deepspeed.initialize.
+    """Build a `torch.optim.Optimizer` for ``model``, for plain PyTorch or as ``optimizer=`` of deepspeed.initialize.
 
     Args:
-        model: its trainable parameters are optimized.
+        model: the model whose trainable parameters are optimized.
         config: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone.
 
     Raises:
-        ConfigError: see `OptForge`; or parameters in place of the model.
+        ConfigError: the configuration is invalid or does not fit the model, or ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -44,9 +44,15 @@ def build_optimizer(model: nn.Module, config: Config) -> OptForge:
 
 
 def build_scheduler(optimizer: OptForge, config: Config, total_steps: int | None = None) -> OptForgeSchedule:
-    """The learning-rate schedule of ``config``: a DeepSpeed configuration, or the "params" of its scheduler section alone.
+    """Build the learning-rate schedule of a configuration.
 
-    ``total_steps`` stands in for ``total_num_steps`` where the configuration has none, or "auto". Raises ConfigError.
+    Args:
+        optimizer: the optimizer whose learning rates follow the schedule.
+        config: a DeepSpeed configuration (dict or path), or the "params" of its scheduler section alone.
+        total_steps: optimizer steps of the run, where the configuration has no ``total_num_steps``, or "auto".
+
+    Raises:
+        ConfigError: the configuration is invalid, or nothing says the length that its curve needs.
     """
     section = dict(scheduler_section(load_config(config)))
     if total_steps is not None and section.get("total_num_steps", "auto") == "auto":
@@ -55,13 +61,13 @@ def build_scheduler(optimizer: OptForge, config: Config, total_steps: int | None
 
 
 def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:
-    """An OptForge from KellerJordan/Muon's parameter groups: each has ``use_muon`` and its own hyperparameters.
+    """Build an OptForge from KellerJordan/Muon's parameter groups, each with ``use_muon`` and hyperparameters of its own.
 
-    His defaults: lr 0.02, momentum 0.95, Nesterov for Muon; lr 3e-4, betas (0.9, 0.95), eps 1e-10 for Adam; no decay.
-    (A function: DeepSpeed takes any *class* with "muon" in its name for its own optimizer.)
+    The defaults are that library's: lr 0.02, momentum 0.95, Nesterov for Muon; lr 3e-4, betas (0.9, 0.95), eps 1e-10 for
+    Adam; no decay. (This is a function because DeepSpeed takes any *class* with "muon" in its name for its own optimizer.)
 
     Raises:
-        ConfigError: a group without the flag, or with a setting that its rule does not read; parameters in place of groups.
+        ConfigError: a group lacks the flag, or has a setting that its rule does not read, or is a parameter.
     """
     groups = []
     for index, group in enumerate(param_groups):
@@ -79,15 +85,20 @@ def MuonWithAuxAdam(param_groups: Iterable[Mapping[str, Any]]) -> OptForge:
 
 
 def _register_where_deepspeed_is() -> None:
-    """As `register` does. Not where DeepSpeed takes no part: importing it takes seconds."""
+    """Register with DeepSpeed where it is imported or a launcher started the process; elsewhere importing it costs seconds."""
     if "deepspeed" in sys.modules or "LOCAL_RANK" in os.environ:
         register_with_deepspeed()
 
 
 def explain(model: nn.Module, config: Config) -> str:
-    """A table of what OptForge would do with each parameter of ``model`` (which may be on the meta device).
+    """Return a table of the role, rule, matrices and settings that OptForge would give to each parameter.
 
-    ``config``: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone. Raises ConfigError.
+    Args:
+        model: any module, also one on the meta device.
+        config: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone.
+
+    Raises:
+        ConfigError: the configuration is invalid or does not fit the model.
     """
     routes = routes_of(model, OptimizerConfig(optimizer_section(load_config(config))))
     table = Table("parameter", "shape", "role", "rule", "matrices", "state", "lr", "weight decay")
