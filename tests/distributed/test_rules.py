@@ -1,14 +1,12 @@
 """Every rule and state format gives the same numbers on every ZeRO stage, with and without CPU offload."""
 
-from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
-from tests.distributed.test_parity import assert_same, one_process
+from tests.distributed.test_parity import Reference, assert_same, one_process
 from tests.oracles import EXACT
 
 ADAMW = {"lr": 3e-3, "eps": 1e-5}
@@ -37,8 +35,7 @@ TOLERANCE = {"muon, cautious": 3e-4, "adamw, cautious": 3e-4}
 STAGES = [(0, "none"), *((stage, device) for stage in (1, 2, 3) for device in ("none", "cpu"))]
 
 
-@cache
-def reference(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference(rule: str) -> Reference:
     return one_process(RULES[rule])
 
 
@@ -65,12 +62,7 @@ def test_rule_does_not_depend_on_world_size(rule: str, stage: int, world: int, p
 def test_expert_banks_and_convolutions(stage: int, pools: Pools) -> None:
     """Three matrices of 24x17, and one of 24x72, whatever the cuts."""
     for result in pools[4].run(cases.train, cases.engine_config(stage, RULES["normuon"]), model_options={"shapes": True}):
-        assert_same(result["parameters"], one_process_of_shapes())
-
-
-@cache
-def one_process_of_shapes() -> dict[str, torch.Tensor]:
-    return one_process(RULES["normuon"], shapes=True)[1]
+        assert_same(result["parameters"], one_process(RULES["normuon"], shapes=True)[1])
 
 
 @pytest.mark.promise("normuon-rows", "world-size")
