@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks import hosts
 
-# Before torch is imported. Threads that share out the products of matrices this small wait for each other, and beside
-# another process that uses the cores they wait long: 55 seconds of processor time for what takes one thread 9.
+# Before torch is imported. Threads that share out the products of matrices this small wait for each other, and long
+# where other processes use the cores: on a busy machine, 55 seconds of processor time for what takes one thread 9.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "srun")
@@ -53,8 +53,8 @@ def missing_fp16() -> str | None:
 NEEDS = {"fp16": missing_fp16, "root": missing_root, "two_hosts": hosts.missing, "slurm": missing_slurm}
 
 
-# Their tests start processes. `make quick` has only those of them that are marked for it, and all other tests.
-WITH_PROCESSES = ("tests/distributed/", "tests/launch/", "tests/experiments/", "tests/test_benchmarks.py")
+# Their tests start ranks and launches. `make quick` has only those of them that are marked for it, and all other tests.
+WITH_RANKS = ("tests/distributed/", "tests/launch/", "tests/experiments/", "tests/test_benchmarks.py")
 
 # Folders whose files share what lasts a session: ranks, and the runs that others are compared with. They take longest,
 # so with `pytest -n 2 --dist loadgroup --no-loadscope-reorder` each starts at once, in a process of its own.
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "fp16" in item.name.partition("[")[2]:
             item.add_marker("fp16")
-        if not item.nodeid.startswith(WITH_PROCESSES):
+        if not item.nodeid.startswith(WITH_RANKS):
             item.add_marker("quick")
         if side_by_side:
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
