@@ -1,5 +1,6 @@
 # make train   train the tiny GPT with Muon on two ranks, ZeRO-2
-# make test    lint, type check and run all tests
+# make test    lint, type check and run all tests, in two processes
+# make quick   an answer in two minutes: the same without ranks and launches, but for a few tests on two ranks
 # make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
 # make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
 # make venv    only the set-up that both begin with
@@ -11,7 +12,7 @@ PYTHON ?= python3
 # has; and with the result kept in the environment, two clones do not rebuild each other's.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: train test bench soak venv clean
+.PHONY: train test quick bench soak venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -20,7 +21,13 @@ test: venv
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
-	$(IN_VENV) pytest
+	$(IN_VENV) pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+quick: venv
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
+	$(IN_VENV) pytest -m quick
 
 bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/orthogonalization.py

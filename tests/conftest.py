@@ -1,4 +1,7 @@
-"""Tests that not every machine can run, by their markers: they are skipped with the reason."""
+"""What holds for all tests: one thread, the files that run beside each other, and skips with their reasons.
+
+Tests that not every machine can run have a marker; `NEEDS` says what for.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,10 @@ import tempfile
 import pytest
 
 from benchmarks import hosts
+
+# Before torch is imported. Threads that share out the products of matrices this small wait for each other, and long
+# where other processes use the cores: on a busy machine, 55 seconds of processor time for what takes one thread 9.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 
@@ -46,11 +53,31 @@ def missing_fp16() -> str | None:
 NEEDS = {"fp16": missing_fp16, "root": missing_root, "two_hosts": hosts.missing, "slurm": missing_slurm}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The cases of fp16 are named so."""
+# Their tests start ranks and launches. `make quick` has only those of them that are marked for it, and all other tests.
+WITH_RANKS = ("tests/distributed/", "tests/launch/", "tests/experiments/", "tests/test_benchmarks.py")
+
+# Folders whose files share what lasts a session: ranks, and the runs that others are compared with. They take longest,
+# so with `pytest -n 2 --dist loadgroup --no-loadscope-reorder` each starts at once, in a process of its own.
+SHARED = ("tests/distributed/", "tests/launch/")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Markers that follow from names and places. With pytest-xdist a file, or a folder of `SHARED`, stays in one process."""
+    side_by_side = config.getoption("numprocesses", None) or hasattr(config, "workerinput")
     for item in items:
         if "fp16" in item.name.partition("[")[2]:
             item.add_marker("fp16")
+        if not item.nodeid.startswith(WITH_RANKS):
+            item.add_marker("quick")
+        if side_by_side:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if side_by_side:
+        items.sort(key=lambda item: group_of(item) not in SHARED)
+
+
+def group_of(item: pytest.Item) -> str:
+    path = item.nodeid.partition("::")[0]
+    return next((folder for folder in SHARED if path.startswith(folder)), path)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -54,6 +54,7 @@ def assert_same(resumed: dict[str, Any], uninterrupted: dict[str, Any]) -> None:
         assert torch.equal(resumed["parameters"][name], parameter), name
 
 
+@pytest.mark.quick
 def test_a_checkpoint_of_other_groups_is_refused_before_anything_changes(pools: Pools, tmp_path: Path) -> None:
     saved, loading = cases.engine_config(2, cases.MUON), cases.engine_config(2, {"name": "adamw"})
     for message, unchanged in pools[2].run(cases.load_into_another, saved, loading, str(tmp_path)):

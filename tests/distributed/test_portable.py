@@ -159,6 +159,7 @@ def test_another_gradient_accumulation_goes_on(pools: Pools, tmp_path: Path) -> 
     assert result["losses"] == pytest.approx(expected["losses"], rel=TOLERANCES["float32"])
 
 
+@pytest.mark.quick
 def test_rates_and_random_states_arrive(pools: Pools, tmp_path: Path) -> None:
     config = configuration(SAVED, params_of("muon"), **schedule("muon"))
     expected = pools[2].run(checkpoints.draw_and_save, config, str(tmp_path / "saved"))

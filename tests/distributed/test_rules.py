@@ -1,14 +1,12 @@
 """Settings of rules, and mixes of rules, that test_conformance does not have: the same numbers on every ZeRO stage."""
 
-from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
-from tests.distributed.test_parity import assert_same, one_process
+from tests.distributed.test_parity import Reference, assert_same, one_process
 from tests.oracles import EXACT
 
 ADAMW = {"lr": 3e-3, "eps": 1e-5}
@@ -35,8 +33,7 @@ TOLERANCE = {"muon, cautious": 3e-4, "adamw, cautious": 3e-4}
 STAGES = [(0, "none"), *((stage, device) for stage in (1, 2, 3) for device in ("none", "cpu"))]
 
 
-@cache
-def reference(rule: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference(rule: str) -> Reference:
     return one_process(SETTINGS[rule])
 
 

@@ -122,6 +122,7 @@ def test_normuon_learns_like_gather(shapes: bool, stage: int, gather_every: int 
         assert_same(result["parameters"], results[0]["parameters"], 0.0)
 
 
+@pytest.mark.quick
 @pytest.mark.promise("sharding-modes")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_nothing_travels(stage: int, pools: Pools) -> None:
