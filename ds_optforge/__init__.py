@@ -80,7 +80,7 @@ class _BeforeDeepSpeed(MetaPathFinder):
             _import_names()
 
 
-if not TYPE_CHECKING:  # a type checker would believe in every name
+if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

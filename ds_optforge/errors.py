@@ -1,4 +1,4 @@
-"""The errors that callers catch. Without torch and pydantic, since the command line imports this file."""
+"""The errors that callers catch. This file imports neither torch nor pydantic, since the command line needs neither."""
 
 
 class ConfigError(ValueError):

@@ -218,7 +218,7 @@ class OptForge(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, initial in zip(self.param_groups, decays, strict=True):
             self._groups.remember(group, group["params"])
-            if initial is not None:  # this run has a decay schedule, also where the saved one had none
+            if initial is not None:  # this run has a decay schedule, even if the saved one had none
                 group.setdefault("initial_weight_decay", initial)
         self._restore_dtypes(state_dict)
 

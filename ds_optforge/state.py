@@ -251,7 +251,7 @@ def _quantized(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_blockwise
 
     codes, how = quantize_blockwise(values, code=_code(signed, values.device), blocksize=BLOCK)
-    # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would march on its sign.
+    # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would step by its sign.
     return codes.masked_fill_(values == 0, _zero(signed)), how.absmax
 
 

@@ -91,7 +91,7 @@ class OptimizerConfig:
             raise problems[0]
 
     def _base(self, role: Role, name: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """Return the weakest layers of a rule's settings: the top level, and for adamw the ``adamw`` section."""
+        """Return the weakest layers of a rule's settings: the top level, the ``adamw`` section, no decay of scalars."""
         top = self._top
         if name != self.common.name:
             fields = _settings_of(name, self._path).model_fields

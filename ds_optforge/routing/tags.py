@@ -48,7 +48,7 @@ def tag(model: nn.Module) -> None:
         setattr(parameter, _ROLE, "unembedding" if id(parameter) in heads else None)
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            setattr(module.weight, _ROLE, "embedding")  # also where the head is tied to it
+            setattr(module.weight, _ROLE, "embedding")  # even if the head is tied to it
         elif isinstance(module, nn.modules.conv._ConvNd):
             shape = full_shape(module.weight)
             setattr(module.weight, _MATRIX, (shape[0], shape.numel() // shape[0]))

@@ -72,7 +72,7 @@ class Orthogonalization:
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each shape and batch
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one graph per shape and batch
     return torch.compile(orthogonalize, dynamic=False)
 
 

@@ -20,8 +20,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 
-# A moving average stops short of a constant by 2**-9 / (1 - rate) of it, where a step is less than half the spacing of
-# bfloat16: by 4% at 0.95, 20% at 0.99, and it would stand still at 0.999.
+# In bfloat16 a moving average stops short of a constant by 2**-9 / (1 - rate) of it, because steps are then less than half
+# the spacing of its numbers: by 4% at 0.95, by 20% at 0.99, and at 0.999 it would not move at all.
 _SLOWEST_IN_BFLOAT16 = 0.99
 
 

@@ -49,7 +49,7 @@ class GroupStep:
         if self._slices.binding.process_group is not None:
             return
         norms = torch.stack(torch._foreach_norm(self._gradients))
-        suspects = norms.isfinite().logical_not().nonzero().flatten().tolist()  # or the square of a value overflows
+        suspects = norms.isfinite().logical_not().nonzero().flatten().tolist()  # or only a square overflowed
         index = next((index for index in suspects if not self._gradients[index].isfinite().all()), None)
         if index is not None:
             route = self._members.routes[self._slices.binding.indices[index]]

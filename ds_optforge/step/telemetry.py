@@ -102,7 +102,7 @@ class Telemetry:
             now: hyperparameters of the step.
             step: number of the step.
         """
-        if self._steps.get(group) != step:  # else another of its sub-groups has been here
+        if self._steps.get(group) != step:  # else another sub-group of it was added in this step
             self._steps[group], self._covered[group] = step, 0
             self._sums.pop(group, None)
         sums = watch.sums()

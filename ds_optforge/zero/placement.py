@@ -36,7 +36,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A `PartitionLayout` as seen by one rank, whose slice may consist of several tensors.
+    """A `PartitionLayout` as seen by one rank, with the tensors of its call of ``step()``.
 
     Attributes:
         layout: of the group.
