@@ -54,7 +54,14 @@ NEEDS = {"fp16": missing_fp16, "root": missing_root, "two_hosts": hosts.missing,
 
 
 # Their tests start ranks and launches. `make quick` has only those of them that are marked for it, and all other tests.
-WITH_RANKS = ("tests/distributed/", "tests/launch/", "tests/experiments/", "tests/test_benchmarks.py")
+WITH_RANKS = (
+    "tests/distributed/",
+    "tests/launch/",
+    "tests/experiments/",
+    "tests/testing/",
+    "tests/test_benchmarks.py",
+    "tests/test_wheel.py",
+)
 
 # Folders whose files share what lasts a session: ranks, and the runs that others are compared with. They take longest,
 # so with `pytest -n 2 --dist loadgroup --no-loadscope-reorder` each starts at once, in a process of its own.

@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    return inherited | {"PATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def on_this_machine(command: str, **variables: str) -> Process:
