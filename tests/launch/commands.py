@@ -50,10 +50,7 @@ def port_of_a_run() -> Iterator[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, as in a shell with the virtual environment active.
-
-    Nothing here is compiled; but DeepSpeed's import of its own Muon loads torch's compiler, a fifth of the time of a launch.
-    """
+    """This process's environment, as in a shell with the virtual environment active."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"}
