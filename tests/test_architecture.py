@@ -1,6 +1,7 @@
 """The tree is the architecture: imports go one way, files keep to themselves, and only two know DeepSpeed's internals."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -145,3 +146,32 @@ def test_no_file_is_longer_than_a_purpose() -> None:
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 50, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+
+
+class TestThePage:
+    """docs/architecture.md."""
+
+    PAGE = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+    def test_has_every_room_on_its_floor(self) -> None:
+        listed = re.findall(r"^\| (\d+) \| `([\w/.]+)` \|", self.PAGE, flags=re.MULTILINE)
+        found = {(int(floor), name.removesuffix("/").removesuffix(".py")) for floor, name in listed}
+        expected = {(number, name) for number, names in enumerate(FLOORS, start=1) for name in names}
+        assert found == expected
+
+    def test_has_every_file_that_a_step_goes_through(self) -> None:
+        files = {str(path.relative_to(ROOT)) for path in FILES if room(path) in ("zero", "step")}
+        listed = set(re.findall(r"^\| `((?:zero|step)/\w+\.py)` \|", self.PAGE, flags=re.MULTILINE))
+        assert listed == {name for name in files if not name.endswith("__init__.py")}
+
+    def test_names_only_what_there_is(self) -> None:
+        """Every class and function in its table of ranges is defined in the package."""
+        table = self.PAGE.partition("## Ranges")[2].partition("## Glossary")[0]
+        names = set(re.findall(r"`([A-Z]\w+)`", table))
+        defined = {
+            node.name
+            for path in FILES
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ClassDef)
+        }
+        assert names <= defined
