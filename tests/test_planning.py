@@ -37,6 +37,8 @@ from ds_optforge.zero.buckets import Kept, exchange_buckets
 from ds_optforge.zero.partition import Matrix
 from ds_optforge.zero.plan import make_plan
 from tests.models import AwkwardNet
+from tests.rules.registering import registered
+from tests.rules.summing import SilentSettings, Summing, SummingSettings
 
 MUON = OptimizerConfig({"name": "muon"})
 ONE_SUB_GROUP = 10**15
@@ -116,6 +118,27 @@ class TestBytes:
             assert [size.travels(rank) for size in sizes] == [
                 sum(b.sends) - b.sends[rank] + sum(b.receives) - b.receives[rank] for b in buckets
             ]
+
+    def test_sums_over_matrices_and_rows_are_counted(self) -> None:
+        """4 per matrix and 5 per row, of 8 bytes each; of 2 ranks each sends a half of them there and a half back."""
+
+        class WithoutStatistics(Summing):
+            statistics = ()
+
+        class Settings(SummingSettings):
+            rule, title, builds = "sums_alone", "Sums alone", WithoutStatistics
+
+            def build(self) -> WithoutStatistics:
+                return WithoutStatistics()
+
+        model = nn.Sequential(nn.Linear(40, 24, bias=False), nn.Linear(24, 40, bias=False))
+        with registered(Settings, SilentSettings):
+            summed, silent = (
+                forecast_routes(routed(model, OptimizerConfig({"name": name})), ShardingSettings(), Topology(2, 3))
+                for name in ("sums_alone", "silent")
+            )
+        added = [one.sent_bytes - other.sent_bytes for one, other in zip(summed.ranks, silent.ranks, strict=True)]
+        assert added == [8 * (4 * 2 + 5 * (24 + 40))] * 2
 
     @pytest.mark.parametrize("world_size", [2, 4, 8, 32])
     def test_on_zero_3_every_matrix_travels_there_and_back_but_for_the_owners_part(self, world_size: int) -> None:

@@ -249,9 +249,16 @@ class _Group:
             self._add_orthogonalization(self.plan, figures, rows)
             sizes = exchange_sizes(self.plan, self.kept)
             for rank, own in enumerate(figures):
-                own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes)
+                own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes) + self._sum_bytes(self.plan)
             self._add_workspace(self.plan, figures, sizes)
         return figures, rows
+
+    def _sum_bytes(self, plan: ExchangePlan) -> int:
+        """Bytes that a rank sends to add up the rule's sums: all-reduces of float64, each value twice but for its own share."""
+        sums = self.rule.sums if isinstance(self.rule, MatrixRule) else ()
+        matrices = [self.layout.matrices[index] for exchange in plan.exchanges for index in exchange]
+        values = sum(matrix.values(item.per) for item in sums for matrix in matrices)
+        return 2 * 8 * values * (self.layout.world_size - 1) // self.layout.world_size
 
     def _add_orthogonalization(self, plan: ExchangePlan, figures: list[RankFigures], rows: Counter[int]) -> None:
         for cost, owner in zip(self.costs, plan.owners, strict=True):
