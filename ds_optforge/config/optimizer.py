@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ds_optforge.config.sections import ROLES, CommonSettings, Role
+from ds_optforge.config.sections import ROLES, CommonSettings, Override, Role
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.rules.registry import rule_names, rule_settings
 from ds_optforge.rules.settings import RuleSettings
@@ -117,7 +117,12 @@ class OptimizerConfig:
         return self._checked(validate(_settings_of(name, self._path), merged, self._path, paths, CommonSettings.model_fields))
 
     def _checked(self, settings: RuleSettings) -> RuleSettings:
-        """Refuse a sharding mode that the rule cannot have."""
+        """Refuse a rule that the configuration cannot have: a field of its own names, or a sharding mode."""
+        taken = {*CommonSettings.model_fields, *Override.model_fields} & type(settings).model_fields.keys()
+        if taken:
+            raise ConfigError(
+                f"rule '{settings.rule}': its field '{min(taken)}' is a key of every configuration; allowed: another name"
+            )
         rule, mode = settings.builds, self.common.sharding.mode
         if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
             raise ConfigError(

@@ -162,6 +162,14 @@ def test_a_name_cannot_be_taken_twice(name: str) -> None:
     assert rule_settings(name) is before
 
 
+@pytest.mark.parametrize("field", ["heads", "sharding"])
+def test_a_field_that_every_configuration_has_is_refused_by_name(field: str) -> None:
+    """An override, or the section itself, would read it before the rule does."""
+    register_rule(settings_of(elementwise(), __annotations__={field: int}, **{field: 1}))
+    with pytest.raises(ConfigError, match=f"rule 'test_rule': its field '{field}' is a key of every configuration"):
+        build_optimizer(linears(matrix(4, 4)), {"name": "test_rule"})
+
+
 @pytest.mark.parametrize("thing", [elementwise(), 3, "muon", None, RuleSettings.build], ids=lambda thing: type(thing).__name__)
 def test_what_is_no_rules_settings_is_refused(thing: Any) -> None:
     with pytest.raises(RuleError, match="is no rule; allowed: a subclass of RuleSettings"):
