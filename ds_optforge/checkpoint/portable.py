@@ -31,7 +31,7 @@ from ds_optforge.checkpoint.logical import (
 )
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
-from ds_optforge.rules.base import statistics_of
+from ds_optforge.rules.base import Rule, statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
@@ -321,9 +321,9 @@ def _fresh_groups(live: _LiveEngine, checkpoint: Checkpoint) -> set[str]:
         steps = {source["step"] if source else 0 for source in sources}
         keys = [*stepped.buffers, *(statistic.name for statistic in statistics_of(stepped.members.rule))]
         missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
-        unknown = {source["rule"] for source in sources if source and rule_settings(source["rule"]) is None}
-        if unknown:  # its buffers may have the names of this rule's, and mean something else
-            reasons[stepped.name] = f"it was trained by '{min(unknown)}', which nothing here offers"
+        others = {source["rule"] for source in sources if source and not _related(source["rule"], stepped.members.rule)}
+        if others:  # its buffers may have the names of this rule's, and mean something else
+            reasons[stepped.name] = f"it was trained by '{min(others)}', whose state is not of this rule's kind"
         elif steps == {0}:
             reasons[stepped.name] = "no step of it had been taken"
         elif len(steps) > 1:
@@ -333,6 +333,12 @@ def _fresh_groups(live: _LiveEngine, checkpoint: Checkpoint) -> set[str]:
     for name, reason in reasons.items():
         logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, reason)
     return set(reasons)
+
+
+def _related(saved: str, rule: Rule) -> bool:
+    """Whether the rule of that name is this one, or one derives from the other, so that their buffers mean the same."""
+    settings = rule_settings(saved)
+    return settings is not None and (issubclass(settings.builds, type(rule)) or isinstance(rule, settings.builds))
 
 
 def _allocate(optimizer: OptForge, stepped: _Stepped, source: Mapping[str, Any], loading: Loading) -> None:

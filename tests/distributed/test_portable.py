@@ -15,7 +15,7 @@ import torch
 
 from ds_optforge.rules import rule_names
 from ds_optforge.testing.params import formats_of, in_format, settings_of, usual
-from tests.distributed import cases, checkpoints
+from tests.distributed import cases, checkpoints, external
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
 from tests.oracles import EXACT
@@ -148,6 +148,15 @@ def test_another_state_format_takes_the_state_over(saved_as: str, resumed_as: st
     expected = pools[2].run(checkpoints.run_and_save, before, str(tmp_path / "saved"), **WIDE)[0]
     result = pools[2].run(checkpoints.resume, after, str(tmp_path / "saved"), **WIDE, strict=False)[0]
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+
+
+def test_state_of_another_kind_of_rule_starts_afresh(pools: Pools, tmp_path: Path) -> None:
+    """SGD's sum of gradients has the name of Muon's average of them, and is twenty times as large."""
+    before, after = configuration(SAVED, params_of("sgd")), configuration(SAVED, params_of("muon"))
+    pools[2].run(checkpoints.run_and_save, before, str(tmp_path / "saved"))
+    for found in pools[2].run(external.load_weights_alone, after, str(tmp_path / "saved")):
+        assert found["steps"] == []
+        assert found["losses"][-1] < found["losses"][0]
 
 
 def test_another_gradient_accumulation_goes_on(pools: Pools, tmp_path: Path) -> None:
