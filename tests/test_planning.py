@@ -139,6 +139,8 @@ class TestBytes:
             )
         added = [one.sent_bytes - other.sent_bytes for one, other in zip(summed.ranks, silent.ranks, strict=True)]
         assert added == [8 * (4 * 2 + 5 * (24 + 40))] * 2
+        assert [mode.name for mode in modes(summed, Hardware(100.0, 100.0))] == ["gather"]  # what `check` would refuse
+        assert len(modes(silent, Hardware(100.0, 100.0))) > 2
 
     @pytest.mark.parametrize("world_size", [2, 4, 8, 32])
     def test_on_zero_3_every_matrix_travels_there_and_back_but_for_the_owners_part(self, world_size: int) -> None:

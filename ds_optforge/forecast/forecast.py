@@ -111,6 +111,7 @@ class Forecast:
     sub_groups: int
     groups: int
     zero_bytes: int
+    gathers_only: bool = False
 
     @cached_property
     def mean_flops(self) -> float:
@@ -160,6 +161,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
         sub_groups=len(planned),
         groups=len({route.group for route in routes if route.matrices}),
         zero_bytes=(6 if topology.stage == 3 else 4) * sum(group.own_numel for group in groups),
+        gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums) for group in planned),
     )
 
 
@@ -416,12 +418,14 @@ AFFORDABLE = 0.1  # of the time of ZeRO's own traffic
 def modes(predicted: Forecast, hardware: Hardware) -> list[Mode]:
     """Predict gather, shard_local with a gather every `PERIODS` steps, and shard_local alone, on the slowest rank.
 
-    They are in order of exactness, the most exact first.
+    They are in order of exactness, the most exact first; gather alone for a rule with sums over whole matrices.
     """
     whole = predicted.critical_path / (hardware.tflops * 1e12)
     traffic = max(rank.sent_bytes for rank in predicted.ranks) * 8 / (hardware.link_gbps * 1e9)
     alone = max(rank.shard_flops for rank in predicted.ranks) / (hardware.tflops * 1e12)
     result = [Mode("gather", {"mode": "gather"}, whole, traffic)]
+    if predicted.gathers_only:
+        return result
     for period in PERIODS:
         average = (whole + (period - 1) * alone) / period
         settings = {"mode": "shard_local", "gather_every": period}

@@ -180,8 +180,11 @@ class _MatrixStep:
                     sums = self._sums(bucket, portion, gradients[0].device, (False,))
                     given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
                     directions = rule.direction(*given, sums, call.now)
+                    self._require_alike("direction", directions, given[0])
                 else:
-                    directions = portion.split(rule.direction(gradients, weights, state, {}, call.now))
+                    directions = rule.direction(gradients, weights, state, {}, call.now)
+                    self._require_alike("direction", directions, gradients)
+                    directions = portion.split(directions)
                 torch._foreach_copy_(portion.in_buffer(bucket.exchange.outgoing), list(directions))
                 if call.watch:
                     call.watch.momentum(portion.spans, gradients, state)
@@ -207,7 +210,10 @@ class _MatrixStep:
                 bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
                 watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
             )
-            bucket.exchange.put(index, self._rule.update(batch, self._call.now), found)
+            updates = self._rule.update(batch, self._call.now)
+            if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
+                raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
+            bucket.exchange.put(index, updates, found)
 
     def _apply(self, bucket: Bucket) -> None:
         call, rule = self._call, self._rule
@@ -264,8 +270,24 @@ class _MatrixStep:
             with self._call.slices.opened(buffers, self._call.states, portion.spans, store=False) as state:
                 for item in wanted:
                     terms = self._rule.summand(item.name, weights, values, _split(portion, state), self._call.now)
+                    self._require_alike(f"summand('{item.name}')", terms, values)
                     bucket.sums.add(item, portion.places, terms)
         bucket.sums.finish(of_update)
+
+    def _require_alike(self, member: str, found: Any, given: Tensors) -> None:
+        """Raise TypeError unless a member of the rule returned a tensor for each that it was given, of the same shape.
+
+        In the first step alone: what a rule returns later is as that was, and there may be thousands of tensors.
+        """
+        if self._call.step > 1:
+            return
+        if not isinstance(found, Sequence) or [getattr(t, "shape", None) for t in found] != [t.shape for t in given]:
+            hint = "" if self._rule.reads_weights else " (weights are empty without reads_weights)"
+            raise self._wrong(member, found, f"a tensor like each of the {len(given)} that it is given{hint}")
+
+    def _wrong(self, member: str, found: Any, allowed: str) -> TypeError:
+        shapes = [tuple(t.shape) for t in found] if isinstance(found, Sequence) else getattr(found, "shape", found)
+        return TypeError(f"{type(self._rule).__name__}.{member}: got {shapes}; allowed: {allowed}")
 
     def _sums(self, bucket: Bucket, portion: Portion, device: torch.device, of_update: tuple[bool, ...]) -> Sums:
         if not bucket.sums:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,20 @@ def check_rule(
         failures += attempt.failures
         remaining = remaining[attempt.begun :] if attempt.begun and time.monotonic() < deadline else []
     if failures:
-        raise AssertionError("\n".join(failures))
+        raise AssertionError("\n".join(_shortened(failures)))
+
+
+def _shortened(failures: Sequence[str]) -> Iterator[str]:
+    """Yield the failures, of those that end with the same error in the same place the first one whole."""
+    first: dict[str, str] = {}
+    for failure in failures:
+        where, _, traceback = failure.partition(": Traceback ")
+        same = "\n".join(traceback.splitlines()[-3:])
+        if traceback and same in first:
+            yield f"{where}: as in {first[same]}: {same.splitlines()[-1]}"
+        else:
+            first.setdefault(same, where)
+            yield failure
 
 
 def _source(name: str) -> dict[str, str]:

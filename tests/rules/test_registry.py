@@ -162,6 +162,30 @@ def test_a_name_cannot_be_taken_twice(name: str) -> None:
     assert rule_settings(name) is before
 
 
+WRONG_SHAPES: dict[str, tuple[dict[str, Any], str]] = {
+    "update": ({"update": lambda self, batch, now: batch.matrices.mT}, r"Whole.update: got .*1, 6, 4\D.*\(1, 4, 6\)"),
+    "update of nothing": ({"update": lambda self, batch, now: None}, "Whole.update: got None; allowed: a tensor of shape"),
+    "direction": ({"direction": lambda self, gradients, *rest: gradients[:-1]}, r"Whole.direction: got \[\]; allowed"),
+    "summand": (
+        {"sums": (Sum("total"),), "summand": lambda self, name, weights, *rest: [weight * 1 for weight in weights]},
+        r"Whole.summand\('total'\): got \[\]; allowed: a tensor like each of the 1 .*reads_weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("member", WRONG_SHAPES)
+def test_a_member_that_returns_another_shape_is_named_in_the_first_step(member: str) -> None:
+    """A transposed update would be scrambled in the same way on every stage, so no comparison of stages shows it."""
+    members, message = WRONG_SHAPES[member]
+    works = {"cost": lambda self, rows, cols: 1, "direction": lambda self, gradients, *rest: gradients}
+    register_rule(settings_of(whole(**works | members)))
+    model = linears(matrix(4, 6))
+    optimizer = build_optimizer(model, {"name": "test_rule"})
+    set_gradients(model.parameters(), 0)
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("field", ["heads", "sharding"])
 def test_a_field_that_every_configuration_has_is_refused_by_name(field: str) -> None:
     """An override, or the section itself, would read it before the rule does."""
