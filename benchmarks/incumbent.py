@@ -161,3 +161,4 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main()
+    comm.destroy_process_group()  # a rank that leaves it open sometimes aborts at its end

@@ -312,3 +312,4 @@ def _bars(axes: Any, rows: list[dict[str, Any]], key: str, note: Callable[[dict[
 
 if __name__ == "__main__":
     main()
+    comm.destroy_process_group()  # a rank that leaves it open sometimes aborts at its end

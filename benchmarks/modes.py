@@ -106,3 +106,4 @@ def report(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main()
+    comm.destroy_process_group()  # a rank that leaves it open sometimes aborts at its end

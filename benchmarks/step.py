@@ -236,3 +236,4 @@ def draw(rows: list[dict[str, Any]], title: str, out: Path) -> None:
 
 if __name__ == "__main__":
     main()
+    comm.destroy_process_group()  # a rank that leaves it open sometimes aborts at its end
