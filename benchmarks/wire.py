@@ -176,6 +176,7 @@ def be_a_rank(case: Case, out: Path) -> None:
     rows = [row for stage in case.stages for row in measure(stage, case)]
     if comm.get_rank() == 0:
         (out / "rows.json").write_text(json.dumps(rows))
+    comm.destroy_process_group()  # a rank that leaves it open sometimes aborts at its end
 
 
 def sections(case: Case) -> dict[str, Section]:
