@@ -122,11 +122,11 @@ def test_it_learns_and_is_not_muon(in_one_process: Any) -> None:
     assert (parameters[name] - muon[name]).norm() > 0.01 * muon[name].norm()
 
 
-def test_torchrun_trains_with_it_from_the_json_alone(installed: Installed, tmp_path: Path) -> None:
+def test_the_deepspeed_launcher_trains_with_it_from_the_json_alone(installed: Installed, tmp_path: Path) -> None:
     """train.py of this repository, which has never heard of it; its telemetry is in the metrics."""
     (tmp_path / "config.json").write_text(json.dumps(configuration(3, params={**PARAMS, "telemetry": {"every": 3}})))
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 500)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", free_port()]
     options = ["--ds_config", "config.json", "--data", "text.txt", "--out", "out"]
     paths = [part if part.startswith("--") else str(tmp_path / part) for part in options]
     finished = installed.run(*launcher, "train.py", "--steps", "6", "--sequence-length", "32", *paths)
