@@ -1,6 +1,6 @@
 """Runs one call of ``step()`` for one parameter group: elementwise, or with matrices that travel to owners in buckets."""
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,7 +104,7 @@ class _Call:
         """The slices as flat tensors, (elements,) each."""
         return [tensor.detach().view(-1) for tensor in self.slices.tensors]
 
-    @property
+    @cached_property
     def step(self) -> int:
         """The number of the step, from 1."""
         return int(self.states[0]["step"])
@@ -171,7 +171,7 @@ class _MatrixStep:
 
     def _collect(self, bucket: Bucket) -> None:
         call, rule = self._call, self._rule
-        self._sum_gradients(bucket)
+        self._sum(bucket, of_update=False)
         bucket.exchange.open()
         for portion in bucket.portions:
             gradients, weights = portion.views(call.gradients), self._weights(portion)
@@ -195,7 +195,8 @@ class _MatrixStep:
         return portion.views(self._call.parameters) if self._rule.reads_weights else []
 
     def _split_weights(self, portion: Portion) -> list[Tensor]:
-        return portion.split(portion.views(self._call.parameters)) if self._rule.reads_weights else []
+        weights = self._weights(portion)
+        return portion.split(weights) if weights else []
 
     def _update(self, bucket: Bucket) -> None:
         watch = self._call.watch
@@ -221,12 +222,12 @@ class _MatrixStep:
         if bucket.norms is not None:
             scale_to(updates, bucket.norms)
         bucket.exchange.returned_statistics(self._kept(bucket))
-        self._sum_updates(bucket)
+        self._sum(bucket, of_update=True)
         for portion in bucket.portions:
             views = portion.views(call.parameters)
             parameters = portion.split(views)
-            device = parameters[0].device  # differs from the buckets' device with offload
-            returned = [update.to(device) for update in portion.in_buffer(bucket.exchange.outgoing)]
+            device = parameters[0].device
+            returned = self._returned(bucket, portion, device)
             sums = self._sums(bucket, portion, device, (False, True))
             chosen = active[portion.fragments].to(device)
             with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
@@ -235,44 +236,33 @@ class _MatrixStep:
         if bucket.sums:
             bucket.sums.release()
 
-    def _sum_gradients(self, bucket: Bucket) -> None:
-        call = self._call
-
-        def given(portion: Portion) -> tuple[list[Tensor], list[Tensor]]:
-            return self._split_weights(portion), portion.split(portion.views(call.gradients))
-
-        self._sum(bucket, False, self._by_gradient, given)
-
-    def _sum_updates(self, bucket: Bucket) -> None:
-        call = self._call
-
-        def given(portion: Portion) -> tuple[list[Tensor], list[Tensor]]:
-            parameters = portion.split(portion.views(call.parameters))
-            returned = portion.in_buffer(bucket.exchange.outgoing)
-            return parameters, [update.to(parameters[0].device) for update in returned]
-
-        self._sum(bucket, True, self._by_update, given)
-
-    def _sum(
-        self,
-        bucket: Bucket,
-        of_update: bool,
-        buffers: Sequence[Any],
-        given: Callable[[Portion], tuple[list[Tensor], list[Tensor]]],
-    ) -> None:
+    def _sum(self, bucket: Bucket, of_update: bool) -> None:
         """Add up the rule's terms of each portion's elements, over all ranks that hold a fragment of a matrix."""
         wanted = bucket.sums.of(of_update) if bucket.sums else ()
         if not bucket.sums or not wanted:
             return
+        buffers = self._by_update if of_update else self._by_gradient
         bucket.sums.begin(of_update)
         for portion in bucket.portions:
-            weights, values = given(portion)
-            with self._call.slices.opened(buffers, self._call.states, portion.spans, store=False) as state:
+            weights, values = self._summed(bucket, portion, of_update)
+            with self._call.slices.opened(buffers, self._call.states, portion.spans, store=False) as opened:
+                state = _split(portion, opened)
                 for item in wanted:
-                    terms = self._rule.summand(item.name, weights, values, _split(portion, state), self._call.now)
+                    terms = self._rule.summand(item.name, weights, values, state, self._call.now)
                     self._require_alike(f"summand('{item.name}')", terms, values)
                     bucket.sums.add(item, portion.places, terms)
         bucket.sums.finish(of_update)
+
+    def _summed(self, bucket: Bucket, portion: Portion, of_update: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights and the values, updates or gradients, of a portion's items for `summand`."""
+        if not of_update:
+            return self._split_weights(portion), portion.split(portion.views(self._call.gradients))
+        parameters = portion.split(portion.views(self._call.parameters))
+        return parameters, self._returned(bucket, portion, parameters[0].device)
+
+    def _returned(self, bucket: Bucket, portion: Portion, device: torch.device) -> list[Tensor]:
+        """Return the updates of a portion's items on the parameters' device: with offload not where the buckets are."""
+        return [update.to(device) for update in portion.in_buffer(bucket.exchange.outgoing)]
 
     def _require_alike(self, member: str, found: Any, given: Tensors) -> None:
         """Raise TypeError unless a member of the rule returned a tensor for each that it was given, of the same shape.
@@ -292,7 +282,7 @@ class _MatrixStep:
     def _sums(self, bucket: Bucket, portion: Portion, device: torch.device, of_update: tuple[bool, ...]) -> Sums:
         if not bucket.sums:
             return {}
-        return bucket.sums.given(portion.places, [size for span in portion.spans for size in span.sizes], device, of_update)
+        return bucket.sums.given(portion.places, portion.sizes, device, of_update)
 
     def _kept(self, bucket: Bucket) -> list[Tensor]:
         """Return views of the statistics that are kept with the bucket's fragments."""

@@ -83,6 +83,11 @@ class Portion:
     positions: tuple[int, ...]
     places: tuple[tuple[int, int], ...]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each item."""
+        return [size for span in self.spans for size in span.sizes]
+
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return one view per span, (elements,) each, of flat ``tensors`` that are laid out like the slices."""
         return [span.of(tensors) for span in self.spans]
@@ -93,8 +98,7 @@ class Portion:
 
     def in_buffer(self, buffer: Tensor) -> list[Tensor]:
         """Return one view per item, (elements,) each, of the send ``buffer``."""
-        sizes = [size for span in self.spans for size in span.sizes]
-        return [buffer.narrow(0, at, size) for at, size in zip(self.positions, sizes, strict=True)]
+        return [buffer.narrow(0, at, size) for at, size in zip(self.positions, self.sizes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
