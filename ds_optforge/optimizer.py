@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.errors import ConfigError
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.group_step import GroupStep
 from ds_optforge.step.groups import GROUP, Groups
 from ds_optforge.step.slices import Members, Slices, buffer_dtype
 from ds_optforge.step.telemetry import Monitor, Telemetry
-from ds_optforge.validation import ConfigError
 
 logger = logging.getLogger("ds_optforge")
 

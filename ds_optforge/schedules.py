@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ds_optforge.config.schedule import ScheduleConfig, schedule_config
+from ds_optforge.errors import ConfigError
 from ds_optforge.optimizer import OptForge, groups_of
-from ds_optforge.validation import ConfigError
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig) -> float:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ds_optforge.errors import ConfigError as ConfigError
+from ds_optforge.errors import ConfigError
 
 
 class Section(BaseModel):

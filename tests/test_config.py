@@ -6,7 +6,7 @@ import pytest
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.schedule import ScheduleConfig, schedule_config
-from ds_optforge.validation import ConfigError
+from ds_optforge.errors import ConfigError
 
 Section = dict[str, Any]
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.errors import ConfigError
 from ds_optforge.forecast import skeletons
 from ds_optforge.forecast.catalog import MODEL_SHAPES
 from ds_optforge.forecast.forecast import (
@@ -32,7 +33,6 @@ from ds_optforge.forecast.forecast import (
 )
 from ds_optforge.routing import roles, tags
 from ds_optforge.routing.roles import Route
-from ds_optforge.validation import ConfigError
 from ds_optforge.zero.buckets import Kept, exchange_buckets
 from ds_optforge.zero.partition import Matrix
 from ds_optforge.zero.plan import make_plan

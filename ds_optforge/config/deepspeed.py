@@ -10,7 +10,7 @@ from typing import Any
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.schedule import schedule_config
 from ds_optforge.config.sections import ROLES
-from ds_optforge.validation import ConfigError
+from ds_optforge.errors import ConfigError
 
 logger = logging.getLogger("ds_optforge")
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_optforge.config.sections import ROLES, CommonSettings, Override, Role
+from ds_optforge.errors import ConfigError
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.rules.registry import rule_names, rule_settings
 from ds_optforge.rules.settings import RuleSettings
-from ds_optforge.validation import ConfigError, refuse_auto, validate
+from ds_optforge.validation import refuse_auto, validate
 
 # Keys that a rule beside the main one inherits from the top level, if it reads them.
 _INHERITED = ("lr", "weight_decay", "weight_decay_schedule", "state_dtype")

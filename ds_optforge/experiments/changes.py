@@ -7,8 +7,8 @@ from typing import Any
 
 from ds_optforge.config.deepspeed import check
 from ds_optforge.config.schedule import schedule_config
+from ds_optforge.errors import ConfigError
 from ds_optforge.schedules import OptForgeSchedule
-from ds_optforge.validation import ConfigError
 
 STEADY_WARMUPS, STEADY_STEPS = 3, 200  # steady state begins after three warm-ups, and after 200 steps
 Differences = list[tuple[str, Any, Any]]

@@ -9,7 +9,8 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ds_optforge.validation import ConfigError, problem
+from ds_optforge.errors import ConfigError
+from ds_optforge.validation import problem
 
 M = TypeVar("M", bound=BaseModel)
 Location: TypeAlias = tuple[str | int, ...]

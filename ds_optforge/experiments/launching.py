@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.run_files import read_rows, replace_text
 from ds_optforge.experiments.spec import PLACEHOLDER
-from ds_optforge.validation import ConfigError
 
 Status: TypeAlias = Literal["finished", "crashed", "diverged", "timed out"]
 RECORD = "record.json"

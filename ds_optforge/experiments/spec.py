@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, Strict, model_validator
 
 from ds_optforge.config.deepspeed import load_config
+from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.changes import changed, described, differences, prepared
 from ds_optforge.experiments.documents import Document, Location
 from ds_optforge.rules.registry import rule_settings
-from ds_optforge.validation import ConfigError, Section
+from ds_optforge.validation import Section
 
 REQUIRED = ("config", "out", "seed", "steps")
 PLACEHOLDERS = (*REQUIRED, "port", "slot")

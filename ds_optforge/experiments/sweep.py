@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.changes import changed, described, prepared
 from ds_optforge.experiments.compare import check_conditions, tokens_per_step
 from ds_optforge.experiments.launching import ExperimentError, Launcher, Record, Run
@@ -16,7 +17,6 @@ from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.noise import beats, hopeless, threshold
 from ds_optforge.experiments.run_files import read_rows
 from ds_optforge.experiments.spec import CALIBRATION_STEPS, Experiment, Phase, Sweep
-from ds_optforge.validation import ConfigError
 
 Verdict: TypeAlias = Literal["keep", "discard", "crash"]
 BASELINE, COMBINED = "baseline", "combined"

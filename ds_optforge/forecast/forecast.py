@@ -15,11 +15,11 @@ from torch import nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import ShardingSettings
+from ds_optforge.errors import ConfigError
 from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
-from ds_optforge.validation import ConfigError
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.group_plan import matrices_of
 from ds_optforge.zero.partition import Matrix, PartitionLayout, Range, cuts_of_group, cuts_of_parameters

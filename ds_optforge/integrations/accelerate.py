@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_optforge.config.deepspeed import check, check_beside_optimizer, load_config
+from ds_optforge.errors import ConfigError
 from ds_optforge.integrations.deepspeed import register
 from ds_optforge.integrations.plain import build_optimizer, build_scheduler
 from ds_optforge.schedules import OptForgeSchedule
-from ds_optforge.validation import ConfigError
 
 try:
     import transformers  # noqa: F401 - through which Accelerate hands a configuration to DeepSpeed

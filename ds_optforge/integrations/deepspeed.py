@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ds_optforge.config.deepspeed import check, check_beside_optimizer, load_config
+from ds_optforge.errors import ConfigError
 from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, send_telemetry
 from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
-from ds_optforge.validation import ConfigError
 from ds_optforge.zero.engine import make_trusted, refresh_weights
 
 logger = logging.getLogger("ds_optforge")

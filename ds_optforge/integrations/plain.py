@@ -12,12 +12,12 @@ from torch import nn
 
 from ds_optforge.config.deepspeed import load_config, optimizer_section, scheduler_section
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.errors import ConfigError
 from ds_optforge.integrations.deepspeed import register_with_deepspeed
 from ds_optforge.optimizer import OptForge
 from ds_optforge.routing.roles import routes_of
 from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
-from ds_optforge.validation import ConfigError
 
 Config = str | Path | Mapping[str, Any]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.errors import ConfigError
 from ds_optforge.routing.tags import tags_of
-from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import full_shape
 
 

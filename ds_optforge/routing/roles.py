@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import Role
+from ds_optforge.errors import ConfigError
 from ds_optforge.routing.geometry import matrices_in
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.rules.settings import RuleSettings
-from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import full_shape
 
 logger = logging.getLogger("ds_optforge")

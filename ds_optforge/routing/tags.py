@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ds_optforge.validation import ConfigError
+from ds_optforge.errors import ConfigError
 from ds_optforge.zero.layout import full_shape
 
 _NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"

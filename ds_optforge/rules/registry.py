@@ -15,9 +15,9 @@ from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, get_args
 
+from ds_optforge.errors import ConfigError
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Per, Rule, Statistic, Sum
 from ds_optforge.rules.settings import REGISTERED, RuleSettings
-from ds_optforge.validation import ConfigError
 
 ENTRY_POINTS = "ds_optforge.rules"
 _RESERVED = ("step",)  # keys of the state that are no rule's

@@ -6,12 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.errors import ConfigError
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
-from ds_optforge.validation import ConfigError
 from ds_optforge.zero.layout import expert_group_name, full_shape
 
 GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier

@@ -4,8 +4,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from ds_optforge.errors import ConfigError
 from ds_optforge.rules import RuleSettings, rule_settings
-from ds_optforge.validation import ConfigError
 
 TOLERANCE = 1e-5
 # A mask that is next to its edge may fall on either side of it, which moves an element by lr x weight decay.

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import ds_optforge
+from ds_optforge.errors import ConfigError
 from ds_optforge.testing import model as awkward
 from ds_optforge.testing.compare import far_losses, other_run
 from ds_optforge.testing.engines import (
@@ -27,7 +28,6 @@ from ds_optforge.testing.engines import (
 )
 from ds_optforge.testing.params import TOLERANCE_OF_COMPACT_STATE, formats_of, in_format, slow_rates, tolerance
 from ds_optforge.testing.training import at, far_run
-from ds_optforge.validation import ConfigError
 
 Params = Mapping[str, Any]
 # Of losses after a move to another stage: compact state is requantized at the cuts.

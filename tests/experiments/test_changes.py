@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.changes import changed, described, differences, prepared, steady_start
-from ds_optforge.validation import ConfigError
 
 CONFIG: dict[str, Any] = {"optimizer": {"params": {"lr": 1.0, "roles": {"scalar": {"lr": 2.0}}}}}
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ds_optforge.cli import main
+from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.spec import read_comparison
-from ds_optforge.validation import ConfigError
 from tests.experiments.files import ROOT, common, launches, results, write_config, write_yaml
 
 SHIPPED = ROOT / "benchmarks" / "compare" / "all_optimizers.yaml"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.documents import Document
 from ds_optforge.experiments.spec import read_comparison, read_sweep
-from ds_optforge.validation import ConfigError
 from tests.experiments.files import common, lr, phase, sweep, write_config, write_yaml
 
 HEAD = 'out: o\nlauncher: [python, "{config}", "{out}", "{seed}", "{steps}"]\nseeds: [0, 1]\n'
