@@ -46,7 +46,7 @@ from ds_optforge.zero.engine import (
     set_loss_scale,
     stepped_tensors,
 )
-from ds_optforge.zero.layout import full_shape
+from ds_optforge.zero.shards import full_shape
 
 logger = logging.getLogger("ds_optforge")
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from torch import nn
@@ -205,7 +205,8 @@ def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[Parti
     cut = cuts_of_parameters if stage == 3 else cuts_of_group
     cuts, slice_numel = cut([route.numel for route in routes], world_size)
     names = tuple(route.name for route in routes)
-    return PartitionLayout(world_size, names, tuple(cuts), tuple(matrices_of(routes))), slice_numel
+    matrices = chain.from_iterable(matrices_of(index, route, route.numel) for index, route in enumerate(routes))
+    return PartitionLayout(world_size, names, tuple(cuts), tuple(matrices)), slice_numel
 
 
 class _Group:

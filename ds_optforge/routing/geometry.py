@@ -7,7 +7,7 @@ from torch import Tensor
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.tags import tags_of
-from ds_optforge.zero.layout import full_shape
+from ds_optforge.zero.shards import full_shape
 
 
 def matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -15,7 +15,8 @@ from ds_optforge.routing.geometry import matrices_in
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.rules.settings import RuleSettings
-from ds_optforge.zero.layout import full_shape
+from ds_optforge.zero.layout import LayoutError
+from ds_optforge.zero.shards import full_shape, shard_of
 
 logger = logging.getLogger("ds_optforge")
 
@@ -84,7 +85,18 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
         settings = settings.model_copy(update={"state_dtype": "float32"})
         group += ".float32"
     matrices = tuple(found) if settings.needs_matrix() else ()
+    _refuse_shards(parameter, name, matrices, tags.transposed)
     return Route(name, tuple(shape), shape.numel(), role, settings, matrices, tags.transposed, group)
+
+
+def _refuse_shards(parameter: Tensor, name: str, matrices: Sequence[tuple[int, int, int]], transposed: bool) -> None:
+    """Raise ConfigError for matrices that tensor parallelism has cut so that they cannot be put together."""
+    shard = shard_of(parameter) if matrices else None
+    if shard is not None:
+        try:
+            shard.local(matrices, transposed, name)
+        except LayoutError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:

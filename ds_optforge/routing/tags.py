@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ds_optforge.errors import ConfigError
-from ds_optforge.zero.layout import full_shape
+from ds_optforge.zero.shards import full_shape
 
 _NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}

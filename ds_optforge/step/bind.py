@@ -100,7 +100,7 @@ def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment
         fragments: those that ``rank`` orthogonalizes alone.
         rank: this rank.
     """
-    rows = {f.matrix: f.numel // layout.matrices[f.matrix].cols for f in fragments}
+    rows = {f.matrix: f.numel // layout.matrices[f.matrix].width for f in fragments}
     thin = [matrix for matrix, count in rows.items() if count < min(THIN_ROWS, layout.matrices[matrix].rows)]
     if thin and rank == 0:
         least = min(thin, key=lambda matrix: rows[matrix])
@@ -155,7 +155,7 @@ class _BucketBuilder:
         room = 0
         fragments, sent = bucket.exchange.bucket.fragments, bucket.exchange.bucket.sent
         for index, (fragment, place, lies) in enumerate(zip(fragments, sent, bucket.fragments, strict=True)):
-            begin = self._layout.matrices[fragment.matrix].start + fragment.within.start if self._in_blocks else 0
+            begin = self._layout.start_in_parameter(fragment) if self._in_blocks else 0
             held = Held(lies.tensor, lies.within.start, Range(begin, fragment.numel))
             for start, numel in chain.from_iterable(portions([held], limit)):
                 if numel > room:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, State, Sums, Tensors, buffers_of
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, view_of
 from ds_optforge.step.telemetry import Telemetry, Watch
+from ds_optforge.zero.exchange import any_rank
 
 
 class GroupStep:
@@ -46,14 +47,15 @@ class GroupStep:
         Raises:
             RuntimeError: a gradient that is not finite; the message names its parameter.
         """
-        if self._slices.binding.process_group is not None:
+        if self._slices.binding.partitioned:
             return
         norms = torch.stack(torch._foreach_norm(self._gradients))
         suspects = norms.isfinite().logical_not().nonzero().flatten().tolist()  # or only a square overflowed
         index = next((index for index in suspects if not self._gradients[index].isfinite().all()), None)
-        if index is not None:
-            route = self._members.routes[self._slices.binding.indices[index]]
-            raise RuntimeError(f"{route.name}: its gradient is not finite; nothing was changed")
+        if any_rank(index is not None, self._slices.binding):
+            names = self._slices.placement.layout.names
+            name = "a parameter of another tensor rank" if index is None else names[index]
+            raise RuntimeError(f"{name}: its gradient is not finite; nothing was changed")
 
     def update_group(self) -> None:
         """Update the group's tensors and their state. Collective over the ranks that hold the group's parameters."""
@@ -74,7 +76,7 @@ class GroupStep:
 
     def _is_rehearsal(self) -> bool:
         """Whether this is the call, with zero gradients, by which DeepSpeed's stage 0 in fp16 or bf16 allocates state."""
-        clones = self._slices.tensors[0] is not self._members.parameters[0] and self._slices.binding.process_group is None
+        clones = self._slices.tensors[0] is not self._members.parameters[0] and not self._slices.binding.partitioned
         return clones and not any(gradient.any() for gradient in self._gradients)
 
     def _begin(self) -> Hyperparameters:

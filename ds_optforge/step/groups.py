@@ -12,7 +12,8 @@ from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
-from ds_optforge.zero.layout import expert_group_name, full_shape
+from ds_optforge.zero.layout import expert_group_name
+from ds_optforge.zero.shards import full_shape
 
 GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier
 KEYS_OF_FRAMEWORKS = ("params", "moe", "name")

@@ -60,6 +60,8 @@ class BucketSums:
         for (index, start), term in zip(places, terms, strict=True):
             matrix = self._layout.matrices[index]
             first = self._starts[item.name][index]
+            if self._counted_elsewhere(matrix):
+                continue
             if item.per == "matrix":
                 self._totals[first] += term.sum(dtype=torch.float64)
                 continue
@@ -68,6 +70,11 @@ class BucketSums:
                 self._totals[first : first + matrix.cols] += rows.sum(0).to(self._totals.device)
             else:
                 self._totals[first + low : first + low + len(rows)] += rows.sum(1).to(self._totals.device)
+
+    def _counted_elsewhere(self, matrix: Matrix) -> bool:
+        """Whether the first tensor rank has the same elements, and counts them."""
+        tensor_ranks = self._layout.tensor_ranks
+        return self._travels and matrix.shards < tensor_ranks and self._binding.rank % tensor_ranks > 0
 
     def finish(self, of_update: bool) -> None:
         """Add up the ranks' sums of the kind ``of_update``. Collective if the bucket travels."""
@@ -121,17 +128,17 @@ class BucketSums:
         if matrix.transposed:
             by_element = values.narrow(0, first, matrix.cols).repeat(touched.numel)
         else:
-            by_element = values.narrow(0, first + touched.start, touched.numel).repeat_interleave(matrix.cols)
-        return by_element.narrow(0, start - touched.start * matrix.cols, numel)
+            by_element = values.narrow(0, first + touched.start, touched.numel).repeat_interleave(matrix.width)
+        return by_element.narrow(0, start % matrix.width, numel)
 
 
 def _in_rows(matrix: Matrix, start: int, term: Tensor) -> tuple[Tensor, int]:
     """Spread the elements of a matrix from ``start`` on over the stored rows that they touch.
 
     Returns:
-        (rows touched, cols) in float64, zeros elsewhere; and the number of the first row.
+        (rows touched, width) in float64, zeros elsewhere; and the number of the first row.
     """
     touched = matrix.rows_touched(Range(start, term.numel()))
-    rows = term.new_zeros(touched.numel * matrix.cols, dtype=torch.float64)
-    rows.narrow(0, start - touched.start * matrix.cols, term.numel()).copy_(term)
-    return rows.view(touched.numel, matrix.cols), touched.start
+    rows = term.new_zeros(touched.numel * matrix.width, dtype=torch.float64)
+    rows.narrow(0, start % matrix.width, term.numel()).copy_(term)
+    return rows.view(touched.numel, matrix.width), touched.start

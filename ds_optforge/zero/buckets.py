@@ -63,7 +63,8 @@ class RankBucket:
         fragments: this rank's fragments, with increasing slice offsets.
         sent: place of each of them in the send buffer.
         owned: numbers of the matrices that this rank orthogonalizes, in order.
-        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, the rows that it touches.
+        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, of the rows that it touches.
+        folds: number of blocks of columns in which the elements of each of them arrive, one behind the other.
         received: places of their fragments in the receive buffer.
         sends: elements per destination rank; empty if nothing travels (send and receive buffer are then the same).
         receives: elements per source rank; empty if nothing travels.
@@ -75,6 +76,7 @@ class RankBucket:
     sent: tuple[BufferPlace, ...]
     owned: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...]
+    folds: tuple[int, ...]
     received: tuple[BufferPlace, ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
@@ -137,7 +139,8 @@ def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kep
     ]
     sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], kept)
     receives, received = _blocks(layout, arriving, kept)
-    return RankBucket(tuple(held), sent, owned, _shapes(layout, owned), received, sends, receives, kept, tuple(exchange))
+    shapes, folds = _shapes(layout, owned), tuple(layout.matrices[matrix].folds for matrix in owned)
+    return RankBucket(tuple(held), sent, owned, shapes, folds, received, sends, receives, kept, tuple(exchange))
 
 
 def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:
@@ -147,7 +150,8 @@ def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, k
     order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
     _, blocks = _blocks(layout, [(rank, held[index]) for index in order], kept)
     places = tuple(place for _, place in sorted(zip(order, blocks, strict=True), key=lambda pair: pair[0]))
-    return RankBucket(tuple(held), places, tuple(matrices), shapes, places, (), (), kept, tuple(matrices))
+    whole = (1,) * len(shapes)
+    return RankBucket(tuple(held), places, tuple(matrices), shapes, whole, places, (), (), kept, tuple(matrices))
 
 
 def lone_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
@@ -176,21 +180,21 @@ def _lone_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, k
     _, places = _blocks(layout, [(rank, fragment) for fragment in held], kept)
     places_alone = tuple(_within_rows(layout.matrices[place.matrix], place, kept) for place in places)
     matrices = [layout.matrices[fragment.matrix] for fragment in held]
-    shapes = tuple((m.rows_touched(f.within).numel, m.cols) for m, f in zip(matrices, held, strict=True))
-    owned = tuple(fragment.matrix for fragment in held)
-    return RankBucket(tuple(held), places_alone, owned, shapes, places_alone, (), (), kept, owned)
+    shapes = tuple((m.rows_touched(f.within).numel, m.width) for m, f in zip(matrices, held, strict=True))
+    owned, whole = tuple(fragment.matrix for fragment in held), (1,) * len(held)
+    return RankBucket(tuple(held), places_alone, owned, shapes, whole, places_alone, (), (), kept, owned)
 
 
 def _within_rows(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
     """Return the fragment's place with elements and values counted from the first row that it touches."""
     before = matrix.rows_touched(place.within).start
     statistics = tuple(
-        replace(values, within=Range(values.within.start - before, values.within.numel))
+        replace(values, within=Range(max(values.within.start - before, 0), values.within.numel))
         if per == "row" and not matrix.transposed
         else values
         for per, values in zip(kept.per, place.statistics, strict=True)
     )
-    within = Range(place.within.start - before * matrix.cols, place.within.numel)
+    within = Range(place.within.start % matrix.width, place.within.numel)
     return replace(place, within=within, statistics=statistics)
 
 

@@ -49,6 +49,7 @@ class _Batch:
         flag_index: for each fragment, the place of its flag.
         start: of the batch in the receive buffer if its elements lie there in order, else -1.
         partial: whether fragments of a matrix are missing, so that the rest is zeros.
+        folds: number of blocks of columns in which the elements of a matrix are counted.
     """
 
     rows: int
@@ -61,10 +62,25 @@ class _Batch:
     flag_index: Tensor
     start: int
     partial: bool
+    folds: int
 
     @property
     def numel(self) -> int:
         return self.count * self.rows * self.cols
+
+    def folded(self, elements: Tensor) -> Tensor:
+        """Return (n, rows, cols) matrices from their elements as these are counted, in the same shape."""
+        if self.folds == 1:
+            return elements
+        blocks = elements.view(self.count, self.folds, self.rows, self.cols // self.folds)
+        return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
+
+    def unfolded(self, matrices: Tensor) -> Tensor:
+        """Undo `folded`."""
+        if self.folds == 1:
+            return matrices
+        blocks = matrices.reshape(self.count, self.rows, self.folds, self.cols // self.folds)
+        return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
 
 
 class BucketExchange:
@@ -148,6 +164,7 @@ class BucketExchange:
             fill = self._receive.new_zeros if batch.partial else self._receive.new_empty
             matrices = fill(batch.count, batch.rows, batch.cols)
             torch._foreach_copy_(_elements_within(batch, matrices), self._elements(self._receive, batch.places))
+        matrices = batch.folded(matrices)
         active = self._receive.new_zeros(batch.count)
         active.scatter_reduce_(0, batch.slot_index, self._receive[batch.flag_index], "amax")
         outputs = batch.cols if batch.transposed else batch.rows
@@ -169,7 +186,8 @@ class BucketExchange:
             given: what `matrices` returned for it, with its statistics advanced.
         """
         batch = self._batches[index]
-        torch._foreach_copy_(self._elements(self._receive, batch.places), _elements_within(batch, updates))
+        elements = _elements_within(batch, batch.unfolded(updates))
+        torch._foreach_copy_(self._elements(self._receive, batch.places), elements)
         self._receive[batch.flag_index] = given.active[batch.slot_index]
         if given.statistics:
             places = _values_within(batch, given.statistics, self._wire)
@@ -246,34 +264,46 @@ def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, 
     places: dict[int, list[BufferPlace]] = {}
     for place in bucket.received:
         places.setdefault(place.matrix, []).append(place)
-    by_shape: dict[tuple[int, int, bool], list[int]] = {}
-    for matrix, shape in zip(bucket.owned, bucket.shapes, strict=True):
-        by_shape.setdefault((*shape, layout.matrices[matrix].transposed), []).append(matrix)
+    by_shape: dict[tuple[int, int, bool, int], list[int]] = {}
+    for matrix, shape, folds in zip(bucket.owned, bucket.shapes, bucket.folds, strict=True):
+        by_shape.setdefault((*shape, layout.matrices[matrix].transposed, folds), []).append(matrix)
     batches = []
-    for (rows, cols, transposed), matrices in by_shape.items():
+    for (rows, cols, transposed, folds), matrices in by_shape.items():
         size = max(1, batch_numel // (rows * cols))
         for first in range(0, len(matrices), size):
             members = matrices[first : first + size]
-            batches.append(_batch((rows, cols), transposed, [places[matrix] for matrix in members], device))
+            batches.append(_batch((rows, cols), transposed, [places[matrix] for matrix in members], device, folds))
     return batches
 
 
-def _batch(shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[BufferPlace]], device: torch.device) -> _Batch:
+def _batch(
+    shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[BufferPlace]], device: torch.device, folds: int
+) -> _Batch:
     numel = shape[0] * shape[1]
     places = tuple(place for member in members for place in member)
     slots = tuple(slot for slot, member in enumerate(members) for _ in member)
-    partial = any(sum(place.within.numel for place in member) < numel for member in members)
+    # What tensor parallelism does not cut arrives from each tensor rank, alike.
+    partial = any(sum(within.numel for within in {place.within for place in member}) < numel for member in members)
     first = places[0].position
     whole = [place.position for place in places] == [first + numel * slot for slot in range(len(members))]
     slot_index, flag_index = _index(slots, device), _index([place.flag for place in places], device)
     start = first if whole and not partial else -1
-    return _Batch(*shape, transposed, len(members), places, slots, slot_index, flag_index, start, partial)
+    return _Batch(*shape, transposed, len(members), places, slots, slot_index, flag_index, start, partial, folds)
 
 
 def sum_over_ranks(values: Tensor, binding: Binding) -> None:
     """Add up ``values``, of any shape, in place over the binding's process group. Collective."""
     if binding.process_group is not None and binding.world_size > 1:
         dist.all_reduce(values, group=binding.process_group)
+
+
+def any_rank(found: bool, binding: Binding) -> bool:
+    """Return whether any rank of the binding's process group has ``found`` something. Collective."""
+    if binding.process_group is None or binding.world_size == 1:
+        return found
+    flag = torch.tensor(float(found), device=binding.device)
+    dist.all_reduce(flag, group=binding.process_group)
+    return bool(flag.item())
 
 
 def require_agreement(plan: ExchangePlan, routing: str, binding: Binding) -> None:

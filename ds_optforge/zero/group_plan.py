@@ -17,6 +17,7 @@ from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.partition import Matrix, PartitionLayout, Per
 from ds_optforge.zero.placement import Held, Placement, TensorRange
 from ds_optforge.zero.plan import make_plan
+from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
 
 
 class Routed(Protocol):
@@ -25,10 +26,6 @@ class Routed(Protocol):
     @property
     def name(self) -> str:
         """Qualified name of the parameter."""
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole parameter."""
 
     @property
     def matrices(self) -> Sequence[tuple[int, int, int]]:
@@ -115,9 +112,14 @@ def plan_group(
             text.
     """
     binding = bind(parameters, [route.name for route in routes], tensors)
-    found = [routes[index] for index in binding.indices]
-    names = tuple(route.name for route in found)
-    layout = PartitionLayout(binding.world_size, names, binding.cuts, tuple(matrices_of(found)))
+    found = [(routes[index], parameters[index]) for index in binding.indices]
+    matrices = tuple(_matrices(found))
+    # An elementwise rule needs no other ranks, and takes shards of any size.
+    tensor_ranks = max((matrix.shards for matrix in matrices), default=1)
+    if tensor_ranks > 1:
+        binding = over_tensor_ranks(binding)
+    names = tuple(route.name for route, _ in found)
+    layout = PartitionLayout(binding.world_size, names, binding.cuts, matrices, tensor_ranks)
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
     cost = wanted.cost
@@ -153,10 +155,34 @@ class _Planner:
         return PlannedBucket(exchange, fragments, kept)
 
 
-def matrices_of(routes: Sequence[Routed]) -> Iterator[Matrix]:
-    """Yield the matrices of ``routes`` in order; a parameter of an elementwise rule counts as a matrix of a single row."""
-    for index, route in enumerate(routes):
-        if not route.matrices:
-            yield Matrix(index, 0, 1, route.numel)
+def _matrices(found: Sequence[tuple[Routed, Tensor]]) -> Iterator[Matrix]:
+    """Yield the matrices of parameters, in order; one of an elementwise rule counts as a matrix of a single row.
+
+    Raises:
+        LayoutError: a matrix that tensor parallelism has cut in a way that is not supported.
+    """
+    for index, (route, parameter) in enumerate(found):
+        shard = shard_of(parameter) if route.matrices else None
+        yield from matrices_of(index, route, local_numel(parameter), shard)
+
+
+def matrices_of(index: int, route: Routed, numel: int, shard: Shard | None = None) -> Iterator[Matrix]:
+    """Yield the matrices of one parameter in order; a parameter of an elementwise rule counts as a matrix of a single row.
+
+    Args:
+        index: number of the parameter in the layout.
+        route: of the parameter.
+        numel: elements of the parameter on this rank.
+        shard: how tensor parallelism has cut it; None if it has not.
+
+    Raises:
+        LayoutError: a cut that is not supported.
+    """
+    if not route.matrices:
+        yield Matrix(index, 0, 1, numel)
+    elif shard is None:
         for start, rows, cols in route.matrices:
             yield Matrix(index, start, rows, cols, route.transposed)
+    else:
+        for start, rows, cols in shard.local(route.matrices, route.transposed, route.name):
+            yield Matrix(index, start, rows, cols, shards=shard.count, dim=shard.dim)

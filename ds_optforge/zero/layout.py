@@ -31,6 +31,7 @@ class Binding:
         world_size: number of ranks in ``process_group``.
         rank: this rank within ``process_group``.
         process_group: the ranks over which these parameters are cut; None when every rank holds all of them.
+        partitioned: whether ZeRO cuts them, and decides about gradients that are not finite.
         device: of the model's weights, on which matrices are orthogonalized.
         keeps_gradients: whether DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
         gradient_buffer: (buffer, start, numel) of a range that DeepSpeed refills in the same way (ZeRO-3). It is the buffer
@@ -45,6 +46,7 @@ class Binding:
     rank: int
     process_group: dist.ProcessGroup | None
     device: torch.device
+    partitioned: bool = True
     keeps_gradients: bool = False
     gradient_buffer: tuple[Tensor, int, int] | None = None
     problem: str = ""
@@ -78,11 +80,6 @@ class Binding:
         if self.gradient_buffer is not None:
             buffer, start, numel = self.gradient_buffer
             buffer.narrow(0, start, numel).zero_()
-
-
-def full_shape(parameter: Tensor) -> torch.Size:
-    """Return the parameter's shape, even if ZeRO-3 has emptied or flattened it."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def expert_group_name(parameter: Tensor) -> str:
@@ -130,7 +127,7 @@ def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices:
     for tensor in slices:
         cuts.append(Cut(base=0, size=tensor.numel(), offset=offset))
         offset += tensor.numel()
-    return Binding(tuple(range(len(slices))), tuple(cuts), 1, 0, None, slices[0].device)
+    return Binding(tuple(range(len(slices))), tuple(cuts), 1, 0, None, slices[0].device, partitioned=False)
 
 
 def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], slices: Sequence[Tensor]) -> Binding:
@@ -157,7 +154,8 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     mappings = [mapping for parameter in parameters if (mapping := require_attribute(parameter, "_hp_mapping")) is not None]
     offload = any(require_attribute(mapping, "use_offload") for mapping in mappings)
     world_size, device = dist.get_world_size(group), parameters[0].device
-    return Binding(tuple(order), tuple(cuts), world_size, rank, group, device, offload, problem=problem)
+    indices = tuple(order)
+    return Binding(indices, tuple(cuts), world_size, rank, group, device, keeps_gradients=offload, problem=problem)
 
 
 def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, tensor: Tensor) -> str:

@@ -2,6 +2,10 @@
 
 A parameter is row-major, so every matrix is a contiguous range of the flattened parameter, and ZeRO's cuts turn it into
 contiguous fragments.
+
+Under tensor parallelism a parameter has one shard per tensor rank, and each shard is cut by ZeRO over the data ranks. The
+elements of a sharded matrix are counted through its shards, one after the other. Ranks are counted with the tensor ranks
+innermost: rank ``data_rank * tensor_ranks + tensor_rank``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,14 +31,16 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A (rows, cols) matrix: elements [start, start + rows * cols) of a flattened parameter.
+    """A (rows, cols) matrix: ``local_numel`` elements of a flattened parameter, or as many of each of its shards.
 
     Attributes:
         parameter: number of the parameter in the layout.
-        start: of the matrix in the flattened parameter.
+        start: of the matrix in the flattened parameter, or in its shard.
         rows: stored rows.
         cols: stored columns.
         transposed: whether it is stored (in, out), so that its output rows are the columns.
+        shards: number of tensor ranks among which it is cut; 1 if each of them has all of it.
+        dim: what a shard has some of: 0 for rows, 1 for columns.
     """
 
     parameter: int
@@ -42,11 +48,28 @@ class Matrix:
     rows: int
     cols: int
     transposed: bool = False
+    shards: int = 1
+    dim: int = 0
 
     @property
     def numel(self) -> int:
         """Elements of the matrix."""
         return self.rows * self.cols
+
+    @property
+    def local_numel(self) -> int:
+        """Elements of one shard."""
+        return self.numel // self.shards
+
+    @property
+    def folds(self) -> int:
+        """Number of blocks of columns, one behind the other, in which its elements are counted."""
+        return self.shards if self.dim == 1 else 1
+
+    @property
+    def width(self) -> int:
+        """Elements of a stored row that follow each other."""
+        return self.cols // self.folds
 
     @property
     def outputs(self) -> int:
@@ -55,7 +78,7 @@ class Matrix:
 
     def outputs_in(self, elements: Range) -> Range:
         """Return the output rows whose first element is one of these ``elements`` of the matrix."""
-        step = 1 if self.transposed else self.cols
+        step = 1 if self.transposed else self.width
         first, end = -(-elements.start // step), -(-elements.end // step)
         return Range(min(first, self.outputs), min(end, self.outputs) - min(first, self.outputs))
 
@@ -70,9 +93,9 @@ class Matrix:
         return Range(min(elements.start, 1), int(elements.start == 0 and elements.numel > 0))
 
     def rows_touched(self, elements: Range) -> Range:
-        """Return the stored rows that hold any of these ``elements`` of the matrix."""
-        first = elements.start // self.cols
-        return Range(first, -(-elements.end // self.cols) - first)
+        """Return the stored rows that hold any of these ``elements`` of the matrix, which lie in one shard."""
+        first = elements.start // self.width
+        return Range(first % self.rows, -(-elements.end // self.width) - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,30 +141,35 @@ class PartitionLayout:
         names: of the parameters, in the order in which they lie in the slices.
         cuts: of the parameters, in the same order.
         matrices: in the same order, so that a rank's fragments have increasing offsets.
+        tensor_ranks: number of ranks among which tensor parallelism cuts parameters; what it does not cut, each has whole.
     """
 
     world_size: int
     names: tuple[str, ...]
     cuts: tuple[Cut, ...]
     matrices: tuple[Matrix, ...]
+    tensor_ranks: int = 1
 
     def holders(self, matrix: int) -> range:
         """Return the ranks that hold at least one element of the matrix of that number."""
         found = self.matrices[matrix]
         cut = self.cuts[found.parameter]
         first = cut.base + found.start
-        return range(first // cut.size, (first + found.numel - 1) // cut.size + 1)
+        last = (first + found.local_numel - 1) // cut.size
+        return range(first // cut.size * self.tensor_ranks, (last + 1) * self.tensor_ranks)
 
     def fragment(self, matrix: int, rank: int) -> Fragment | None:
         """Return the fragment of ``matrix`` that ``rank`` holds; None if it holds nothing."""
         found = self.matrices[matrix]
         cut = self.cuts[found.parameter]
         begin = cut.base + found.start
-        low = max(begin, rank * cut.size)
-        numel = min(begin + found.numel, (rank + 1) * cut.size) - low
+        data_rank, tensor_rank = divmod(rank, self.tensor_ranks)
+        low = max(begin, data_rank * cut.size)
+        numel = min(begin + found.local_numel, (data_rank + 1) * cut.size) - low
         if numel <= 0:
             return None
-        return Fragment(matrix, Range(low - begin, numel), cut.offset + low - rank * cut.size)
+        before = tensor_rank * found.local_numel if found.shards > 1 else 0
+        return Fragment(matrix, Range(before + low - begin, numel), cut.offset + low - data_rank * cut.size)
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
         """Yield all fragments of ``rank``, with increasing offsets."""
@@ -150,10 +178,16 @@ class PartitionLayout:
             if fragment is not None:
                 yield fragment
 
+    def start_in_parameter(self, fragment: Fragment) -> int:
+        """Return the place of a fragment's first element in its flattened parameter, or in the rank's shard of it."""
+        found = self.matrices[fragment.matrix]
+        return found.start + fragment.within.start % found.local_numel
+
     def describe(self, matrix: int) -> str:
         """Describe ``matrix`` in one line, for error messages."""
         found = self.matrices[matrix]
-        return f"{self.names[found.parameter]}[{found.start}:{found.start + found.numel}] {found.rows}x{found.cols}"
+        cut = f", cut into {found.shards} by {'columns' if found.dim else 'rows'}" if found.shards > 1 else ""
+        return f"{self.names[found.parameter]}[{found.start}:{found.start + found.numel}] {found.rows}x{found.cols}{cut}"
 
 
 def cuts_of_group(numels: Sequence[int], world_size: int) -> tuple[list[Cut], int]:

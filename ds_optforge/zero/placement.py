@@ -59,25 +59,24 @@ class Placement:
         return TensorRange(tensor, Range(start, fragment.numel))
 
     def numel(self, parameter: int) -> int:
-        """Return the elements of ``parameter``, which its matrices cover."""
-        return sum(self.layout.matrices[index].numel for index in self.matrices_of(parameter))
+        """Return the elements of ``parameter``, or of this rank's shard of it, which its matrices cover."""
+        return sum(self.layout.matrices[index].local_numel for index in self.matrices_of(parameter))
 
     def held(self, parameter: int) -> Held | None:
         """Return the one range of ``parameter`` that this rank holds; None if it holds nothing."""
-        cut = self.layout.cuts[parameter]
-        low = max(cut.base, self.rank * cut.size)
-        numel = min(cut.base + self.numel(parameter), (self.rank + 1) * cut.size) - low
+        cut, data_rank = self.layout.cuts[parameter], self.rank // self.layout.tensor_ranks
+        low = max(cut.base, data_rank * cut.size)
+        numel = min(cut.base + self.numel(parameter), (data_rank + 1) * cut.size) - low
         if numel <= 0:
             return None
-        return Held(*self.place(cut.offset + low - self.rank * cut.size), Range(low - cut.base, numel))
+        return Held(*self.place(cut.offset + low - data_rank * cut.size), Range(low - cut.base, numel))
 
     def held_fragments(self) -> list[list[Held]]:
         """Return, for each tensor, the fragments in it, as ranges of their parameters."""
         held: list[list[Held]] = [[] for _ in self.starts]
         for fragment in self.layout.fragments(self.rank):
             tensor, start = self.place(fragment.slice_start)
-            begin = self.layout.matrices[fragment.matrix].start + fragment.within.start
-            held[tensor].append(Held(tensor, start, Range(begin, fragment.numel)))
+            held[tensor].append(Held(tensor, start, Range(self.layout.start_in_parameter(fragment), fragment.numel)))
         return held
 
     def value_places(self, per: Per) -> dict[int, TensorRange]:
@@ -145,6 +144,7 @@ class Placement:
         return {
             "rank": self.rank,
             "world_size": layout.world_size,
+            "tensor_ranks": layout.tensor_ranks,
             "starts": list(self.starts),
             "names": list(layout.names),
             "cuts": [asdict(cut) for cut in layout.cuts],
@@ -161,5 +161,6 @@ class Placement:
         """
         cuts: Sequence[Cut] = [Cut(**cut) for cut in plain["cuts"]]
         matrices = [Matrix(**matrix) for matrix in plain["matrices"]]
-        layout = PartitionLayout(plain["world_size"], tuple(plain["names"]), tuple(cuts), tuple(matrices))
+        names, tensor_ranks = tuple(plain["names"]), plain.get("tensor_ranks", 1)
+        layout = PartitionLayout(plain["world_size"], names, tuple(cuts), tuple(matrices), tensor_ranks)
         return cls(layout, plain["rank"], tuple(plain["starts"]))

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_optforge.zero.layout import SUPPORTED_DEEPSPEED, LayoutError, bind, full_shape
+from ds_optforge.zero.layout import SUPPORTED_DEEPSPEED, LayoutError, bind
 from ds_optforge.zero.partition import Cut
+from ds_optforge.zero.shards import full_shape
 
 NAMES = ["a.weight", "b.weight"]
 

@@ -1,0 +1,165 @@
+"""Reads how tensor parallelism has cut parameters: DeepSpeed's AutoTP, or layers in the manner of Megatron with an mpu.
+
+Each tensor rank has a shard: some rows, or some columns, of the whole weight.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optforge.zero.layout import Binding, LayoutError
+
+_AUTOTP = "ds_autotp_universal_checkpoint_meta"  # a dict that AutoTP leaves on each parameter of the layers it replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's shard of a parameter.
+
+    Attributes:
+        whole: shape of the whole parameter.
+        dim: the dimension that is cut: 0 or 1.
+        count: number of shards.
+        parts: rows of each fused weight, every one of which is cut into ``count``; empty if the shard is one range of rows.
+        problem: why a matrix cannot be put together from such shards, or "".
+    """
+
+    whole: tuple[int, ...]
+    dim: int
+    count: int
+    parts: tuple[int, ...] = ()
+    problem: str = ""
+
+    def local(self, matrices: Sequence[tuple[int, int, int]], transposed: bool, name: str) -> list[tuple[int, int, int]]:
+        """Return (start in the shard, rows, cols) of each matrix.
+
+        Args:
+            matrices: (start, rows, cols) of the matrices in the whole parameter.
+            transposed: whether the weight is stored (in, out).
+            name: of the parameter, for messages.
+
+        Raises:
+            LayoutError: matrices that cannot be put together from the shards.
+        """
+        blocks = [rows for _, rows, _ in matrices]
+        if self.problem or transposed or len(self.whole) != 2:
+            found = self.problem or ("a weight stored (in, out)" if transposed else f"a weight of shape {self.whole}")
+            raise LayoutError(f"{name}: got {found} under tensor parallelism; allowed: {_ALLOWED}")
+        if self.dim == 0 and len(blocks) > 1 and (tuple(blocks) != self.parts or any(rows % self.count for rows in blocks)):
+            cut = f"the fused weights {list(self.parts)} apart" if self.parts else f"{self.count} ranges of rows"
+            raise LayoutError(
+                f"{name}: got blocks of {_shortened(blocks)} rows from split or heads, but tensor parallelism cuts this weight "
+                f"into {cut}; allowed: {'a split into the same parts, or no split' if self.parts else 'no split and no heads'}"
+            )
+        return [(start // self.count, rows, cols) for start, rows, cols in matrices]
+
+
+_ALLOWED = (
+    "a two-dimensional weight that is cut evenly by rows or by columns, or 'adamw' for it "
+    '(overrides: [{"match": NAME, "name": "adamw"}])'
+)
+
+
+def _shortened(blocks: Sequence[int]) -> str:
+    return str(list(blocks)) if len(blocks) <= 4 else f"[{blocks[0]}, {blocks[1]}, ... {len(blocks)} in all]"
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """Read how a parameter is cut; None for one that every tensor rank has whole.
+
+    Raises:
+        LayoutError: a parameter that is cut, but nothing tells how, or among how many ranks.
+    """
+    found: dict[str, Any] = getattr(parameter, _AUTOTP, None) or {}
+    if found.get("replicated") or not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    count = tensor_ranks()
+    shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    dim: int = found.get("partition_dim", getattr(parameter, "partition_dim", -1))
+    if dim not in range(len(shape)):
+        raise LayoutError(f"a parameter of shape {tuple(shape)} is cut by tensor parallelism, with partition_dim {dim}")
+    if count == 1:
+        return None
+    if found:
+        return _of_autotp(found, dim, count)
+    strided = getattr(parameter, "partition_stride", 1) != 1 and dim == 1
+    problem = f"a partition_stride of {parameter.partition_stride} of columns" if strided else ""  # type: ignore[attr-defined]
+    return Shard((*shape[:dim], shape[dim] * count, *shape[dim + 1 :]), dim, count, problem=problem)
+
+
+def _of_autotp(found: dict[str, Any], dim: int, count: int) -> Shard:
+    whole = tuple(found["logical_shape"] or found["original_shape"])
+    sizes, widths = found.get("partition_sizes"), found.get("sub_param_shard_widths")
+    problem = ""
+    if widths:
+        uneven = next((part for part in widths if len(set(part)) > 1), None)
+        problem = f"a fused weight with shards of {list(uneven)} rows" if uneven else ""
+    elif not sizes:
+        problem = "a layer of AutoTP whose shards are not ranges of rows or columns"
+    elif len(set(sizes)) > 1:
+        problem = f"shards of {list(sizes)} {'columns' if dim else 'rows'}"
+    return Shard(whole, dim, count, tuple(sum(part) for part in widths or ()), problem)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the whole parameter's shape, even if ZeRO-3 has emptied or flattened it, or tensor parallelism has cut it."""
+    shard = shard_of(parameter)
+    return torch.Size(shard.whole if shard else getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_numel(parameter: Tensor) -> int:
+    """Return the elements of this rank's shard of ``parameter``, or of all of it, even if ZeRO-3 has emptied it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel()
+
+
+def tensor_ranks() -> int:
+    """Return the number of ranks among which tensor parallelism cuts parameters.
+
+    Raises:
+        LayoutError: nothing tells it yet.
+    """
+    return dist.get_world_size(_tensor_group())
+
+
+def _tensor_group() -> dist.ProcessGroup:
+    from deepspeed.utils import groups
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+
+    unit = groups if groups.mpu is None else groups.mpu
+    try:
+        group: dist.ProcessGroup | None = bwc_tensor_model_parallel_group(unit)
+    except AssertionError:  # AutoTP has made no groups
+        group = None
+    if group is None:
+        raise LayoutError(
+            "parameters are cut by tensor parallelism (tensor_model_parallel), but DeepSpeed knows no mpu yet; allowed: an "
+            'optimizer that is made with the engine, by "type": "OptForge" or by a function, with mpu= of deepspeed.initialize'
+        )
+    return group
+
+
+def over_tensor_ranks(binding: Binding) -> Binding:
+    """Return a binding over the tensor ranks as well as the data ranks, tensor ranks innermost.
+
+    Args:
+        binding: over the data ranks.
+
+    Raises:
+        LayoutError: ranks that also differ in something else, as in a pipeline, or that are in another order.
+    """
+    group = _tensor_group()
+    count, tensor_rank = dist.get_world_size(group), dist.get_rank(group)
+    if binding.process_group is None:  # every data rank has everything, and a group of its own
+        return replace(binding, world_size=count, rank=tensor_rank, process_group=group)
+    rank = binding.rank * count + tensor_rank
+    if binding.world_size * count != dist.get_world_size() or rank != dist.get_rank():
+        raise LayoutError(
+            f"tensor parallelism on {count} ranks: got data rank {binding.rank} of {binding.world_size} and tensor rank "
+            f"{tensor_rank} on rank {dist.get_rank()} of {dist.get_world_size()}; allowed: data and tensor parallelism alone "
+            "(no pipeline, no expert parallelism), with the tensor ranks next to each other"
+        )
+    return replace(binding, world_size=dist.get_world_size(), rank=rank, process_group=dist.group.WORLD)
