@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_optforge
@@ -125,3 +126,139 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
 def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest relative distance of a parameter, in the Frobenius norm."""
     return max(float((found[name] - whole).norm() / whole.norm()) for name, whole in expected.items())
+
+
+class Mpu:
+    """A model parallel unit as Megatron has it: tensor ranks next to each other, data ranks across."""
+
+    def __init__(self, tensor_ranks: int) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        for first in range(0, world, tensor_ranks):
+            ranks = list(range(first, first + tensor_ranks))
+            group = dist.new_group(ranks)
+            self._tensor_group = group if rank in ranks else getattr(self, "_tensor_group", None)
+        for first in range(tensor_ranks):
+            ranks = list(range(first, world, tensor_ranks))
+            group = dist.new_group(ranks)
+            self._data_group = group if rank in ranks else getattr(self, "_data_group", None)
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self._tensor_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._tensor_group)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._tensor_group)
+
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._data_group)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._data_group)
+
+
+class _SumForward(torch.autograd.Function):
+    """All-reduce in the forward pass; the gradient goes to each tensor rank as it is."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, group: Any) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class _SumBackward(torch.autograd.Function):
+    """The input of a column-parallel layer: its gradient is the sum over the tensor ranks."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, group: Any) -> Tensor:
+        context.group = group
+        return values
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.clone()
+        dist.all_reduce(total, group=context.group)
+        return total, None
+
+
+class MegatronBlock(nn.Module):
+    """Two linear layers, the first cut by rows (column-parallel), the second by columns; ``mpu`` None for whole ones."""
+
+    def __init__(self, width: int, hidden: int, mpu: Mpu | None) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.mpu = mpu
+        if mpu is not None:
+            for parameter, dim in ((self.fc1.weight, 0), (self.fc1.bias, 0), (self.fc2.weight, 1)):
+                shards = parameter.data.chunk(mpu.get_tensor_model_parallel_world_size(), dim)
+                parameter.data = shards[mpu.get_tensor_model_parallel_rank()].contiguous()
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                parameter.partition_dim, parameter.partition_stride = dim, 1  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mpu is None:
+            return x + self.fc2(F.gelu(self.fc1(x)))
+        group = self.mpu.get_tensor_model_parallel_group()
+        inner = F.gelu(self.fc1(_SumBackward.apply(x, group)))
+        return x + _SumForward.apply(F.linear(inner, self.fc2.weight), group) + self.fc2.bias
+
+
+class MegatronNet(nn.Module):
+    def __init__(self, mpu: Mpu | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 24)
+        self.blocks = nn.ModuleList(MegatronBlock(24, 36, mpu) for _ in range(2))
+        self.gate = nn.Linear(24, 24, bias=False)  # whole on every tensor rank
+        self.lm_head = nn.Linear(24, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.lm_head(x + self.gate(x)).flatten(0, 1), (tokens.flatten() * 7 + 3) % VOCABULARY)
+
+
+def megatron(tensor_ranks: int, stage: int, params: Mapping[str, Any] | None, steps: int, **extra: Any) -> dict[str, Tensor]:
+    """Train `MegatronNet` with an mpu and return whole parameters; ``params`` None for torch.optim.AdamW."""
+    config = engine_config(stage, params or {}, train_batch_size=BATCH, **extra)
+    mpu = Mpu(tensor_ranks)
+    torch.manual_seed(0)
+    model = MegatronNet(mpu)
+    if params is None:
+        engine = deepspeed.initialize(model=model, config=without_optimizer(config), optimizer=control(model), mpu=mpu)[0]
+    else:
+        engine = ds_optforge.initialize(model=model, config=config, mpu=mpu)[0]
+    try:
+        rows = BATCH // mpu.get_data_parallel_world_size()
+        first = mpu.get_data_parallel_rank() * rows
+        for step in range(steps):
+            engine.backward(engine(tokens_of(step)[first : first + rows]))
+            engine.step()
+        return whole_parameters(engine.module)
+    finally:
+        engine.destroy()
+
+
+def megatron_in_one_process(params: Mapping[str, Any] | None, steps: int) -> dict[str, Tensor]:
+    """The parameters of `MegatronNet` after ``steps`` in plain PyTorch."""
+    torch.manual_seed(0)
+    model = MegatronNet()
+    optimizer = control(model) if params is None else ds_optforge.build_optimizer(model, dict(params))
+    for step in range(steps):
+        model(tokens_of(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
