@@ -86,12 +86,18 @@ class OptForge(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = [self._group_step(group) for group in self.param_groups if group["params"]]
+        steps = [self._group_step(group) for group in self._held_groups()]
         for step in steps:
             step.check_gradients()
         for step in steps:
             step.update_group()
         return loss
+
+    def _held_groups(self) -> Iterator[dict[str, Any]]:
+        """Yield the groups to step: not those that are empty, nor those of which other stages of a pipeline have everything."""
+        for group in self.param_groups:
+            if group["params"] and self._groups[group].parameters:
+                yield group
 
     def _group_step(self, group: dict[str, Any]) -> GroupStep:
         self._check_schedule(group)
@@ -146,7 +152,7 @@ class OptForge(torch.optim.Optimizer):
         Frameworks call this on an engine's optimizer too, where it would change the slices and not the model: it then only
         logs a warning.
         """
-        if self._groups.hold([tensor for group in self.param_groups for tensor in group["params"]]):
+        if self._groups.hold([tensor for group in self._held_groups() for tensor in group["params"]]):
             if self._training_weights is None:
                 enter_averages(self)
         elif self.averages_weights and self._training_weights is None:
