@@ -51,7 +51,7 @@ class OptForge(torch.optim.Optimizer):
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # while averaged weights are in their place
         super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})  # Accelerate reads the defaults
         asked = checked.common.telemetry
-        self._telemetry = Telemetry(asked.every, self._groups.members) if asked else None
+        self._telemetry = Telemetry(asked.every, self._groups.members, self._groups.stage) if asked else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add one of the groups that were made from the configuration; torch's constructor calls it.

@@ -110,4 +110,3 @@ def from_all_stages(stage: Stage, value: Any) -> list[Any]:
 def sum_over_stages(values: Tensor, stage: Stage) -> None:
     """Add up ``values``, of any shape, in place over the stages. Collective over the ranks of a pipeline."""
     dist.all_reduce(values, group=stage.group)
-
