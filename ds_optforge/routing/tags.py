@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ds_optforge.errors import ConfigError
 from ds_optforge.zero.layout import full_shape
-from ds_optforge.zero.pipeline import PLACEHOLDERS, Stage, is_pipeline, last_layer, stage_of
+from ds_optforge.zero.pipeline import PLACEHOLDERS, Stage, enter_pipeline, is_pipeline, last_layer
 
 _NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
 _STAGE = "optforge_stage"
@@ -52,7 +52,7 @@ def tags_of(parameter: Tensor) -> Tags:
 
 def tag(model: nn.Module) -> None:
     """Write onto each parameter of ``model`` its qualified name, and what its module says of its role and shape."""
-    stage = stage_of(model)
+    stage = enter_pipeline(model)
     heads = {id(parameter) for parameter in _head_weights(model)}
     for name, parameter in model.named_parameters():  # the first name of a tied parameter
         setattr(parameter, _NAME, name)

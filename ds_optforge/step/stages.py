@@ -66,9 +66,7 @@ def route_all(stage: Stage | None, routed: Callable[[], Iterable[Routed]]) -> tu
     union = _union(shared)
     for index, found in enumerate(shared):
         if not found:
-            raise ConfigError(
-                f"stage {index} of the pipeline: got no trainable floating-point parameter; allowed: at least one"
-            )
+            raise ConfigError(f"stage {index} of the pipeline: got no trainable parameter; allowed: at least one")
         if len(union) - len(found) > len(stage.placeholders):
             raise ConfigError(
                 f"stage {index} of the pipeline: has no parameters for {len(union) - len(found)} of the {len(union)} parameter "

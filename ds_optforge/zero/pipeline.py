@@ -44,10 +44,10 @@ def is_pipeline(model: nn.Module) -> bool:
     return isinstance(model, PipelineModule)
 
 
-def stage_of(model: nn.Module) -> Stage | None:
+def enter_pipeline(model: nn.Module) -> Stage | None:
     """Return this rank's stage; None for a model that is no PipelineModule, or has one stage only.
 
-    The first call adds the placeholders to ``model``, since the engine looks names of parameters up when it is built.
+    It adds the placeholders to ``model``, since the engine looks names of parameters up when it is built.
 
     Raises:
         LayoutError: an attribute that the model lacks.
@@ -64,6 +64,8 @@ def stage_of(model: nn.Module) -> Stage | None:
         for placeholder in made:
             placeholder.ds_pipe_replicated = True  # type: ignore[attr-defined]  # DeepSpeed leaves it out of norms
         model.register_module(PLACEHOLDERS, nn.ParameterList(made))
+    if int(require_attribute(grid, "get_slice_parallel_world_size")()) == 1:
+        _count_in_norms(model)
     return Stage(
         int(require_attribute(grid, "get_pipe_parallel_rank")()),
         count,
@@ -71,6 +73,15 @@ def stage_of(model: nn.Module) -> Stage | None:
         tuple(getattr(model, PLACEHOLDERS)),
         tuple(weight for weight, _ in _tied_weights(model)),
     )
+
+
+def _count_in_norms(model: nn.Module) -> None:
+    """Let DeepSpeed count the gradient of each parameter once in the norm that it clips by.
+
+    Without ZeRO, in float32, it would count those of the first stage alone. Where it counts all it never reads this mark.
+    """
+    for parameter in model.parameters():
+        parameter.model_parallel = not replicated(parameter)  # type: ignore[attr-defined]
 
 
 def _tied_weights(model: Any) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:

@@ -72,7 +72,7 @@ class Placement:
         return Held(*self.place(cut.offset + low - self.rank * cut.size), Range(low - cut.base, numel))
 
     def held_fragments(self, without: Container[int] = ()) -> list[list[Held]]:
-        """Return, for each tensor, the fragments in it, as ranges of their parameters; not those of parameters in ``without``."""
+        """Return, for each tensor, the fragments in it, as ranges of their parameters: all but those in ``without``."""
         held: list[list[Held]] = [[] for _ in self.starts]
         for fragment in self.layout.fragments(self.rank):
             if self.layout.matrices[fragment.matrix].parameter in without:

@@ -39,7 +39,7 @@ def as_head(embedding: nn.Embedding, x: Tensor) -> Tensor:
 def specs(kind: str = "plain") -> list[Any]:
     """The layers: two stages of three, or three of two, of which each has other roles.
 
-    ``kind``: "plain", "tied" (the embedding is the head too), "tied_block" (so is a matrix), "wide" (larger than an 8-bit block).
+    ``kind``: "plain", "tied" (the embedding is the head too), "tied_block" (two places have the same matrix).
     """
     blocks = [LayerSpec(Block) for _ in range(3)]
     if kind == "tied":

@@ -23,11 +23,12 @@ RULES: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", **ADAMW},
     "schedule_free_adamw": {"name": "schedule_free_adamw", **ADAMW},
 }
+Reference = tuple[list[float], dict[str, Tensor]]  # losses, and parameters by name
 LAYOUTS = {"2 stages": (2, 2), "3 stages": (3, 3), "2 stages of 2 ranks": (4, 2)}  # ranks, stages
 
 
 @cache
-def reference(rule: str, kind: str = "plain", clip: float = 0.0) -> tuple[list[float], dict[str, Tensor]]:
+def reference(rule: str, kind: str = "plain", clip: float = 0.0) -> Reference:
     """One process, without DeepSpeed."""
     model = pipelines.Chain(kind)
     params = RULES[rule]
@@ -61,10 +62,16 @@ def test_a_pipeline_trains_as_one_process_does(stage: int, layout: str, pools: P
         assert_same([results[index] for results in by_rank], reference(rule))
 
 
-def test_deepspeed_clips_by_the_norm_of_all_stages_and_counts_no_placeholder(pools: Pools) -> None:
-    """On ZeRO-1, as torch.nn.utils.clip_grad_norm_ does with the whole model."""
-    config = pipelines.configuration(1, RULES["muon"], gradient_clipping=0.1)
-    assert_same(pools[3].run(pipelines.train, config, 3), reference("muon", clip=0.1))
+@pytest.mark.parametrize("kind", ["plain", "tied"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_deepspeed_clips_by_the_norm_of_all_stages_and_counts_everything_once(stage: int, kind: str, pools: Pools) -> None:
+    """As torch.nn.utils.clip_grad_norm_ does with the whole model: tied weights once, placeholders not.
+
+    (On stage 0 it counts only the gradients of the first stage of a model that was not registered.)
+    """
+    config = pipelines.configuration(stage, RULES["muon"], gradient_clipping=0.1)
+    for ranks, stages in ((3, 3), (4, 2)):
+        assert_same(pools[ranks].run(pipelines.train, config, stages, kind=kind), reference("muon", kind, clip=0.1))
 
 
 @pytest.mark.parametrize("door", ["register", "object", "callable"])
@@ -94,7 +101,8 @@ def test_tied_layers_are_stepped_alike_on_both_stages(stage: int, pools: Pools) 
             assert_same(results, reference(rule, "tied"))
             copies = [found["parameters"].get("tied_modules.embed.weight") for found in results]
             first, *others = [copy for copy in copies if copy is not None]
-            assert others and all(torch.equal(first, other) for other in others)
+            assert others
+            assert all(torch.equal(first, other) for other in others)
 
 
 BF16 = {
