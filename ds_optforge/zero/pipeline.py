@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ds_optforge.zero.layout import require_attribute
 
 PLACEHOLDERS = "optforge_placeholders"  # the attribute of a PipelineModule that holds them
+TIED = "tied_modules."  # what names of parameters of a TiedLayerSpec begin with
 _COUNT = 16
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 import ds_optforge
 from ds_optforge.optimizer import OptForge
 from tests import models
+from tests.distributed import cases
 
 WIDTH = 24
 SEED = 1234  # of the first layer; each has its own
@@ -56,7 +56,7 @@ def specs(kind: str = "plain") -> list[Any]:
 class Chain(nn.Module):
     """The same layers in one process, with the names that a PipelineModule gives to them."""
 
-    def __init__(self, kind: str = "plain") -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
         self.tied_modules = nn.ModuleDict()
         self.calls: list[Any] = []
@@ -78,13 +78,23 @@ class Chain(nn.Module):
         return F.cross_entropy(x.float(), targets)
 
 
-def sequential() -> nn.Sequential:
-    """The plain layers as an nn.Sequential."""
-    layers = []
-    for index, spec in enumerate(specs()):
-        torch.manual_seed(SEED + index)
-        layers.append(spec.build())
-    return nn.Sequential(*layers)
+class Sequential(nn.Sequential):
+    """The plain layers in a row, with the same names too."""
+
+    def __init__(self) -> None:
+        layers = []
+        for index, spec in enumerate(specs()):
+            torch.manual_seed(SEED + index)
+            layers.append(spec.build())
+        super().__init__(*layers)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(super().forward(tokens).float(), targets)
+
+
+def whole(kind: str = "plain") -> nn.Module:
+    """The model in one process."""
+    return Sequential() if kind == "plain" else Chain(kind)
 
 
 def module(stages: int, kind: str = "plain") -> PipelineModule:
@@ -200,6 +210,48 @@ def one_process(optimizer: Any, model: nn.Module, steps: int = 6, clip: float = 
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def rank() -> int:
-    """This rank."""
-    return dist.get_rank()
+HALF = 3  # steps before a checkpoint, and after it
+
+
+def build_any(config: dict[str, Any], stages: int, kind: str) -> Any:
+    """An engine on the pipeline, or without ``stages`` on the same model without one."""
+    if stages:
+        return build(config, stages, kind)
+    return ds_optforge.initialize(model=whole(kind), config=config)[0]
+
+
+def advance(engine: Any, first: int, steps: int) -> list[float]:
+    """`run_steps`, of a pipeline or not."""
+    if hasattr(engine, "grid"):
+        return run_steps(engine, first, steps)
+    return cases.run_steps(engine, first, steps, engine.gradient_accumulation_steps())
+
+
+def save(config: dict[str, Any], stages: int, kind: str, folder: str) -> dict[str, Any]:
+    """Half of the steps, a checkpoint of both kinds, the other half: losses and parameters of the latter."""
+    engine = build_any(config, stages, kind)
+    try:
+        advance(engine, 0, HALF)
+        ds_optforge.save_checkpoint(engine, f"{folder}/portable", {"next": HALF})
+        engine.save_checkpoint(f"{folder}/engine")
+        return {"losses": advance(engine, HALF, HALF), "parameters": parameters(engine)}
+    finally:
+        engine.destroy()
+
+
+def resume(config: dict[str, Any], stages: int, kind: str, folder: str, how: str = "portable") -> dict[str, Any]:
+    """Load into a fresh engine, and take the other half of the steps."""
+    engine = build_any(config, stages, kind)
+    try:
+        if how == "portable":
+            assert ds_optforge.load_checkpoint(engine, folder) in ({"next": HALF}, {})
+        else:
+            engine.load_checkpoint(folder)
+        return {"losses": advance(engine, HALF, HALF), "parameters": parameters(engine), "steps": engine.global_steps}
+    finally:
+        engine.destroy()
+
+
+def resume_each(configs: Sequence[dict[str, Any]], stages: int, kind: str, folder: str) -> list[dict[str, Any]]:
+    """Several engines, one after the other, from one checkpoint."""
+    return [resume(config, stages, kind, folder) for config in configs]

@@ -30,11 +30,8 @@ LAYOUTS = {"2 stages": (2, 2), "3 stages": (3, 3), "2 stages of 2 ranks": (4, 2)
 @cache
 def reference(rule: str, kind: str = "plain", clip: float = 0.0) -> Reference:
     """One process, without DeepSpeed."""
-    model = pipelines.Chain(kind)
-    params = RULES[rule]
-    if kind == "plain":  # a chain's end is its head; this Module's own `forward` does not say that it is a chain
-        params = {**params, "overrides": [{"match": r"^5\.weight$", "role": "unembedding"}]}
-    return pipelines.one_process(ds_optforge.build_optimizer(model, params), model, clip=clip)
+    model = pipelines.whole(kind)
+    return pipelines.one_process(ds_optforge.build_optimizer(model, RULES[rule]), model, clip=clip)
 
 
 def assert_same(
@@ -165,7 +162,7 @@ def test_a_matrix_rule_for_a_tied_weight_is_refused_on_all_stages(pools: Pools) 
 
 def test_the_end_of_a_sequential_language_model_is_its_head() -> None:
     """An nn.Sequential with an embedding; a small one inside a layer, or without embedding, is none."""
-    groups = ds_optforge.build_optimizer(pipelines.sequential(), RULES["muon"]).param_groups
+    groups = ds_optforge.build_optimizer(pipelines.whole(), RULES["muon"]).param_groups
     assert [group["optforge_group"] for group in groups][-1] == "unembedding.adamw"
     mlp = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.GELU(), torch.nn.Linear(8, 8, bias=False))
     for model in (mlp, torch.nn.ModuleDict({"embed": torch.nn.Embedding(50, 8), "mlp": mlp})):
