@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import pipelines
+from ds_optforge import CheckpointError
+from ds_optforge.checkpoint.convert import convert, export
+from tests.distributed import checkpoints, pipelines
 from tests.distributed.conftest import Pools
 from tests.distributed.test_pipeline import RULES, TOLERANCE
 
@@ -36,6 +38,44 @@ def test_a_pipeline_resumes_bit_for_bit(run: str, pools: Pools, tmp_path: Path) 
             assert result["losses"] == before["losses"]
             for name, value in before["parameters"].items():
                 assert torch.equal(result["parameters"][name], value), name
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_converted_checkpoint_is_what_would_have_been_saved(run: str, pools: Pools, tmp_path: Path) -> None:
+    """Bit for bit, and it can be exported."""
+    kind, config = RUNS[run]
+    pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
+    convert(tmp_path / "engine", tmp_path / "converted")
+    converted, saved = (checkpoints.logical_tensors(tmp_path / name) for name in ("converted", "portable"))
+    assert converted.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(converted[name], tensor), name
+    manifests = [checkpoints.Checkpoint(tmp_path / name).manifest for name in ("converted", "portable")]
+    for key in ("shapes", "groups", "block_cuts", "loss_scale", "scheduler"):
+        assert manifests[0][key] == manifests[1][key], key
+    export(tmp_path / "converted", tmp_path / "exported")
+
+
+MISSING = {  # by file of "stage 1": what the message says
+    "mp_rank_01_model_states.pt": "has 1 of 2 files mp_rank_*_model_states.pt",
+    "zero_pp_rank_1_mp_rank_01_optim_states.pt": "has 1 of 2 files *_mp_rank_01_optim_states.pt",
+    "layer_03-model_states.pt": "no layer_*-model_states.pt holds '3.lin.weight'",
+}
+
+
+def test_a_pipeline_checkpoint_without_one_of_its_files_is_refused(pools: Pools, tmp_path: Path) -> None:
+    """By name, with nothing written."""
+    kind, config = RUNS["stage 1"]
+    pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
+    for name, message in MISSING.items():
+        path = tmp_path / "engine" / f"global_step{pipelines.HALF}" / name
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CheckpointError) as error:
+            convert(tmp_path / "engine", tmp_path / "converted")
+        assert str(error.value) == f"{path.parent}: {message}"
+        assert not (tmp_path / "converted").exists()
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied"])
