@@ -527,7 +527,7 @@ class TestStep:
         for group in optimizer.param_groups:
             group["lr"] = 0.01
         set_gradients(model.parameters(), 0)
-        with pytest.raises(ConfigError, match=r"configured with lr 0\.02 and 0\.003, but .* both to 0\.01; .*OptForgeSchedule"):
+        with pytest.raises(ConfigError, match=r"muon 0\.02, scalar\.adamw 0\.003\), but .* to 0\.01; .*OptForgeSchedule"):
             optimizer.step()
 
     def test_rates_that_a_loop_scales_by_hand_are_fine(self) -> None:

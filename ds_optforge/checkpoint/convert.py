@@ -4,7 +4,7 @@ It reads checkpoints of OptForge, whose state says where everything lies (`OptFo
 Muon and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
+from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, open_checkpoint
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
 from ds_optforge.errors import CheckpointError
@@ -41,21 +41,23 @@ def convert(source: Path, out: Path) -> None:
     if source.is_file():
         found, manifest = incumbents.from_torch(source)
     else:
-        checkpoint = EngineCheckpoint(source)
-        found = Found()
-        if "optforge" in checkpoint.optimizer(0):
-            _read_optforge(checkpoint, found)
-        else:
-            incumbents.read_deepspeed_muon(checkpoint, found)
-        _read_untrained(checkpoint, found)
-        manifest = _manifest(checkpoint)
+        stages, found = open_checkpoint(source), Found()
+        for checkpoint in stages:
+            if "optforge" in checkpoint.optimizer(0):
+                _read_optforge(checkpoint, found)
+            else:
+                incumbents.read_deepspeed_muon(checkpoint, found)
+        _read_untrained(stages[0], found)
+        manifest = _manifest(stages)
     manifest |= {"shapes": found.shapes, "groups": found.groups, "block_cuts": found.block_cuts, "client_state": {}}
-    with _progress(_whole(found.chunks, source), "convert") as chunks:
+    whole = list(_whole(found.chunks, source))
+    _refuse_other_copies(whole, found.copies, source)
+    with _progress(whole, "convert") as chunks:
         files.write(out, chunks, manifest)
 
 
-def _manifest(checkpoint: EngineCheckpoint) -> dict[str, Any]:
-    model = checkpoint.model
+def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
+    checkpoint, model = stages[0], stages[0].model
     scheduler = model.get("lr_scheduler")
     if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count likewise under another name
         scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
@@ -63,12 +65,13 @@ def _manifest(checkpoint: EngineCheckpoint) -> dict[str, Any]:
         "counters": {key: model[key] for key in COUNTERS},
         "loss_scale": checkpoint.loss_scale,
         "scheduler": scheduler,
-        "written_by": {"converted_from": "engine.save_checkpoint", "world_size": len(checkpoint.shards)},
+        "written_by": {"converted_from": "engine.save_checkpoint", "world_size": sum(len(stage.shards) for stage in stages)},
     }
 
 
 def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
     module = checkpoint.model["module"]
+    known = set(found.shapes)  # of earlier stages of a pipeline, which may hold the same parameters
     for shard in range(len(checkpoint.shards)):
         optimizer, slices = checkpoint.optimizer(shard), checkpoint.slices(shard)
         if not optimizer["optforge"]:
@@ -78,9 +81,11 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
             names = placement.layout.names
             tensors = [slices[i] for i in stepped["tensors"]] if slices else [module[name] for name in names]
             states = [optimizer["state"][i] for i in stepped["tensors"]]
-            found.chunks += chunks_of(placement, tensors, states, stepped["buffers"], _statistics(stepped))
+            found.chunks += chunks_of(placement, tensors, states, stepped["buffers"], _statistics(stepped), known)
+            copies = [name for name in names if name in known]
+            found.copies += chunks_of(placement, tensors, states, (), (), set(names).difference(copies))
             if shard == 0:
-                _describe(stepped, placement, states[0], optimizer["param_groups"], found)
+                _describe(stepped, placement, states[0], optimizer["param_groups"], found, known)
 
 
 def _statistics(stepped: Mapping[str, Any]) -> list[tuple[str, Per]]:
@@ -96,11 +101,15 @@ def _describe(
     state: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     found: Found,
+    known: Container[str],
 ) -> None:
     """Enter what one call of ``step()`` updates (``stepped``) into the groups, shapes and block cuts of the manifest."""
     group = next(group for group in groups if group[GROUP] == stepped["group"])
-    add_members(found.groups, stepped["group"], stepped["rule"], group, state, placement.layout.names)
+    names = [name for name in placement.layout.names if name not in known]
+    add_members(found.groups, stepped["group"], stepped["rule"], group, state, names)
     for index, name in enumerate(placement.layout.names):
+        if name in known:
+            continue
         found.shapes[name] = stepped["shapes"][index]
         if any(absmax_of(buffer) in state for buffer in stepped["buffers"]) and (cuts := block_cuts(placement, index)):
             found.block_cuts[name] = cuts
@@ -144,6 +153,19 @@ def _whole(chunks: Iterable[Chunk], source: Path) -> Iterator[Chunk]:
         if numel != first.size[0]:
             raise CheckpointError(f"{source}: holds {numel} of the {first.size[0]} elements of '{name}': is a file missing?")
         yield Chunk(name, first.size, (0,), first.size, first.dtype, _Assembled(tuple(by_start.values())))
+
+
+def _refuse_other_copies(whole: Sequence[Chunk], copies: Sequence[Chunk], source: Path) -> None:
+    """Raise CheckpointError where a later stage of a pipeline holds other values of a parameter than the first that has it."""
+    by_name = {chunk.name: chunk for chunk in whole}
+    for copy in copies:
+        first = by_name[copy.name].values
+        assert isinstance(first, _Assembled)
+        if not torch.equal(first().narrow(0, copy.offsets[0], copy.shape[0]), _tensor(copy)):
+            raise CheckpointError(
+                f"{source}: stages of the pipeline hold different values of '{copy.name.removeprefix(weight_name(''))}', which "
+                "its TiedLayerSpec does not tie; allowed: tied_weight_attr with every parameter of the layer"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ Files are opened with ``weights_only`` and mapped, not read, so that a tensor is
 """
 
 import pickle
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.chunks import Chunk
+from ds_optforge.checkpoint.layer_files import stages
 from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
 
-_MODEL_FILES, _OPTIMIZER_FILES = "*_model_states.pt", "*_optim_states.pt"
+_MODEL_FILES, _OPTIMIZER_FILES, _LAYER_FILES = "*_model_states.pt", "*_optim_states.pt", "layer_*-model_states.pt"
 _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
 
 
@@ -26,40 +28,31 @@ class Found:
 
     Attributes:
         chunks: chunks of flat logical tensors, of all ranks; the same chunk may come twice.
+        copies: chunks of weights that an earlier stage of a pipeline has too, which must be the same.
         shapes: the shape of each parameter and buffer of the model, by name.
         groups, block_cuts: entries of the manifest.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
+    copies: list[Chunk] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     block_cuts: dict[str, list[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class EngineCheckpoint:
-    """The files of one ``engine.save_checkpoint``.
+    """The files of one ``engine.save_checkpoint``; of a pipeline, those of one stage.
 
-    Args:
-        folder: the folder that was saved to (its file ``latest`` names the tag), or a tag's folder in it.
-
-    Raises:
-        CheckpointError: the folder holds no such checkpoint, or experts of a DeepSpeed MoE layer, or a file that cannot be
-            read without running code from it.
+    Attributes:
+        folder: of the files.
+        models: model states, by rank on ZeRO-3; else those of rank 0.
+        shards: state dicts of the optimizer, by rank.
     """
 
-    def __init__(self, folder: Path) -> None:
-        latest = folder / "latest"
-        self.folder = folder / latest.read_text().strip() if latest.is_file() else folder
-        if not any(self.folder.glob(_MODEL_FILES)):
-            raise CheckpointError(
-                f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"
-            )
-        if experts := sorted(self.folder.glob("layer_*_expert_*")):
-            raise CheckpointError(f"{experts[0]}: holds an expert of a DeepSpeed MoE layer; allowed: models without them")
-        self.models = [load(path) for path in _by_rank(self.folder.glob(_MODEL_FILES))]
-        self.shards = [load(path)["optimizer_state_dict"] for path in _by_rank(self.folder.glob(_OPTIMIZER_FILES))]
-        if not self.shards:  # stage 0
-            self.shards = [self.models[0]["optimizer"]]
+    folder: Path
+    models: Sequence[Mapping[str, Any]]
+    shards: Sequence[Mapping[str, Any]]
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -88,9 +81,36 @@ class EngineCheckpoint:
         return {key: values[key] for key in LOSS_SCALE if key in values} if dynamic else {}
 
 
-def _by_rank(paths: Iterable[Path]) -> list[Path]:
-    """Sort files by the numbers in their names."""
-    return sorted(paths, key=lambda path: [int(word) for word in path.stem.split("_") if word.isdigit()])
+def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
+    """Open the files of one ``engine.save_checkpoint``: one checkpoint, or one per stage of a pipeline.
+
+    Args:
+        folder: the folder that was saved to (its file ``latest`` names the tag), or a tag's folder in it.
+
+    Raises:
+        CheckpointError: the folder holds no such checkpoint, or experts of a DeepSpeed MoE layer, or a file that cannot be
+            read without running code from it, or not all files of a pipeline.
+    """
+    latest = folder / "latest"
+    inside = folder / latest.read_text().strip() if latest.is_file() else folder
+    if experts := sorted(inside.glob("layer_*_expert_*")):
+        raise CheckpointError(f"{experts[0]}: holds an expert of a DeepSpeed MoE layer; allowed: models without them")
+    models, shards = (_opened(inside.glob(pattern)) for pattern in (_MODEL_FILES, _OPTIMIZER_FILES))
+    if not models:
+        raise CheckpointError(
+            f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"
+        )
+    if layers := _opened(inside.glob(_LAYER_FILES)):
+        return [EngineCheckpoint(inside, *stage) for stage in stages(models, shards, layers)]
+    of_ranks = list(models.values())
+    states = [shard["optimizer_state_dict"] for shard in shards.values()] or [of_ranks[0]["optimizer"]]  # the latter on stage 0
+    return [EngineCheckpoint(inside, of_ranks, states)]
+
+
+def _opened(paths: Iterable[Path]) -> dict[Path, Any]:
+    """The content of files, sorted by the numbers in their names."""
+    found = sorted(paths, key=lambda path: [int(word) for word in re.split(r"[_-]", path.stem) if word.isdigit()])
+    return {path: load(path) for path in found}
 
 
 def load(path: Path) -> Any:

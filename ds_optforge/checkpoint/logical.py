@@ -4,7 +4,7 @@ All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one)
 buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def chunks_of(
     states: Sequence[State],
     buffers: Sequence[str],
     statistics: Sequence[tuple[str, Per]],
+    without: Container[str] = (),
 ) -> Iterator[Chunk]:
     """Yield views of one rank's weights and state, for the parameters that one call of ``step()`` updates.
 
@@ -79,10 +80,13 @@ def chunks_of(
         tensors, states: the tensors that are stepped, and the state of each.
         buffers: names of the rule's elementwise buffers.
         statistics: (name, per) of each of the rule's statistics.
+        without: names of parameters to leave out.
     """
     places = {per: placement.value_places(per) for _, per in statistics}
     formats = [EightBit(fragments) for fragments in placement.held_fragments()]
     for parameter, name in enumerate(placement.layout.names):
+        if name in without:
+            continue
         numel = placement.numel(parameter)
         held = placement.held(parameter)
         if held is not None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -76,3 +76,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: got version {manifest.get('version')}; this ds_optforge reads version {VERSION}")
     found: dict[str, Any] = manifest
     return found
+
+
+def plain(value: Any, what: str) -> Any:
+    """Return plain data as JSON gives it back. Raises CheckpointError for values that it would change or refuse."""
+    allowed = "allowed: numbers, strings, lists, and dicts with strings as keys"
+    if odd := list(_odd_keys(value)):
+        raise CheckpointError(f"{what} cannot be saved: got the key {odd[0]!r}; {allowed}")
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what} cannot be saved: {error}; {allowed}") from None
+
+
+def _odd_keys(value: Any) -> Iterator[Any]:
+    """Keys that JSON would turn into strings."""
+    if isinstance(value, Mapping):
+        yield from (key for key in value if not isinstance(key, str))
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _odd_keys(inner)

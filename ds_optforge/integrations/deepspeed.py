@@ -16,6 +16,7 @@ from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import make_trusted, refresh_weights
+from ds_optforge.zero.pipeline import is_pipeline
 
 logger = logging.getLogger("ds_optforge")
 
@@ -67,6 +68,7 @@ def initialize(
         check(loaded)
     else:
         loaded = _beside_object(loaded, optimizer)
+    _refuse_partitioned_pipeline(model, loaded)
     if "scheduler" in loaded and arguments.get("lr_scheduler") is not None:
         raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
     register(model)
@@ -93,6 +95,14 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     check_beside_optimizer(config, {group[GROUP]: group["lr"] for group in groups})
     # DeepSpeed refuses every optimizer object but its own Adam and Lion on the CPU, unless told so.
     return {"zero_force_ds_cpu_optimizer": False, **config}
+
+
+def _refuse_partitioned_pipeline(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse before the engine is built what DeepSpeed refuses in the middle of it."""
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    if is_pipeline(model) and stage not in (0, 1):
+        raise ConfigError(f"zero_optimization.stage: got {stage} with a PipelineModule; allowed: 0, 1 (DeepSpeed has no other)")
 
 
 def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:

@@ -132,30 +132,31 @@ def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
         ConfigError: see `route`.
     """
     tag(model)
-    return [route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return [route(parameter, config) for parameter in trained if not tags_of(parameter).placeholder]
 
 
-def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:
+def log_routing(groups: Sequence[tuple[RuleSettings, int]], config: OptimizerConfig) -> None:
     """Log the number of parameters (elements) of each rule, and warn of a configuration that is probably not meant.
 
     Args:
-        routes: of all parameters.
+        groups: settings and number of elements of each parameter group.
         config: of the optimizer.
     """
     counts: dict[str, int] = {}
-    for r in routes:
-        counts[r.settings.rule] = counts.get(r.settings.rule, 0) + r.numel
+    for settings, numel in groups:
+        counts[settings.rule] = counts.get(settings.rule, 0) + numel
     main = config.main
     if main.needs_matrix():
         counts = {main.rule: 0, "adamw": 0} | counts
     logger.info(", ".join(f"{_title(rule)}: {numel:,} params" for rule, numel in counts.items()))
     if not main.needs_matrix():
         return
-    if not any(r.settings.needs_matrix() for r in routes):
+    if not any(settings.needs_matrix() for settings, _ in groups):
         logger.warning("no parameter is a matrix for '%s': every one is trained by adamw", main.rule)
         return
-    beside = [r for r in routes if not r.settings.needs_matrix()]
-    if not main.matches_adamw and "lr" not in config.common.adamw and any(r.settings.lr == main.lr for r in beside):
+    beside = [settings for settings, _ in groups if not settings.needs_matrix()]
+    if not main.matches_adamw and "lr" not in config.common.adamw and any(settings.lr == main.lr for settings in beside):
         logger.warning(
             "adamw.lr is not set: AdamW runs at '%s's lr = %g, which is usually too high; set adamw.lr, or "
             "orthogonalization.scale = 'match_rms_adamw' to share one learning rate",

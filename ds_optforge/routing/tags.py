@@ -7,9 +7,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ds_optforge.errors import ConfigError
+from ds_optforge.zero.pipeline import PLACEHOLDERS, Stage, enter_pipeline, is_pipeline, last_layer
 from ds_optforge.zero.shards import full_shape
 
 _NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
+_STAGE = "optforge_stage"
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
 
 
@@ -22,12 +24,19 @@ class Tags:
         role: "embedding" or "unembedding"; None if the shape decides.
         matrix: (rows, cols) of each of its matrices; None if the shape decides.
         transposed: whether it is stored (in, out).
+        stage: the stage of the pipeline that trains it; None without a pipeline.
     """
 
     name: str | None
     role: Literal["embedding", "unembedding"] | None
     matrix: tuple[int, int] | None
     transposed: bool
+    stage: Stage | None
+
+    @property
+    def placeholder(self) -> bool:
+        """Whether it stands for the parameters of other stages, and is none of the model's own."""
+        return self.name is not None and self.name.startswith(f"{PLACEHOLDERS}.")
 
 
 def tags_of(parameter: Tensor) -> Tags:
@@ -37,15 +46,18 @@ def tags_of(parameter: Tensor) -> Tags:
         getattr(parameter, _ROLE, None),
         getattr(parameter, _MATRIX, None),
         getattr(parameter, _TRANSPOSED, False),
+        getattr(parameter, _STAGE, None),
     )
 
 
 def tag(model: nn.Module) -> None:
     """Write onto each parameter of ``model`` its qualified name, and what its module says of its role and shape."""
+    stage = enter_pipeline(model)
     heads = {id(parameter) for parameter in _head_weights(model)}
     for name, parameter in model.named_parameters():  # the first name of a tied parameter
         setattr(parameter, _NAME, name)
         setattr(parameter, _ROLE, "unembedding" if id(parameter) in heads else None)
+        setattr(parameter, _STAGE, stage)
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             setattr(module.weight, _ROLE, "embedding")  # even if the head is tied to it
@@ -58,15 +70,39 @@ def tag(model: nn.Module) -> None:
 
 
 def _head_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the weights of output embeddings: Hugging Face's, and those of Linears named like a head outside any layer."""
+    """Yield the weights of output embeddings.
+
+    They are Hugging Face's, those of Linears named like a head outside any layer, and the Linear at the end of a chain.
+    """
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     weight = getattr(get_output_embeddings(), "weight", None) if get_output_embeddings else None
     if isinstance(weight, Tensor):
         yield weight
     for name, module in model.named_modules():
         *path, last = name.split(".")
+        if is_pipeline(model):
+            path = path[1:]  # the layer's number
         if isinstance(module, nn.Linear) and last in _HEAD_NAMES and not any(part.isdigit() for part in path):
             yield module.weight
+    last = _last_layer(model)
+    if last is not None and (linear := _only_linear(last)):
+        yield linear.weight
+
+
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    """The last layer with parameters of a PipelineModule, or of an nn.Sequential that holds an embedding; else None."""
+    if is_pipeline(model):
+        return last_layer(model)
+    if not isinstance(model, nn.Sequential) or not any(isinstance(module, nn.Embedding) for module in model.modules()):
+        return None
+    return next((layer for layer in reversed(model) if any(True for _ in layer.parameters())), None)
+
+
+def _only_linear(layer: nn.Module) -> nn.Linear | None:
+    """The Linear that a layer is, or holds as its only one and its only matrix; else None."""
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    matrices = [parameter for parameter in layer.parameters() if len(full_shape(parameter)) > 1]
+    return linears[0] if len(linears) == len(matrices) == 1 else None
 
 
 def parameter_name(parameter: Tensor) -> str:

@@ -8,10 +8,12 @@ from torch import Tensor
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
+from ds_optforge.routing.tags import tags_of
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
+from ds_optforge.step.stages import GroupEntry, Routed, route_all, stage_among, take_placeholders
 from ds_optforge.zero.layout import expert_group_name
 from ds_optforge.zero.shards import full_shape
 
@@ -26,25 +28,34 @@ class Groups:
         params: the model's parameters, or groups of them.
         config: of the optimizer.
 
+    The stages of a pipeline have the same groups in the same order; a placeholder stands in a group of which a stage has no
+    parameters. Making the groups is collective over the ranks of a pipeline.
+
     Attributes:
         dicts: the groups that torch's optimizer is to get as its ``param_groups``.
+        stage: the stage of the pipeline that this rank trains; None without a pipeline.
 
     Raises:
-        ConfigError: parameters that were not registered, settings that do not fit them, or nothing to train.
+        ConfigError: parameters that were not registered, settings that do not fit them, or nothing to train; on all stages
+            of a pipeline.
     """
 
     def __init__(self, params: Iterable[Any], config: OptimizerConfig) -> None:
         self._config = config
-        routed = [item for index, group in enumerate(_as_groups(params)) for item in self._routed(index, group)]
-        log_routing([item[1] for item in routed], config)
+        given = _as_groups(params)
+        self.stage = stage_among(parameter for group in given for parameter in group["params"])
+        routed, entries = route_all(
+            self.stage, lambda: (item for index, group in enumerate(given) for item in self._routed(index, group))
+        )
+        log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._rules: dict[Tensor, Rule] = {}
-        self.dicts = self._build(routed)
+        self.dicts = self._build(routed, entries)
 
-    def _routed(self, index: int, group: dict[str, Any]) -> Iterator[tuple[Tensor, Route, str, dict[str, Any]]]:
+    def _routed(self, index: int, group: dict[str, Any]) -> Iterator[Routed]:
         """Yield (parameter, route, identifier of our group, the frameworks' keys of the group) for one given group."""
         own = {key: value for key, value in group.items() if key not in KEYS_OF_FRAMEWORKS}
         kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
@@ -52,29 +63,31 @@ class Groups:
         for position, parameter in enumerate(group["params"]):
             if not (parameter.requires_grad and parameter.is_floating_point() and full_shape(parameter).numel()):
                 continue
+            if tags_of(parameter).placeholder:  # of an engine that was built before
+                continue
             decided = route(parameter, self._config, own, f"param_groups[{index}].params[{position}]")
             experts = expert_group_name(parameter)
             keys = {**kept, "moe": True, "name": experts} if experts else kept
             yield parameter, decided, prefix + decided.group + (f".{experts}" if experts else ""), keys
 
-    def _build(self, routed: Sequence[tuple[Tensor, Route, str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    def _build(self, routed: Sequence[Routed], entries: Sequence[GroupEntry]) -> list[dict[str, Any]]:
         if not routed:
             raise ConfigError("params: got no trainable floating-point parameter; allowed: at least one")
-        members: dict[str, list[tuple[Tensor, Route]]] = {}
-        kept: dict[str, dict[str, Any]] = {}
-        for parameter, decided, identifier, keys in routed:
-            members.setdefault(identifier, []).append((parameter, decided))
-            kept[identifier] = keys
+        members: dict[str, list[tuple[Tensor, Route]]] = {entry.identifier: [] for entry in entries}
+        for parameter, decided, identifier, _ in routed:
+            members[identifier].append((parameter, decided))
+        placeholders = iter(take_placeholders(self.stage, sum(not group for group in members.values())))
         groups = []
-        for identifier, group in members.items():
-            parameters, routes = zip(*group, strict=True)
-            settings = routes[0].settings
-            self._members[identifier] = Members(parameters, routes, settings, built(settings))
-            groups.append({"params": list(parameters), GROUP: identifier, **kept[identifier], **settings.scheduled()})
+        for entry in entries:
+            group, settings = members[entry.identifier], entry.settings
+            parameters, routes = (tuple(column) for column in zip(*group, strict=True)) if group else ((), ())
+            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings))
+            stepped = list(parameters) or [next(placeholders)]
+            groups.append({"params": stepped, GROUP: entry.identifier, **entry.keys, **settings.scheduled()})
         return groups
 
     def __getitem__(self, group: Mapping[str, Any]) -> Members:
-        """Return the members of one of ``param_groups``."""
+        """Return the members of one of ``param_groups``: none where other stages of a pipeline have them all."""
         return self._members[group[GROUP]]
 
     @property

@@ -21,12 +21,14 @@ from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
 from ds_optforge.zero.exchange import BucketExchange, sum_over_ranks
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
+from ds_optforge.zero.pipeline import Stage, replicated, sum_over_stages
 from ds_optforge.zero.placement import Held
 
 # Matrices that are sampled per group for the orthogonality error: the same ones in every step and layout.
 SAMPLE = 8
 
 _SUMS = ("elements", "change", "weight", "product", "momentum", "gradient", "defect", "matrices", "bytes")
+_SCALES = ("scaled_lr", "scaled")  # sum over the matrices of the learning rate times its factor, and their number
 
 
 class Monitor(Protocol):
@@ -47,15 +49,16 @@ class Telemetry:
     Args:
         every: steps from one record to the next.
         members: of all groups, by identifier.
+        stage: the stage of the pipeline that this rank trains; sums are then added up over the stages too.
     """
 
-    def __init__(self, every: int, members: Mapping[str, Members]) -> None:
+    def __init__(self, every: int, members: Mapping[str, Members], stage: Stage | None = None) -> None:
         self._every = every
-        self._members = members
+        self._members, self._stage = members, stage
         self._samples = {group: _sample(found.routes) for group, found in members.items()}
         self._monitor: Monitor | None = None
         self._last: dict[str, Any] = {}
-        self._reduced: tuple[int, dict[str, float], Tensor] | None = None  # read from the device when asked for
+        self._reduced: tuple[int, Tensor] | None = None  # read from the device when asked for
         self._begin()
 
     def _begin(self) -> None:
@@ -69,10 +72,10 @@ class Telemetry:
     def last(self) -> dict[str, Any]:
         """The last record: {"step": n, "groups": {group: {name: value}}}; empty before the first."""
         if self._reduced is not None:
-            step, rates, sums = self._reduced
+            step, sums = self._reduced
             groups = {
-                group: _numbers(dict(zip(_SUMS, row, strict=True)), rates[group])
-                for group, row in zip(rates, sums.tolist(), strict=True)
+                group: _numbers(dict(zip(_SUMS + _SCALES, row, strict=True)))
+                for group, row in zip(self._members, sums.tolist(), strict=True)
             }
             self._last, self._reduced = {"step": step, "groups": groups}, None
         return self._last
@@ -107,7 +110,7 @@ class Telemetry:
             self._sums.pop(group, None)
         sums = watch.sums()
         self._sums[group] = self._sums[group] + sums if group in self._sums else sums
-        self._rates[group] = now["lr"] * _mean_scale(self._members[group])
+        self._rates[group] = now["lr"]
         self._covered[group] += len(watch.slices.binding.indices)
         # Experts are cut over fewer ranks than the rest; the elements that a rank holds of them count in the sum over all.
         if self._widest is None or watch.slices.binding.world_size > self._widest.world_size:
@@ -116,9 +119,14 @@ class Telemetry:
             self._reduce(step, self._widest)
 
     def _reduce(self, step: int, binding: Binding) -> None:
-        sums = torch.stack([self._sums[group].to(binding.device) for group in self._members])
+        nothing = torch.zeros(len(_SUMS), dtype=torch.float64)  # of a group that other stages have
+        sums = torch.stack([self._sums.get(group, nothing).to(binding.device) for group in self._members])
         sum_over_ranks(sums, binding)
-        self._reduced = (step, {group: self._rates[group] for group in self._members}, sums)
+        scales = [_scales(members, self._rates.get(group, 0.0)) for group, members in self._members.items()]
+        sums = torch.cat([sums, torch.tensor(scales, dtype=torch.float64, device=binding.device)], dim=1)
+        if self._stage:
+            sum_over_stages(sums, self._stage)
+        self._reduced = (step, sums)
         self._begin()
         self._write()
 
@@ -152,7 +160,8 @@ class Watch:
         self._states = states
         self._workspace: Tensor | None = None
         self._found: dict[str, list[Tensor]] = {name: [] for name in _SUMS}
-        self._held = [_merged(fragments) for fragments in slices.placement.held_fragments()]
+        copies = {i for i, index in enumerate(slices.binding.indices) if replicated(members.parameters[index])}
+        self._held = [_merged(fragments) for fragments in slices.placement.held_fragments(without=copies)]
         buffers = members.rule.buffers
         self._momentum = next((buffer.name for buffer in buffers if buffer.momentum), "")
         layout = slices.placement.layout
@@ -308,20 +317,20 @@ def _sample(routes: Sequence[Route]) -> frozenset[tuple[str, int]]:
     return frozenset(sorted(places, key=lambda place: crc32(f"{place[0]}[{place[1]}]".encode()))[:SAMPLE])
 
 
-def _mean_scale(members: Members) -> float:
-    """Return the mean factor of a matrix rule's orthogonal updates over its matrices; 1 for other rules."""
+def _scales(members: Members, rate: float) -> tuple[float, float]:
+    """Return `_SCALES`: the factors are those of a matrix rule's orthogonal updates; another rule counts as 1 matrix."""
     rule = members.rule
-    if not isinstance(rule, MatrixRule):
-        return 1.0
+    if not members.routes or not isinstance(rule, MatrixRule):
+        return (rate, 1.0) if members.routes else (0.0, 0.0)
     scales = [
         rule.rms(rows, cols, route.transposed) * math.sqrt(max(rows, cols))
         for route in members.routes
         for _, rows, cols in route.matrices
     ]
-    return sum(scales) / len(scales)
+    return rate * sum(scales), float(len(scales))
 
 
-def _numbers(sums: Mapping[str, float], rate: float) -> dict[str, float]:
+def _numbers(sums: Mapping[str, float]) -> dict[str, float]:
     """Make a group's record; numbers that do not apply to it, or have no value yet, are left out."""
     update, parameter = (math.sqrt(sums[name] / sums["elements"]) for name in ("change", "weight"))
     numbers = {"update_rms": update, "parameter_rms": parameter}
@@ -331,4 +340,4 @@ def _numbers(sums: Mapping[str, float], rate: float) -> dict[str, float]:
         numbers["momentum_gradient_cosine"] = sums["product"] / math.sqrt(sums["momentum"] * sums["gradient"])
     if sums["matrices"] > 0:
         numbers["orthogonality_error"] = math.sqrt(sums["defect"] / sums["matrices"])
-    return {**numbers, "effective_lr": rate, "state_bytes": round(sums["bytes"])}
+    return {**numbers, "effective_lr": sums["scaled_lr"] / sums["scaled"], "state_bytes": round(sums["bytes"])}

@@ -64,6 +64,8 @@ def set_counters(engine: Any, values: Mapping[str, int]) -> None:
 def model_parallelism(engine: Any) -> str:
     """Name the kind of parallelism in which ranks have different tensors under the same name.
 
+    The stages of a pipeline have different names, or the same tensors under the same name.
+
     Args:
         engine: DeepSpeed's engine.
 
@@ -72,9 +74,11 @@ def model_parallelism(engine: Any) -> str:
     """
     if any(map(expert_parallel, engine.module.parameters())):
         return "experts that are shared out over ranks (ep_size > 1)"
-    if getattr(engine, "pipeline_parallelism", False):
-        return "pipeline parallelism"
-    return "tensor parallelism" if getattr(engine, "mp_world_size", 1) > 1 else ""
+    if getattr(engine, "pipeline_parallelism", False):  # where mp_world_size counts the stages too
+        sharded = require_attribute(require_attribute(engine, "grid"), "get_slice_parallel_world_size")() > 1
+    else:
+        sharded = getattr(engine, "mp_world_size", 1) > 1
+    return "tensor parallelism" if sharded else ""
 
 
 def refresh_weights(wrapper: Any) -> None:

@@ -5,7 +5,7 @@ tensors hold, on every rank and without a model.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,10 +71,12 @@ class Placement:
             return None
         return Held(*self.place(cut.offset + low - data_rank * cut.size), Range(low - cut.base, numel))
 
-    def held_fragments(self) -> list[list[Held]]:
-        """Return, for each tensor, the fragments in it, as ranges of their parameters."""
+    def held_fragments(self, without: Container[int] = ()) -> list[list[Held]]:
+        """Return, for each tensor, the fragments in it, as ranges of their parameters: all but those in ``without``."""
         held: list[list[Held]] = [[] for _ in self.starts]
         for fragment in self.layout.fragments(self.rank):
+            if self.layout.matrices[fragment.matrix].parameter in without:
+                continue
             tensor, start = self.place(fragment.slice_start)
             held[tensor].append(Held(tensor, start, Range(self.layout.start_in_parameter(fragment), fragment.numel)))
         return held

@@ -1,0 +1,120 @@
+"""The parameter groups on which the stages of a pipeline agree: the same ones, in the same order, on every stage."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ds_optforge.errors import ConfigError
+from ds_optforge.routing.roles import Route
+from ds_optforge.routing.tags import tags_of
+from ds_optforge.rules.settings import RuleSettings
+from ds_optforge.zero.pipeline import Stage, from_all_stages, replicated
+
+Routed = tuple[Tensor, Route, str, dict[str, Any]]  # parameter, route, identifier of our group, the frameworks' keys of it
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEntry:
+    """A parameter group, as one stage tells the others of it.
+
+    Attributes:
+        identifier: of the group.
+        keys: the frameworks' keys of its dict.
+        settings: of its rule.
+        numel: elements of its parameters, each counted on one stage only.
+    """
+
+    identifier: str
+    keys: dict[str, Any]
+    settings: RuleSettings
+    numel: int
+
+
+def stage_among(parameters: Iterable[Tensor]) -> Stage | None:
+    """Return the stage of the pipeline whose parameters these are; None without a pipeline."""
+    return next((stage for parameter in parameters if (stage := tags_of(parameter).stage)), None)
+
+
+def route_all(stage: Stage | None, routed: Callable[[], Iterable[Routed]]) -> tuple[list[Routed], list[GroupEntry]]:
+    """Route this stage's parameters, and list the groups of all stages. Collective over the ranks of a pipeline.
+
+    Args:
+        stage: this rank's; None without a pipeline.
+        routed: routes the parameters.
+
+    Returns:
+        (the routed parameters, the groups in the order in which the stages have them).
+
+    Raises:
+        ConfigError: what ``routed`` raised, on all stages; a stage without parameters; groups that differ between stages.
+    """
+    if stage is None:
+        own = list(routed())
+        return own, list(_entries(own))
+    own, failure = [], ""
+    try:
+        own = list(routed())
+        _refuse_tied_matrices(stage, own)
+    except Exception as error:  # whatever it is, the other stages must not wait for this one
+        failure = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    shared = from_all_stages(stage, failure or list(_entries(own)))
+    for index, found in enumerate(shared):
+        if isinstance(found, str):
+            raise ConfigError(f"stage {index} of the pipeline: {found}")
+    union = _union(shared)
+    for index, found in enumerate(shared):
+        if not found:
+            raise ConfigError(f"stage {index} of the pipeline: got no trainable parameter; allowed: at least one")
+        if len(union) - len(found) > len(stage.placeholders):
+            raise ConfigError(
+                f"stage {index} of the pipeline: has no parameters for {len(union) - len(found)} of the {len(union)} parameter "
+                f"groups of all stages; allowed: {len(stage.placeholders)} (fewer overrides make fewer groups)"
+            )
+    return own, union
+
+
+def take_placeholders(stage: Stage | None, count: int) -> Sequence[Tensor]:
+    """Return ``count`` placeholders, ready to be given to an optimizer; the others stay frozen."""
+    available = stage.placeholders if stage else ()
+    for index, placeholder in enumerate(available):
+        placeholder.requires_grad_(index < count)
+    return available[:count]
+
+
+def _entries(routed: Sequence[Routed]) -> Iterator[GroupEntry]:
+    found: dict[str, GroupEntry] = {}
+    for parameter, decided, identifier, keys in routed:
+        entry = found.get(identifier) or GroupEntry(identifier, keys, decided.settings, 0)
+        numel = 0 if replicated(parameter) else decided.numel
+        found[identifier] = replace(entry, keys=keys, numel=entry.numel + numel)
+    yield from found.values()
+
+
+def _union(shared: Sequence[Sequence[GroupEntry]]) -> list[GroupEntry]:
+    union: dict[str, GroupEntry] = {}
+    first_stage: dict[str, int] = {}
+    for index, entries in enumerate(shared):
+        for entry in entries:
+            known = union.setdefault(entry.identifier, replace(entry, numel=0))
+            first = first_stage.setdefault(entry.identifier, index)
+            if (known.settings, known.keys) != (entry.settings, entry.keys):
+                raise ConfigError(
+                    f"param_groups: '{entry.identifier}' has {known.settings!r} {known.keys} on stage {first} of the pipeline "
+                    f"and {entry.settings!r} {entry.keys} on stage {index}; allowed: the same settings on all stages"
+                )
+            union[entry.identifier] = replace(known, numel=known.numel + entry.numel)
+    return list(union.values())
+
+
+def _refuse_tied_matrices(stage: Stage, routed: Sequence[Routed]) -> None:
+    """Refuse a matrix rule for a weight that several stages hold: they batch it with other matrices, so the copies drift."""
+    tied = {id(parameter) for parameter in stage.tied}
+    for parameter, decided, _, _ in routed:
+        if id(parameter) in tied and decided.settings.needs_matrix():
+            raise ConfigError(
+                f"{decided.name}: got rule '{decided.settings.rule}' for a weight that several stages of the pipeline hold "
+                "(TiedLayerSpec), whose copies would drift apart; allowed: an elementwise rule, as of "
+                f'"overrides": [{{"match": "{decided.name}", "role": "embedding"}}]'
+            )

@@ -1,0 +1,96 @@
+"""Checkpoints of pipelines: they resume bit for bit, and on other numbers of stages and ranks, with or without a pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ds_optforge import CheckpointError
+from ds_optforge.checkpoint.convert import convert, export
+from tests.distributed import checkpoints, pipelines
+from tests.distributed.conftest import Pools
+from tests.distributed.test_pipeline import RULES, TOLERANCE
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+SCHEDULE = {
+    "scheduler": {"type": "OptForgeSchedule", "params": {"name": "cosine", "total_num_steps": 8, "warmup_num_steps": 2}}
+}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # kind of model, configuration
+    "stage 0": ("plain", pipelines.configuration(0, RULES["normuon"], **SCHEDULE)),
+    "stage 1": ("plain", pipelines.configuration(1, RULES["normuon"], **SCHEDULE)),
+    "stage 0, tied": ("tied", pipelines.configuration(0, RULES["muon"], **SCHEDULE)),
+    "stage 1, tied": ("tied", pipelines.configuration(1, RULES["muon"], **SCHEDULE)),
+    "BF16_Optimizer": ("tied", pipelines.configuration(1, RULES["muon"], **BF16)),
+    "bf16": ("plain", pipelines.configuration(1, RULES["muon"], bf16={"enabled": True})),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_pipeline_resumes_bit_for_bit(run: str, pools: Pools, tmp_path: Path) -> None:
+    """From what DeepSpeed saved, and from a portable checkpoint."""
+    kind, config = RUNS[run]
+    expected = pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
+    for how in ("portable", "engine"):
+        for result, before in zip(
+            pools[4].run(pipelines.resume, config, 2, kind, str(tmp_path / how), how), expected, strict=True
+        ):
+            assert result["losses"] == before["losses"]
+            for name, value in before["parameters"].items():
+                assert torch.equal(result["parameters"][name], value), name
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_converted_checkpoint_is_what_would_have_been_saved(run: str, pools: Pools, tmp_path: Path) -> None:
+    """Bit for bit, and it can be exported."""
+    kind, config = RUNS[run]
+    pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
+    convert(tmp_path / "engine", tmp_path / "converted")
+    converted, saved = (checkpoints.logical_tensors(tmp_path / name) for name in ("converted", "portable"))
+    assert converted.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(converted[name], tensor), name
+    manifests = [checkpoints.Checkpoint(tmp_path / name).manifest for name in ("converted", "portable")]
+    for key in ("shapes", "groups", "block_cuts", "loss_scale", "scheduler"):
+        assert manifests[0][key] == manifests[1][key], key
+    export(tmp_path / "converted", tmp_path / "exported")
+
+
+MISSING = {  # by file of "stage 1": what the message says
+    "mp_rank_01_model_states.pt": "has 1 of 2 files mp_rank_*_model_states.pt",
+    "zero_pp_rank_1_mp_rank_01_optim_states.pt": "has 1 of 2 files *_mp_rank_01_optim_states.pt",
+    "layer_03-model_states.pt": "no layer_*-model_states.pt holds '3.lin.weight'",
+}
+
+
+def test_a_pipeline_checkpoint_without_one_of_its_files_is_refused(pools: Pools, tmp_path: Path) -> None:
+    """By name, with nothing written."""
+    kind, config = RUNS["stage 1"]
+    pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
+    for name, message in MISSING.items():
+        path = tmp_path / "engine" / f"global_step{pipelines.HALF}" / name
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CheckpointError) as error:
+            convert(tmp_path / "engine", tmp_path / "converted")
+        assert str(error.value) == f"{path.parent}: {message}"
+        assert not (tmp_path / "converted").exists()
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied"])
+@pytest.mark.parametrize("saved", [(4, 2), (3, 3), (2, 1), (2, 0)], ids=["2x2", "3 stages", "1 stage x 2", "no pipeline"])
+def test_a_portable_checkpoint_resumes_on_other_stages_and_ranks(
+    saved: tuple[int, int], kind: str, pools: Pools, tmp_path: Path
+) -> None:
+    """And without a pipeline on ZeRO-2 and 3, for a model that gives the layers the same names."""
+    ranks, stages = saved
+    one, none = (pipelines.configuration(stage, RULES["normuon" if kind == "plain" else "muon"]) for stage in (1, 0))
+    expected = pools[ranks].run(pipelines.save, one, stages, kind, str(tmp_path))[0]["losses"]
+    more = [pipelines.configuration(stage, one["optimizer"]["params"]) for stage in (2, 3)]
+    for other, resumed in ((2, 2), (3, 3), (4, 2), (1, 1), (2, 0)):
+        configs = [one, none, *([] if resumed else more)]
+        for result in pools[other].run(pipelines.resume_each, configs, resumed, kind, str(tmp_path / "portable")):
+            for found in result:
+                assert found["steps"] == 2 * pipelines.HALF
+                assert found["losses"] == pytest.approx(expected, rel=TOLERANCE)
