@@ -19,6 +19,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     },
     "Parallelism": {
         "data": "Data parallelism, 1 to 4 ranks",
+        "autotp": "Tensor parallelism: AutoTP, 2 and 4 ranks, with data parallelism",
+        "megatron": "Tensor parallelism: layers in the manner of Megatron, with an mpu",
         "moe": "DeepSpeed MoE layers, `ep_size` 1 and 2",
     },
 }

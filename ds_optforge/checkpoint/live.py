@@ -15,6 +15,7 @@ from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
 from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, weight_name
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.random_states import random_states
+from ds_optforge.checkpoint.shards import Shards, shards_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
 from ds_optforge.routing.tags import tags_of
@@ -34,6 +35,7 @@ class Stepped:
     members: Members
     slices: Slices
     states: list[State]
+    shards: Shards
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class Stepped:
     def chunks(self, without: Container[str]) -> Iterator[Chunk]:
         """This rank's chunks of the parameters whose names are not in ``without``."""
         statistics = [(statistic.name, statistic.per) for statistic in statistics_of(self.members.rule)]
-        return chunks_of(self.slices.placement, self.slices.tensors, self.states, self.buffers, statistics, without)
+        placement, tensors = self.slices.placement, self.slices.tensors
+        return chunks_of(placement, tensors, self.states, self.buffers, statistics, without, self.shards)
 
 
 class LiveEngine:
@@ -66,6 +69,7 @@ class LiveEngine:
             raise CheckpointError(f"got an engine with {type(self.wrapper).__name__}; allowed: one that OptForge trains")
         self.optimizer: OptForge = base
         self._refuse_model_parallel()
+        self.shards = shards_of(list(self._named_parameters()))
         refuse_while_averaged(base, "a checkpoint")
         groups, self._stage = groups_of(base), groups_of(base).stage
         self.stepped = [
@@ -73,6 +77,7 @@ class LiveEngine:
             for group, tensors in stepped_tensors(self.wrapper, base.param_groups)
             if groups[group].parameters  # else other stages of a pipeline have them
         ]
+        self._refuse_blocks_and_parts()
         self._copies = {name for name, parameter in self._named_parameters() if replicated(parameter)}
         shared = self._from_all_stages((self._own_shapes(), self._own_groups(), self._own_block_cuts(), self._unsynchronized()))
         self.shapes, self.groups, self._block_cuts = _merged([part[:3] for part in shared])
@@ -87,7 +92,22 @@ class LiveEngine:
         groups = groups_of(self.optimizer)
         slices = groups.slices_of(group, tensors)
         states: list[State] = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
-        return Stepped(group, groups[group], slices, states)
+        return Stepped(group, groups[group], slices, states, self.shards)
+
+    def _refuse_blocks_and_parts(self) -> None:
+        """Raise CheckpointError for state of shards that is no range of the whole parameter's state."""
+        for stepped in self.stepped if self.shards.of else ():
+            if stepped.members.settings.state_dtype == "8bit":
+                raise CheckpointError(
+                    f"parameter group '{stepped.name}': got 8-bit state, whose blocks tensor parallelism cuts; allowed: "
+                    "state_dtype float32 or bfloat16 (engine.save_checkpoint saves the others)"
+                )
+            for route in stepped.members.routes if statistics_of(stepped.members.rule) else ():
+                if route.name in self.shards.of and len(route.matrices) > 1:
+                    raise CheckpointError(
+                        f"'{route.name}': got row statistics of a fused weight that tensor parallelism cuts; allowed: no "
+                        "split (engine.save_checkpoint saves the others)"
+                    )
 
     def _from_all_stages(self, value: Any) -> list[Any]:
         return from_all_stages(self._stage, value) if self._stage else [value]
@@ -130,10 +150,14 @@ class LiveEngine:
 
         Of a parameter that several stages of a pipeline hold, the first has them, for others are cut elsewhere.
         """
-        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(without=self._copies)]
+        elsewhere = self._copies
+        if self.shards.rank > 0:  # the first tensor rank has what is not cut
+            elsewhere = elsewhere | (self.shapes.keys() - self.shards.of.keys())
+        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(without=elsewhere)]
         for name, (values, start, numel) in self.untrained.items():
-            if values.numel() and name not in self._copies:
-                chunks.append(flat_chunk(weight_name(name), numel, start, values.reshape(-1)))
+            if values.numel() and name not in elsewhere:
+                chunk = flat_chunk(weight_name(name), numel, start, values.reshape(-1))
+                chunks += self.shards.whole_chunks(name, chunk)
         for kind, state in random_states().items():
             chunks.append(flat_chunk(f"random/{rank()}/{kind}", state.numel(), 0, state))
         return chunks

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
 from ds_optforge.checkpoint.files import Checkpoint
+from ds_optforge.checkpoint.shards import WHOLE, Shards
 from ds_optforge.rules.base import Buffer, Rule, statistics_of
 from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
 from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
@@ -72,6 +73,7 @@ def chunks_of(
     buffers: Sequence[str],
     statistics: Sequence[tuple[str, Per]],
     without: Container[str] = (),
+    shards: Shards = WHOLE,
 ) -> Iterator[Chunk]:
     """Yield views of one rank's weights and state, for the parameters that one call of ``step()`` updates.
 
@@ -81,6 +83,7 @@ def chunks_of(
         buffers: names of the rule's elementwise buffers.
         statistics: (name, per) of each of the rule's statistics.
         without: names of parameters to leave out.
+        shards: what tensor parallelism leaves this rank of the parameters; the call is then collective over tensor ranks.
     """
     places = {per: placement.value_places(per) for _, per in statistics}
     formats = [EightBit(fragments) for fragments in placement.held_fragments()]
@@ -90,11 +93,12 @@ def chunks_of(
         numel = placement.numel(parameter)
         held = placement.held(parameter)
         if held is not None:
-            yield flat_chunk(weight_name(name), numel, held.within.start, view(tensors[held.tensor], held))
+            weights = view(tensors[held.tensor], held)
+            yield from shards.whole_chunks(name, flat_chunk(weight_name(name), numel, held.within.start, weights))
             state = states[held.tensor]
             for key in (buffer_name(name, buffer) for buffer in buffers if buffer in state):
                 buffer = key.rpartition("/")[2]
-                yield flat_chunk(key, numel, held.within.start, view(state[buffer], held))
+                yield from shards.whole_chunks(name, flat_chunk(key, numel, held.within.start, view(state[buffer], held)))
                 if absmax_of(buffer) in state:
                     edges = block_edges(numel, block_cuts(placement, parameter))
                     first = int(torch.searchsorted(edges, held.within.start))
@@ -123,9 +127,11 @@ class Loading:
 
     Args:
         cuts: by parameter, the elements at which the saved blocks of its 8-bit state restart (`block_cuts`).
+        shards: what tensor parallelism leaves this rank of the parameters.
     """
 
-    def __init__(self, checkpoint: Checkpoint, cuts: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, cuts: Mapping[str, Sequence[int]], shards: Shards = WHOLE) -> None:
+        self._shards = shards
         self.requests: list[Request] = []
         self._stored, self._cuts = checkpoint.tensors, cuts
         self._conversions: list[Callable[[], object]] = []
@@ -135,17 +141,24 @@ class Loading:
         for convert in self._conversions:
             convert()
 
-    def into(self, target: Tensor, name: str, start: int) -> None:
+    def _elements(self, parameter: str, key: str, start: int, values: Tensor) -> None:
+        """Request elements that this rank holds of a parameter, or of a buffer like it, from element ``start`` on."""
+        requests, convert = self._shards.requests(parameter, key, start, values)
+        self.requests += requests
+        if convert is not None:
+            self._conversions.append(convert)
+
+    def into(self, target: Tensor, parameter: str, start: int) -> None:
         """Request a tensor of the model that the optimizer does not step.
 
         Args:
-            target: of any shape, filled from element ``start`` of the logical tensor ``name`` on.
+            target: of any shape, filled from element ``start`` of the ``parameter``, or buffer, of that name on.
         """
         if target.is_contiguous():
-            self.requests.append(Request(name, start, target.view(-1)))
+            self._elements(parameter, weight_name(parameter), start, target.view(-1))
         else:
             values = torch.empty(target.numel(), dtype=target.dtype)
-            self.requests.append(Request(name, start, values))
+            self._elements(parameter, weight_name(parameter), start, values)
             self._conversions.append(lambda: target.copy_(values.view(target.shape)))
 
     def into_weights(self, slices: Slices) -> None:
@@ -154,7 +167,7 @@ class Loading:
         for parameter, name in enumerate(placement.layout.names):
             held = placement.held(parameter)
             if held is not None:
-                self.requests.append(Request(weight_name(name), held.within.start, view(slices.tensors[held.tensor], held)))
+                self._elements(name, weight_name(name), held.within.start, view(slices.tensors[held.tensor], held))
 
     def into_state(self, slices: Slices, states: Sequence[State], rule: Rule) -> None:
         """Request the state buffers and statistics for ``states``, which must have been allocated."""
@@ -178,7 +191,7 @@ class Loading:
         style = slices.format_of(held.tensor, buffer)
         if absmax_of(key) not in self._stored:
             if not isinstance(style, EightBit):
-                self.requests.append(Request(key, held.within.start, stored))
+                self._elements(name, key, held.within.start, stored)
                 return
             values = torch.empty(held.numel, dtype=torch.float32)  # not where 8-bit state was chosen to save memory
             self.requests.append(Request(key, held.within.start, values))

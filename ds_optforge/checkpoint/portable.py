@@ -17,8 +17,8 @@ from ds_optforge.checkpoint.live import LiveEngine, Stepped, rank
 from ds_optforge.checkpoint.logical import (
     Loading,
     State,
+    absmax_of,
     buffer_name,
-    weight_name,
 )
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
 from ds_optforge.errors import CheckpointError
@@ -92,7 +92,7 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
     with _agreeing() as problems:
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
-        problems += [] if problems else _differences(live, checkpoint, strict)
+        problems += [] if problems else [*_differences(live, checkpoint, strict), *_blocks_for_shards(live, checkpoint)]
         fresh = set() if problems else _fresh_groups(live, checkpoint)
     _refuse_different(checkpoint)
     _restore(live, checkpoint, live.on_any_stage(fresh))
@@ -129,6 +129,15 @@ def _differences(live: LiveEngine, checkpoint: Checkpoint, strict: bool) -> list
     return [f"{checkpoint.folder}: {problem}" for problem in problems]
 
 
+def _blocks_for_shards(live: LiveEngine, checkpoint: Checkpoint) -> Iterator[str]:
+    blocks = [name for name in checkpoint.tensors if name.endswith(absmax_of(""))]
+    if live.shards.of and blocks:
+        yield (
+            f"{checkpoint.folder}: '{blocks[0]}' is 8-bit state, whose blocks tensor parallelism would cut; allowed: a "
+            "checkpoint with state_dtype float32 or bfloat16"
+        )
+
+
 def _missing_rules(checkpoint: Checkpoint) -> Iterator[str]:
     for name, group in checkpoint.manifest["groups"].items():
         if rule_settings(group["rule"]) is None:
@@ -160,7 +169,7 @@ def _source_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def _restore(live: LiveEngine, checkpoint: Checkpoint, fresh: set[str]) -> None:
     """Change the engine to the checkpoint's state. Call it after all checks."""
     manifest, source_of = checkpoint.manifest, _source_of(checkpoint)
-    loading = Loading(checkpoint, manifest["block_cuts"])
+    loading = Loading(checkpoint, manifest["block_cuts"], live.shards)
     with torch.no_grad():
         with _agreeing():
             for stepped in live.stepped:
@@ -171,7 +180,7 @@ def _restore(live: LiveEngine, checkpoint: Checkpoint, fresh: set[str]) -> None:
                 if stepped.name not in fresh:
                     _allocate(live.optimizer, stepped, source_of[stepped.slices.placement.layout.names[0]], loading)
             for name, (target, start, _) in live.untrained.items():
-                loading.into(target, weight_name(name), start)
+                loading.into(target, name, start)
             checkpoint.read(loading.requests)
             loading.finish()
             random_states = saved_random_states(checkpoint, rank())

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import chain
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -23,6 +24,7 @@ from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.pipeline import Stage, replicated, sum_over_stages
 from ds_optforge.zero.placement import Held
+from ds_optforge.zero.shards import over_tensor_ranks, shard_of, tensor_rank
 
 # Matrices that are sampled per group for the orthogonality error: the same ones in every step and layout.
 SAMPLE = 8
@@ -55,6 +57,8 @@ class Telemetry:
     def __init__(self, every: int, members: Mapping[str, Members], stage: Stage | None = None) -> None:
         self._every = every
         self._members, self._stage = members, stage
+        parameters = chain.from_iterable(found.parameters for found in members.values())
+        self._tensor_parallel = any(shard_of(parameter) for parameter in parameters)
         self._samples = {group: _sample(found.routes) for group, found in members.items()}
         self._monitor: Monitor | None = None
         self._last: dict[str, Any] = {}
@@ -94,7 +98,7 @@ class Telemetry:
         """
         if int(states[0]["step"]) % self._every:
             return None
-        return Watch(self._members[group], slices, states, self._samples[group])
+        return Watch(self._members[group], slices, states, self._samples[group], self._tensor_parallel and tensor_rank() > 0)
 
     def add(self, group: str, watch: "Watch", now: Hyperparameters, step: int) -> None:
         """Add the sums of a finished call of ``step()``. Collective in the step's last call.
@@ -116,7 +120,9 @@ class Telemetry:
         if self._widest is None or watch.slices.binding.world_size > self._widest.world_size:
             self._widest = watch.slices.binding
         if all(self._covered[group] == len(found.parameters) for group, found in self._members.items()):
-            self._reduce(step, self._widest)
+            # A step may have no matrices that tensor parallelism has cut, which alone are bound over the tensor ranks.
+            bound = self._tensor_parallel and not self._widest.tensor_parallel
+            self._reduce(step, over_tensor_ranks(self._widest) if bound else self._widest)
 
     def _reduce(self, step: int, binding: Binding) -> None:
         nothing = torch.zeros(len(_SUMS), dtype=torch.float64)  # of a group that other stages have
@@ -151,22 +157,32 @@ class Watch:
         slices: its tensors.
         states: the optimizer's state of each tensor.
         sample: (parameter's name, start) of the matrices that are sampled.
+        without_whole: whether to leave out parameters that tensor parallelism does not cut.
     """
 
     def __init__(
-        self, members: Members, slices: Slices, states: Sequence[Mapping[str, Any]], sample: frozenset[tuple[str, int]]
+        self,
+        members: Members,
+        slices: Slices,
+        states: Sequence[Mapping[str, Any]],
+        sample: frozenset[tuple[str, int]],
+        without_whole: bool = False,
     ) -> None:
         self.slices = slices
         self._states = states
         self._workspace: Tensor | None = None
         self._found: dict[str, list[Tensor]] = {name: [] for name in _SUMS}
-        copies = {i for i, index in enumerate(slices.binding.indices) if replicated(members.parameters[index])}
+        # What an earlier stage of a pipeline or the first tensor rank has too is counted there.
+        parameters = [members.parameters[index] for index in slices.binding.indices]
+        copies = {i for i, found in enumerate(parameters) if replicated(found) or (without_whole and shard_of(found) is None)}
         self._held = [_merged(fragments) for fragments in slices.placement.held_fragments(without=copies)]
         buffers = members.rule.buffers
         self._momentum = next((buffer.name for buffer in buffers if buffer.momentum), "")
         layout = slices.placement.layout
         self._sample = {
-            index for index, matrix in enumerate(layout.matrices) if (layout.names[matrix.parameter], matrix.start) in sample
+            index
+            for index, matrix in enumerate(layout.matrices)
+            if (layout.names[matrix.parameter], matrix.start * matrix.shards) in sample
         }
 
     @property

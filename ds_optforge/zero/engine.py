@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optforge.zero.layout import expert_group_name, require_attribute
+from ds_optforge.zero.shards import shard_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
@@ -70,15 +71,15 @@ def model_parallelism(engine: Any) -> str:
         engine: DeepSpeed's engine.
 
     Returns:
-        A phrase for messages; "" for data parallelism alone.
+        A phrase for messages; "" for data parallelism alone, and for tensor parallelism that `shards` can read.
     """
     if any(map(expert_parallel, engine.module.parameters())):
         return "experts that are shared out over ranks (ep_size > 1)"
     if getattr(engine, "pipeline_parallelism", False):  # where mp_world_size counts the stages too
         sharded = require_attribute(require_attribute(engine, "grid"), "get_slice_parallel_world_size")() > 1
-    else:
-        sharded = getattr(engine, "mp_world_size", 1) > 1
-    return "tensor parallelism" if sharded else ""
+        return "tensor parallelism beside a pipeline" if sharded else ""
+    unmarked = getattr(engine, "mp_world_size", 1) > 1 and not any(map(shard_of, engine.module.parameters()))
+    return "tensor parallelism without a parameter that is marked tensor_model_parallel" if unmarked else ""
 
 
 def refresh_weights(wrapper: Any) -> None:

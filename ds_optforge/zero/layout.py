@@ -31,6 +31,7 @@ class Binding:
         world_size: number of ranks in ``process_group``.
         rank: this rank within ``process_group``.
         process_group: the ranks over which these parameters are cut; None when every rank holds all of them.
+        tensor_parallel: whether these ranks are the tensor ranks as well as the data ranks.
         partitioned: whether ZeRO cuts them, and decides about gradients that are not finite.
         device: of the model's weights, on which matrices are orthogonalized.
         keeps_gradients: whether DeepSpeed refills the slices' ``.grad`` only where a gradient arrives (CPU offload).
@@ -46,6 +47,7 @@ class Binding:
     rank: int
     process_group: dist.ProcessGroup | None
     device: torch.device
+    tensor_parallel: bool = False
     partitioned: bool = True
     keeps_gradients: bool = False
     gradient_buffer: tuple[Tensor, int, int] | None = None

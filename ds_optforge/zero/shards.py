@@ -122,10 +122,24 @@ def tensor_ranks() -> int:
     Raises:
         LayoutError: nothing tells it yet.
     """
-    return dist.get_world_size(_tensor_group())
+    return dist.get_world_size(tensor_group())
 
 
-def _tensor_group() -> dist.ProcessGroup:
+def tensor_rank() -> int:
+    """Return the number of this rank among the `tensor_ranks`.
+
+    Raises:
+        LayoutError: nothing tells it yet.
+    """
+    return dist.get_rank(tensor_group())
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Return this rank's group of tensor ranks.
+
+    Raises:
+        LayoutError: nothing tells it yet.
+    """
     from deepspeed.utils import groups
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
 
@@ -151,15 +165,16 @@ def over_tensor_ranks(binding: Binding) -> Binding:
     Raises:
         LayoutError: ranks that also differ in something else, as in a pipeline, or that are in another order.
     """
-    group = _tensor_group()
-    count, tensor_rank = dist.get_world_size(group), dist.get_rank(group)
+    group = tensor_group()
+    count, index = dist.get_world_size(group), dist.get_rank(group)
     if binding.process_group is None:  # every data rank has everything, and a group of its own
-        return replace(binding, world_size=count, rank=tensor_rank, process_group=group)
-    rank = binding.rank * count + tensor_rank
+        return replace(binding, world_size=count, rank=index, process_group=group, tensor_parallel=True)
+    rank = binding.rank * count + index
     if binding.world_size * count != dist.get_world_size() or rank != dist.get_rank():
         raise LayoutError(
             f"tensor parallelism on {count} ranks: got data rank {binding.rank} of {binding.world_size} and tensor rank "
-            f"{tensor_rank} on rank {dist.get_rank()} of {dist.get_world_size()}; allowed: data and tensor parallelism alone "
+            f"{index} on rank {dist.get_rank()} of {dist.get_world_size()}; allowed: data and tensor parallelism alone "
             "(no pipeline, no expert parallelism), with the tensor ranks next to each other"
         )
-    return replace(binding, world_size=dist.get_world_size(), rank=rank, process_group=dist.group.WORLD)
+    world, size = dist.group.WORLD, dist.get_world_size()
+    return replace(binding, world_size=size, rank=rank, process_group=world, tensor_parallel=True)

@@ -262,3 +262,41 @@ def megatron_in_one_process(params: Mapping[str, Any] | None, steps: int) -> dic
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def save_portable(tensor_ranks: int, stage: int, params: Mapping[str, Any], folder: str, **extra: Any) -> dict[str, Tensor]:
+    """Take 2 steps, save, and return the parameters after 3 more."""
+    engine = autotp_engine(autotp_config(tensor_ranks, stage, params, **extra), params)
+    train(engine, 2)
+    ds_optforge.save_checkpoint(engine, folder)
+    train(engine, 3, first=2)
+    found = whole_parameters(engine.module)
+    engine.destroy()
+    return found
+
+
+def load_portable(tensor_ranks: int, stage: int, params: Mapping[str, Any], folder: str, **extra: Any) -> dict[str, Tensor]:
+    """Resume what `save_portable` saved and return the parameters after its last 3 steps."""
+    engine = autotp_engine(autotp_config(tensor_ranks, stage, params, **extra), params)
+    ds_optforge.load_checkpoint(engine, folder)
+    train(engine, 3, first=2)
+    found = whole_parameters(engine.module)
+    engine.destroy()
+    return found
+
+
+def save_and_load(tensor_ranks: int, stage: int, params: Mapping[str, Any], folder: str) -> tuple[Any, Any]:
+    """The parameters after 5 steps, uninterrupted, and resumed from engine.save_checkpoint after 2."""
+    config = autotp_config(tensor_ranks, stage, params)
+    engine = autotp_engine(config, params)
+    train(engine, 2)
+    engine.save_checkpoint(folder)
+    train(engine, 3, first=2)
+    uninterrupted = whole_parameters(engine.module)
+    engine.destroy()
+    engine = autotp_engine(config, params)
+    engine.load_checkpoint(folder)
+    train(engine, 3, first=2)
+    resumed = whole_parameters(engine.module)
+    engine.destroy()
+    return uninterrupted, resumed
