@@ -19,6 +19,7 @@ from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, open_checkpoint
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.errors import CheckpointError
 from ds_optforge.rules.base import Rule
 from ds_optforge.rules.registry import rule_settings
@@ -49,7 +50,7 @@ def convert(source: Path, out: Path) -> None:
                 incumbents.read_deepspeed_muon(checkpoint, found)
         _read_untrained(stages[0], found)
         manifest = _manifest(stages)
-    manifest |= {"shapes": found.shapes, "groups": found.groups, "block_cuts": found.block_cuts, "client_state": {}}
+    manifest |= {"shapes": found.shapes, "groups": found.groups, "block_cuts": found.block_cuts}
     whole = list(_whole(found.chunks, source))
     _refuse_other_copies(whole, found.copies, source)
     with _progress(whole, "convert") as chunks:
@@ -65,6 +66,7 @@ def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
         "counters": {key: model[key] for key in COUNTERS},
         "loss_scale": checkpoint.loss_scale,
         "scheduler": scheduler,
+        "client_state": plain(checkpoint.client_state, f"{checkpoint.folder}: the client_state"),
         "written_by": {"converted_from": "engine.save_checkpoint", "world_size": sum(len(stage.shards) for stage in stages)},
     }
 

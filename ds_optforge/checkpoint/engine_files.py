@@ -19,7 +19,16 @@ from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
 
 _MODEL_FILES, _OPTIMIZER_FILES, _LAYER_FILES = "*_model_states.pt", "*_optim_states.pt", "layer_*-model_states.pt"
+_TENSOR_RANK = re.compile(r"mp_rank_0*[1-9]")  # another than the first
 _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
+
+# The entries of a file of model states that are DeepSpeed's; the rest is the user's.
+_OF_DEEPSPEED = {
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments"),
+    *("lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps", "global_steps"),
+    *("global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version", "universal_checkpoint_info"),
+    *("checkpoint_parallel_dimensions", "num_experts", "ds_autoep_layers", "folding"),
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +69,11 @@ class EngineCheckpoint:
         first: Mapping[str, Any] = self.models[0]
         return first
 
+    @property
+    def client_state(self) -> dict[str, Any]:
+        """What the user gave to engine.save_checkpoint, which lies beside DeepSpeed's own entries."""
+        return {key: value for key, value in self.model.items() if key not in _OF_DEEPSPEED}
+
     def optimizer(self, shard: int) -> Mapping[str, Any]:
         """The state dict of the optimizer under DeepSpeed's wrapper, as the rank ``shard`` saved it."""
         found = self.shards[shard]
@@ -99,6 +113,11 @@ def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
     if not models:
         raise CheckpointError(
             f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"
+        )
+    if cut := sorted(path for path in models if _TENSOR_RANK.search(path.name) and not any(inside.glob(_LAYER_FILES))):
+        raise CheckpointError(
+            f"{cut[0]}: holds shards of tensor parallelism; allowed: whole parameters (ds_optforge.save_checkpoint from the "
+            "run itself writes a checkpoint that resumes and exports anywhere)"
         )
     if layers := _opened(inside.glob(_LAYER_FILES)):
         return [EngineCheckpoint(inside, *stage) for stage in stages(models, shards, layers)]

@@ -158,7 +158,13 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
     for group in found.groups.values():  # torch.optim.Muon counts no steps
         group["step"] = group["step"] or max(steps, 1)
     counters = {"global_steps": steps, "global_samples": 0, "skipped_steps": 0}
-    return found, {"counters": counters, "loss_scale": {}, "scheduler": None, "written_by": {"converted_from": "torch"}}
+    return found, {
+        "counters": counters,
+        "loss_scale": {},
+        "scheduler": None,
+        "client_state": {},
+        "written_by": {"converted_from": "torch"},
+    }
 
 
 def _states(path: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -105,8 +105,9 @@ def save_both(config: dict[str, Any], folder: str, **model_options: Any) -> None
     """The same moment as an engine checkpoint and as a portable one."""
     engine = build_engine(config, model_options)
     run_steps(engine, 0, HALF)
-    engine.save_checkpoint(f"{folder}/engine")
-    ds_optforge.save_checkpoint(engine, f"{folder}/portable")
+    client_state = {"epoch": 3, "sampler": {"seed": 1, "seen": [0, 2]}}
+    engine.save_checkpoint(f"{folder}/engine", client_state=client_state)
+    ds_optforge.save_checkpoint(engine, f"{folder}/portable", client_state)
     engine.destroy()
 
 

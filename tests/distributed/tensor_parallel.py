@@ -300,3 +300,23 @@ def save_and_load(tensor_ranks: int, stage: int, params: Mapping[str, Any], fold
     resumed = whole_parameters(engine.module)
     engine.destroy()
     return uninterrupted, resumed
+
+
+def records(tensor_ranks: int, stage: int, params: Mapping[str, Any], steps: int = 3) -> dict[str, Any]:
+    """The last record of telemetry."""
+    engine = autotp_engine(autotp_config(tensor_ranks, stage, params), params)
+    train(engine, steps)
+    optimizer = engine.optimizer if isinstance(engine.optimizer, ds_optforge.OptForge) else engine.optimizer.optimizer
+    record: dict[str, Any] = optimizer.telemetry["groups"]
+    engine.destroy()
+    return record
+
+
+def train_with_nan(stage: int, params: Mapping[str, Any]) -> None:
+    """The first tensor rank alone gets a gradient that is not finite."""
+    engine = autotp_engine(autotp_config(2, stage, params), params)
+    tokens = tokens_of(0)
+    engine.backward(engine(tokens, labels=tokens).loss)
+    if dist.get_rank() == 0:
+        engine.module.model.layers[0].self_attn.q_proj.weight.grad.fill_(float("nan"))
+    engine.step()

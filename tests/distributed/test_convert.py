@@ -44,7 +44,7 @@ def assert_equal(folder: Path) -> None:
     for name, tensor in saved.items():
         assert torch.equal(converted[name], tensor), name
     manifests = [checkpoints.Checkpoint(folder / name).manifest for name in ("converted", "portable")]
-    for key in ("shapes", "groups", "block_cuts", "loss_scale", "scheduler"):
+    for key in ("shapes", "groups", "block_cuts", "loss_scale", "scheduler", "client_state"):
         assert manifests[0][key] == manifests[1][key], key
     assert manifests[0]["counters"].items() <= manifests[1]["counters"].items()
 

@@ -1,5 +1,6 @@
 """Tensor parallelism: matrices that are cut once more than ZeRO cuts them are orthogonalized whole."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from ds_optforge import CheckpointError
+from ds_optforge.checkpoint.convert import convert
 from tests.distributed import tensor_parallel
 from tests.distributed.conftest import Pools
+from tests.distributed.pool import RankFailure
 from tests.oracles import EXACT
 
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}, **EXACT}
@@ -75,7 +79,52 @@ class TestPortableCheckpoints:
             assert tensor_parallel.difference(found, expected) < TOLERANCE
 
 
-def test_engine_checkpoints_resume(tmp_path: Path, pools: Pools) -> None:
-    results: list[Any] = pools[2].run(tensor_parallel.save_and_load, 2, 2, NORMUON, str(tmp_path))
+def test_engine_checkpoints_resume_and_are_not_converted(tmp_path: Path, pools: Pools) -> None:
+    results: list[Any] = pools[2].run(tensor_parallel.save_and_load, 2, 2, NORMUON, str(tmp_path / "engine"))
     for uninterrupted, resumed in results:
         assert tensor_parallel.difference(resumed, uninterrupted) == 0.0
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_model_states\.pt: holds shards of tensor parallelism"):
+        convert(tmp_path / "engine", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_telemetry_counts_what_tensor_ranks_share_once(stage: int, pools: Pools) -> None:
+    params = {**NORMUON, "telemetry": {"every": 1}}
+    expected = pools[2].run(tensor_parallel.records, 1, stage, params)[0]
+    found = pools[2].run(tensor_parallel.records, 2, stage, params)[0]
+    for group, numbers in expected.items():
+        # Each tensor rank keeps state of what it shares; the factors of Newton-Schulz amplify sums in another order.
+        compared = {name: value for name, value in numbers.items() if name != "state_bytes"}
+        assert {name: found[group][name] for name in compared} == pytest.approx(compared, rel=1e-4), group
+
+
+def test_a_gradient_that_is_not_finite_on_one_tensor_rank_stops_all_of_them(pools: Pools) -> None:
+    """Without ZeRO, where DeepSpeed does not look."""
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(tensor_parallel.train_with_nan, 0, MUON)
+    assert "q_proj.weight: its gradient is not finite" in failure.value.messages[0]
+    assert "a parameter of another tensor rank: its gradient is not finite" in failure.value.messages[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            {"match": "q_proj", "heads": 8},
+            "q_proj.weight: got blocks of .* into 2 ranges of rows",
+        ),
+        ({"match": "up_proj", "split": [16, 32]}, "up_proj.weight: got blocks of .* allowed: no split and no heads"),
+    ],
+)
+def test_blocks_of_rows_that_shards_cut_are_refused(override: dict[str, Any], message: str, pools: Pools) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(tensor_parallel.autotp, 2, 2, {**MUON, "overrides": [override]}, 1)
+    assert all(re.search(message, found) for found in failure.value.messages.values())
+
+
+def test_fragments_alone_are_orthogonalized_where_that_is_asked_for(pools: Pools) -> None:
+    """mode shard_local: every rank its fragment of its shard, which is another update than that of whole matrices."""
+    params = {**MUON, "sharding": {"mode": "shard_local"}}
+    found = pools[2].run(tensor_parallel.autotp, 2, 2, params, STEPS)[0]
+    assert 0.1 < tensor_parallel.difference(found, one_process("muon")) < 1
