@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # kind of model, configuration
 }
 
 
+@pytest.mark.promise("pipeline-checkpoint")
 @pytest.mark.parametrize("run", RUNS)
 def test_a_pipeline_resumes_bit_for_bit(run: str, pools: Pools, tmp_path: Path) -> None:
     """From what DeepSpeed saved, and from a portable checkpoint."""
@@ -40,6 +41,8 @@ def test_a_pipeline_resumes_bit_for_bit(run: str, pools: Pools, tmp_path: Path) 
                 assert torch.equal(result["parameters"][name], value), name
 
 
+@pytest.mark.promise("pipeline-checkpoint")
+@pytest.mark.compatibility("pipeline_checkpoints", stages=(0, 1), verdict="exact")
 @pytest.mark.parametrize("run", RUNS)
 def test_a_converted_checkpoint_is_what_would_have_been_saved(run: str, pools: Pools, tmp_path: Path) -> None:
     """Bit for bit, and it can be exported."""
@@ -78,10 +81,27 @@ def test_a_pipeline_checkpoint_without_one_of_its_files_is_refused(pools: Pools,
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied"])
-@pytest.mark.parametrize("saved", [(4, 2), (3, 3), (2, 1), (2, 0)], ids=["2x2", "3 stages", "1 stage x 2", "no pipeline"])
+def test_a_layer_of_which_not_everything_is_tied_is_refused(pools: Pools, tmp_path: Path) -> None:
+    """Its bias is another one on each stage, under one name."""
+    config = pipelines.configuration(1, RULES["adamw"])
+    message = pools[2].run(pipelines.save_untied, config, str(tmp_path))
+    assert message[0] == message[1]
+    assert message[0].startswith("'tied_modules.norm.bias' has other values on another stage of the pipeline")
+    assert not (tmp_path / "portable").exists()
+    with pytest.raises(CheckpointError, match=r"holds? .*values of 'tied_modules\.norm\.bias'"):
+        convert(tmp_path / "engine", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.promise("pipeline-checkpoint")
+@pytest.mark.compatibility("pipeline_checkpoints", stages=(0, 1), verdict="exact")
+@pytest.mark.parametrize(
+    ("kind", "saved"),
+    [("plain", (4, 2)), ("tied", (3, 3)), ("tied", (2, 1)), ("plain", (2, 0))],
+    ids=["2 stages of 2 ranks", "3 stages", "1 stage of 2 ranks", "no pipeline"],
+)
 def test_a_portable_checkpoint_resumes_on_other_stages_and_ranks(
-    saved: tuple[int, int], kind: str, pools: Pools, tmp_path: Path
+    kind: str, saved: tuple[int, int], pools: Pools, tmp_path: Path
 ) -> None:
     """And without a pipeline on ZeRO-2 and 3, for a model that gives the layers the same names."""
     ranks, stages = saved
