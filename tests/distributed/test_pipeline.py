@@ -114,8 +114,8 @@ def test_groups_of_ones_own_are_the_same_on_all_stages(pools: Pools) -> None:
     assert all(result["groups"] == results[0]["groups"] for result in results)
     for message in pools[3].run(pipelines.refusal, config, 3, door="groups, not registered"):
         assert message.endswith(
-            ".params[0]: is a parameter of a PipelineModule that is not registered; call ds_optforge.register(model) before the "
-            "optimizer is made"
+            ".params[0]: is a parameter of a PipelineModule that is not registered; call ds_optforge.register(model) before "
+            "the optimizer is made"
         )
 
 
