@@ -22,6 +22,9 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "autotp": "Tensor parallelism: AutoTP, 2 and 4 ranks, with data parallelism",
         "megatron": "Tensor parallelism: layers in the manner of Megatron, with an mpu",
         "moe": "DeepSpeed MoE layers, `ep_size` 1 and 2",
+        "pipeline": "PipelineModule, 2 and 3 stages, 1 and 2 data ranks",
+        "pipeline_tied": "PipelineModule with an embedding tied to the head (TiedLayerSpec)",
+        "pipeline_checkpoints": "PipelineModule: portable checkpoints to other numbers of stages and ranks, `convert`",
     },
 }
 ROWS: dict[str, str] = {key: row for subject in BY_SUBJECT.values() for key, row in subject.items()}

@@ -81,6 +81,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "ZeRO, ranks and offload": {
         "world-size": "One process and any number of ranks train the same parameters.",
         "zero-stages": "ZeRO 1, 2 and 3 train the same parameters.",
+        "pipeline": "The stages of a DeepSpeed PipelineModule train as one process does, whatever roles each holds.",
+        "pipeline-checkpoint": "A pipeline's checkpoint resumes bit for bit, and on other numbers of stages and ranks.",
         "accumulation": "Gradient accumulation gives the parameters that the large batch gives.",
         "clipping": "DeepSpeed's `gradient_clipping` limits the norm of the gradient; 0 turns it off.",
         "offload": "The optimizer can be offloaded to host memory, pinned or not, and trains the same parameters.",

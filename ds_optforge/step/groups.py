@@ -43,7 +43,7 @@ class Groups:
     def __init__(self, params: Iterable[Any], config: OptimizerConfig) -> None:
         self._config = config
         given = _as_groups(params)
-        self.stage = stage_among(parameter for group in given for parameter in group["params"])
+        self.stage = stage_among(given)
         routed, entries = route_all(
             self.stage, lambda: (item for index, group in enumerate(given) for item in self._routed(index, group))
         )

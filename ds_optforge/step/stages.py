@@ -1,6 +1,6 @@
 """The parameter groups on which the stages of a pipeline agree: the same ones, in the same order, on every stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from ds_optforge.errors import ConfigError
 from ds_optforge.routing.roles import Route
 from ds_optforge.routing.tags import tags_of
 from ds_optforge.rules.settings import RuleSettings
-from ds_optforge.zero.pipeline import Stage, from_all_stages, replicated
+from ds_optforge.zero.pipeline import Stage, from_all_stages, in_pipeline, replicated
 
 Routed = tuple[Tensor, Route, str, dict[str, Any]]  # parameter, route, identifier of our group, the frameworks' keys of it
 
@@ -32,9 +32,23 @@ class GroupEntry:
     numel: int
 
 
-def stage_among(parameters: Iterable[Tensor]) -> Stage | None:
-    """Return the stage of the pipeline whose parameters these are; None without a pipeline."""
-    return next((stage for parameter in parameters if (stage := tags_of(parameter).stage)), None)
+def stage_among(groups: Sequence[Mapping[str, Any]]) -> Stage | None:
+    """Return the stage of the pipeline whose parameters are in ``groups``; None without a pipeline.
+
+    Raises:
+        ConfigError: parameters of a PipelineModule that was not registered, so that stages cannot tell each other anything.
+    """
+    found = None
+    for index, group in enumerate(groups):
+        for position, parameter in enumerate(group["params"]):
+            tags = tags_of(parameter)
+            found = found or tags.stage
+            if tags.name is None and in_pipeline(parameter):
+                raise ConfigError(
+                    f"param_groups[{index}].params[{position}]: is a parameter of a PipelineModule that is not registered; "
+                    "call ds_optforge.register(model) before the optimizer is made"
+                )
+    return found
 
 
 def route_all(stage: Stage | None, routed: Callable[[], Iterable[Routed]]) -> tuple[list[Routed], list[GroupEntry]]:

@@ -35,6 +35,10 @@ class Stage:
     placeholders: tuple[nn.Parameter, ...]
     tied: tuple[nn.Parameter, ...]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Become None in a copy or a file: a copied parameter is of no pipeline, and process groups cannot be written."""
+        return type(None), ()
+
 
 def is_pipeline(model: nn.Module) -> bool:
     """Whether ``model`` is a PipelineModule of DeepSpeed, which is not imported for the question."""
@@ -89,6 +93,11 @@ def _tied_weights(model: Any) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
     """(parameter, ranks that hold it) for each weight of a TiedLayerSpec that other stages hold too."""
     found = require_attribute(model, "get_tied_weights_and_groups")()
     return [(weight, group) for weight, group in found if dist.get_world_size(group) > 1]
+
+
+def in_pipeline(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is one of a PipelineModule, which marks all of them."""
+    return hasattr(parameter, "ds_pipe_replicated")
 
 
 def replicated(parameter: Tensor) -> bool:

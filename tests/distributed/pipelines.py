@@ -14,7 +14,7 @@ from ds_optforge.optimizer import OptForge
 from tests import models
 from tests.distributed import cases
 
-WIDTH = 24
+WIDTH = 88  # so that state of matrices and of the embedding is kept in 8 bits where that is asked for
 SEED = 1234  # of the first layer; each has its own
 BATCH = 8
 MICRO_BATCH = 2
@@ -31,6 +31,14 @@ class Block(nn.Module):
         return x + F.gelu(self.lin(x))
 
 
+class Frozen(nn.Linear):
+    """A projection that is not trained."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(WIDTH, size)
+        self.requires_grad_(False)
+
+
 def as_head(embedding: nn.Embedding, x: Tensor) -> Tensor:
     """The embedding's other place."""
     return F.linear(x, embedding.weight)
@@ -39,14 +47,20 @@ def as_head(embedding: nn.Embedding, x: Tensor) -> Tensor:
 def specs(kind: str = "plain") -> list[Any]:
     """The layers: two stages of three, or three of two, of which each has other roles.
 
-    ``kind``: "plain", "tied" (the embedding is the head too), "tied_block" (two places have the same matrix).
+    ``kind``: "plain", "tied" (the embedding is the head too), "tied_block" (two places have the same matrix),
+    "frozen" (the last two layers), "untied_bias" (a layer of which only the weight is tied).
     """
     blocks = [LayerSpec(Block) for _ in range(3)]
     if kind == "tied":
         embed = TiedLayerSpec("embed", nn.Embedding, models.VOCABULARY, WIDTH)
         head = TiedLayerSpec("embed", nn.Embedding, models.VOCABULARY, WIDTH, forward_fn=as_head)
         return [embed, *blocks, LayerSpec(nn.LayerNorm, WIDTH), head]
+    if kind == "frozen":
+        return [LayerSpec(nn.Embedding, models.VOCABULARY, WIDTH), *blocks, *(LayerSpec(Frozen, size) for size in (WIDTH, 50))]
     ends = [LayerSpec(nn.LayerNorm, WIDTH), LayerSpec(nn.Linear, WIDTH, models.VOCABULARY, bias=False)]
+    if kind == "untied_bias":
+        norms = [TiedLayerSpec("norm", nn.LayerNorm, WIDTH) for _ in range(2)]
+        return [LayerSpec(nn.Embedding, models.VOCABULARY, WIDTH), norms[0], *blocks[:2], norms[1], ends[1]]
     if kind == "tied_block":
         tied = [TiedLayerSpec("block", nn.Linear, WIDTH, WIDTH) for _ in range(2)]
         return [LayerSpec(nn.Embedding, models.VOCABULARY, WIDTH), tied[0], blocks[0], tied[1], *ends]
@@ -122,7 +136,10 @@ def configuration(stage: int, params: Mapping[str, Any] | None, **extra: Any) ->
 
 
 def build(config: dict[str, Any], stages: int, kind: str = "plain", door: str = "initialize") -> Any:
-    """An engine on the pipeline. ``door``: "initialize", "register", "object", "callable", or "control" (torch's AdamW)."""
+    """An engine on the pipeline.
+
+    ``door``: "initialize", "register", "object", "callable", "groups" (KellerJordan's), or "control" (torch's AdamW).
+    """
     model = module(stages, kind)
     given = {key: value for key, value in config.items() if key != "optimizer"}
     if door == "initialize":
@@ -130,6 +147,14 @@ def build(config: dict[str, Any], stages: int, kind: str = "plain", door: str = 
     if door == "object":
         optimizer = ds_optforge.build_optimizer(model, config)
         return ds_optforge.initialize(model=model, config=given, optimizer=optimizer)[0]
+    if door.startswith("groups"):
+        if door == "groups":
+            ds_optforge.register(model)
+        named = list(model.named_parameters())
+        matrices = [parameter for name, parameter in named if name.endswith("lin.weight")]
+        rest = [parameter for name, parameter in named if not name.endswith("lin.weight")]
+        groups = [{"params": matrices, "use_muon": True}, {"params": rest, "use_muon": False, "eps": 1e-5}]
+        return ds_optforge.initialize(model=model, config=given, optimizer=ds_optforge.MuonWithAuxAdam(groups))[0]
     if door == "callable":
         params = config["optimizer"]["params"]
         return ds_optforge.initialize(model=model, config=given, optimizer=lambda p: OptForge(p, **params))[0]
@@ -186,6 +211,19 @@ def train_each(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], stages: in
     return [train(config, stages, **options) for config, options in runs]
 
 
+def averages(config: dict[str, Any], stages: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """This stage's parameters inside and after `evaluation_weights`."""
+    engine = build(config, stages)
+    try:
+        run_steps(engine, 0, HALF)
+        with ds_optforge.evaluation_weights(engine):
+            inside = parameters(engine)
+        after = parameters(engine)
+        return {name: (value, after[name]) for name, value in inside.items()}
+    finally:
+        engine.destroy()
+
+
 def refusal(config: dict[str, Any], stages: int, **options: Any) -> str:
     """The error of a run that must not begin: its type and message."""
     try:
@@ -239,12 +277,14 @@ def save(config: dict[str, Any], stages: int, kind: str, folder: str) -> dict[st
         engine.destroy()
 
 
-def resume(config: dict[str, Any], stages: int, kind: str, folder: str, how: str = "portable") -> dict[str, Any]:
+def resume(
+    config: dict[str, Any], stages: int, kind: str, folder: str, how: str = "portable", strict: bool = True
+) -> dict[str, Any]:
     """Load into a fresh engine, and take the other half of the steps."""
     engine = build_any(config, stages, kind)
     try:
         if how == "portable":
-            assert ds_optforge.load_checkpoint(engine, folder) in ({"next": HALF}, {})
+            assert ds_optforge.load_checkpoint(engine, folder, strict) in ({"next": HALF}, {})
         else:
             engine.load_checkpoint(folder)
         return {"losses": advance(engine, HALF, HALF), "parameters": parameters(engine), "steps": engine.global_steps}
@@ -255,3 +295,18 @@ def resume(config: dict[str, Any], stages: int, kind: str, folder: str, how: str
 def resume_each(configs: Sequence[dict[str, Any]], stages: int, kind: str, folder: str) -> list[dict[str, Any]]:
     """Several engines, one after the other, from one checkpoint."""
     return [resume(config, stages, kind, folder) for config in configs]
+
+
+def save_untied(config: dict[str, Any], folder: str) -> str:
+    """What a portable checkpoint says of a layer that is tied in part, which DeepSpeed saves."""
+    engine = build(config, 2, "untied_bias")
+    try:
+        run_steps(engine, 0, HALF)
+        engine.save_checkpoint(f"{folder}/engine")
+        try:
+            ds_optforge.save_checkpoint(engine, f"{folder}/portable")
+        except ds_optforge.CheckpointError as error:
+            return str(error)
+        return ""
+    finally:
+        engine.destroy()

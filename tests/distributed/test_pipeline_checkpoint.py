@@ -21,17 +21,24 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {  # kind of model, configuration
     "stage 1": ("plain", pipelines.configuration(1, RULES["normuon"], **SCHEDULE)),
     "stage 0, tied": ("tied", pipelines.configuration(0, RULES["muon"], **SCHEDULE)),
     "stage 1, tied": ("tied", pipelines.configuration(1, RULES["muon"], **SCHEDULE)),
+    "stage 1, 8-bit": ("plain", pipelines.configuration(1, {**RULES["normuon"], "state_dtype": "8bit"})),
+    "stage 1, 8-bit, tied": ("tied", pipelines.configuration(1, {"name": "adamw_8bit", "lr": 3e-3})),
+    "BF16_Optimizer, stage 0": ("plain", pipelines.configuration(0, RULES["muon"], bf16={"enabled": True})),
     "BF16_Optimizer": ("tied", pipelines.configuration(1, RULES["muon"], **BF16)),
     "bf16": ("plain", pipelines.configuration(1, RULES["muon"], bf16={"enabled": True})),
 }
 
 
+@pytest.mark.promise("pipeline-checkpoint")
 @pytest.mark.parametrize("run", RUNS)
 def test_a_pipeline_resumes_bit_for_bit(run: str, pools: Pools, tmp_path: Path) -> None:
-    """From what DeepSpeed saved, and from a portable checkpoint."""
+    """From what DeepSpeed saved, and from a portable checkpoint.
+
+    (DeepSpeed 0.19.8 cannot load a BF16_Optimizer that it saved on stage 0, with any optimizer.)
+    """
     kind, config = RUNS[run]
     expected = pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
-    for how in ("portable", "engine"):
+    for how in ("portable",) if run == "BF16_Optimizer, stage 0" else ("portable", "engine"):
         for result, before in zip(
             pools[4].run(pipelines.resume, config, 2, kind, str(tmp_path / how), how), expected, strict=True
         ):
@@ -40,6 +47,8 @@ def test_a_pipeline_resumes_bit_for_bit(run: str, pools: Pools, tmp_path: Path) 
                 assert torch.equal(result["parameters"][name], value), name
 
 
+@pytest.mark.promise("pipeline-checkpoint")
+@pytest.mark.compatibility("pipeline_checkpoints", stages=(0, 1), verdict="exact")
 @pytest.mark.parametrize("run", RUNS)
 def test_a_converted_checkpoint_is_what_would_have_been_saved(run: str, pools: Pools, tmp_path: Path) -> None:
     """Bit for bit, and it can be exported."""
@@ -78,10 +87,37 @@ def test_a_pipeline_checkpoint_without_one_of_its_files_is_refused(pools: Pools,
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied"])
-@pytest.mark.parametrize("saved", [(4, 2), (3, 3), (2, 1), (2, 0)], ids=["2x2", "3 stages", "1 stage x 2", "no pipeline"])
+def test_another_rule_takes_what_it_can_on_all_stages_alike(pools: Pools, tmp_path: Path) -> None:
+    """``strict=False`` from Muon to NorMuon: the matrices start afresh, also for a stage that has none of them."""
+    one, other = (pipelines.configuration(1, RULES[rule], **SCHEDULE) for rule in ("muon", "normuon"))
+    pools[3].run(pipelines.save, one, 3, "plain", str(tmp_path))
+    options = {"kind": "plain", "folder": str(tmp_path / "portable"), "strict": False}
+    expected = pools[1].run(pipelines.resume, other, 1, **options)[0]["losses"]
+    for result in pools[3].run(pipelines.resume, other, 3, **options):
+        assert result["losses"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_a_layer_of_which_not_everything_is_tied_is_refused(pools: Pools, tmp_path: Path) -> None:
+    """Its bias is another one on each stage, under one name."""
+    config = pipelines.configuration(1, RULES["adamw"])
+    message = pools[2].run(pipelines.save_untied, config, str(tmp_path))
+    assert message[0] == message[1]
+    assert message[0].startswith("'tied_modules.norm.bias' has other values on another stage of the pipeline")
+    assert not (tmp_path / "portable").exists()
+    with pytest.raises(CheckpointError, match=r"holds? .*values of 'tied_modules\.norm\.bias'"):
+        convert(tmp_path / "engine", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.promise("pipeline-checkpoint")
+@pytest.mark.compatibility("pipeline_checkpoints", stages=(0, 1), verdict="exact")
+@pytest.mark.parametrize(
+    ("kind", "saved"),
+    [("plain", (4, 2)), ("tied", (3, 3)), ("tied", (2, 1)), ("plain", (2, 0))],
+    ids=["2 stages of 2 ranks", "3 stages", "1 stage of 2 ranks", "no pipeline"],
+)
 def test_a_portable_checkpoint_resumes_on_other_stages_and_ranks(
-    saved: tuple[int, int], kind: str, pools: Pools, tmp_path: Path
+    kind: str, saved: tuple[int, int], pools: Pools, tmp_path: Path
 ) -> None:
     """And without a pipeline on ZeRO-2 and 3, for a model that gives the layers the same names."""
     ranks, stages = saved
