@@ -65,7 +65,8 @@ class OptForge(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the parameters of all groups (DeepSpeed narrows them to one), given their ``.grad``. Collective.
 
-        A missing gradient counts as zeros; a matrix whose whole gradient is zero is neither updated nor decayed.
+        A parameter without a gradient is skipped, as torch.optim does; under ZeRO, where it cannot be told, a missing gradient
+        counts as zeros. A matrix whose whole gradient is zero is neither updated nor decayed.
 
         Args:
             closure: computes the loss and the gradients; None if the gradients are there already.
@@ -85,23 +86,31 @@ class OptForge(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         stepped = [group for group in self.param_groups if group["params"]]
+        self._groups.refuse_unfrozen(stepped)
         self._check_schedule(stepped)
-        steps = [self._group_step(group) for group in stepped]
+        steps = [step for group in stepped for step in self._group_steps(group)]
         for step in steps:
             step.check_gradients()
+        if self._telemetry:
+            self._telemetry.skip([(step.name, step.size) for step in steps if step.is_idle])
         for step in steps:
-            step.update_group()
+            if not step.is_idle:
+                step.update_group()
         return loss
 
-    def _group_step(self, group: dict[str, Any]) -> GroupStep:
-        members, slices = self._groups[group], self._groups.slices_of(group)
-        states = [self.state[tensor] for tensor in slices.tensors]
-        return GroupStep(group, group[GROUP], members, slices, states, self._telemetry)
+    def _group_steps(self, group: dict[str, Any]) -> Iterator[GroupStep]:
+        for members, tensors in self._groups.on_devices(group):
+            slices = self._groups.slices_of(group, tensors, members)
+            yield GroupStep(group, group[GROUP], members, slices, self.state, self._telemetry)
 
     def _check_schedule(self, stepped: Sequence[Mapping[str, Any]]) -> None:
         if stepped:
             self._schedule_check.remember(stepped)
-            self._schedule_check.check(stepped, int(self.state[stepped[0]["params"][0]].get("step", 0)))
+            self._schedule_check.check(stepped, self._steps_taken(stepped))
+
+    def _steps_taken(self, groups: Sequence[Mapping[str, Any]]) -> int:
+        states = (self.state.get(tensor, {}) for group in groups for tensor in group["params"])
+        return next((int(state["step"]) for state in states if "step" in state), 0)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
