@@ -1,7 +1,6 @@
 """Decides which rule each parameter gets, from its tags, its shape and the configuration."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import Role
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.geometry import is_vector, matrices_in
+from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.steppable import refuse_unsteppable
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
 from ds_optforge.rules.registry import rule_settings
@@ -23,6 +23,8 @@ logger = logging.getLogger("ds_optforge")
 
 # Smaller parameters keep float32 when the state is 8-bit, as in bitsandbytes, since there is little to save.
 _SMALLEST_8BIT = 4096
+
+_NO_OTHERS = ParameterNames(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,13 @@ class Route:
     group: str
 
 
-def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | None = None, place: str = "") -> Route:
+def route(
+    parameter: Tensor,
+    config: OptimizerConfig,
+    own: Mapping[str, Any] | None = None,
+    place: str = "",
+    names: ParameterNames = _NO_OTHERS,
+) -> Route:
     """Decide one parameter's rule.
 
     Args:
@@ -59,6 +67,7 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
         own: the settings of the parameter group that the user put it into, KellerJordan's ``use_muon`` included.
         place: the parameter's place in the given groups ("param_groups[0].params[3]"), which is its name if it has no tag
             and ``use_muon`` makes one unnecessary.
+        names: of all parameters of the model, which show the prefix of a wrapper.
 
     Raises:
         ConfigError: an unregistered parameter, settings that its rule does not read, a matrix rule for a vector.
@@ -69,7 +78,7 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
     refuse_unsteppable(parameter, tags.name or place or "a parameter")
     name = tags.name or place if use_muon is not None else parameter_name(parameter)
     shape = full_shape(parameter)
-    matched = [i for i, override in enumerate(config.common.overrides) if re.search(override.match, name)]
+    matched = names.matched(name, config.common.overrides)
     role, certain = _role(parameter, config, matched, use_muon)
     if use_muon is not None:
         own.setdefault("name", _rule_for_flag(config, use_muon))
@@ -136,7 +145,9 @@ def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
         ConfigError: see `route`.
     """
     tag(model)
-    return [route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+    names = ParameterNames(map(parameter_name, model.parameters()))
+    names.refuse_unmatched(config.common.overrides)
+    return [route(parameter, config, names=names) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:

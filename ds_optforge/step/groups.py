@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
+from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
 from ds_optforge.routing.tags import tags_of
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
@@ -38,7 +39,11 @@ class Groups:
         self._frozen: list[tuple[Tensor, str]] = []  # with names
         given = _as_groups(params)
         _refuse_repeated(given)
+        tags = [(tags_of(parameter), place) for place, parameter in _placed(given)]
+        self._names = ParameterNames(found.name or place for found, place in tags)
         routed = [item for index, group in enumerate(given) for item in self._routed(index, group)]
+        if not any(found.of_stage for found, _ in tags):
+            self._names.refuse_unmatched(config.common.overrides)
         log_routing([item[1] for item in routed], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
@@ -58,7 +63,7 @@ class Groups:
                 self._frozen.append((parameter, tags_of(parameter).name or place))
             if not (parameter.requires_grad and full_shape(parameter).numel()):
                 continue
-            decided = route(parameter, self._config, own, place)
+            decided = route(parameter, self._config, own, place, self._names)
             experts = expert_group_name(parameter)
             keys = {**kept, "moe": True, "name": experts} if experts else kept
             yield parameter, decided, prefix + decided.group + (f".{experts}" if experts else ""), keys
@@ -171,15 +176,20 @@ class Groups:
 def _refuse_repeated(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ConfigError for a parameter that is given twice, with the words of torch's optimizers."""
     seen: dict[int, str] = {}
+    for place, parameter in _placed(groups):
+        if id(parameter) in seen:
+            raise ConfigError(
+                f"some parameters appear in more than one parameter group: {tags_of(parameter).name or 'one'} is "
+                f"{seen[id(parameter)]} and {place}; allowed: each once"
+            )
+        seen[id(parameter)] = place
+
+
+def _placed(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (place in the given groups, parameter) for each parameter."""
     for index, group in enumerate(groups):
         for position, parameter in enumerate(group["params"]):
-            place = f"param_groups[{index}].params[{position}]"
-            if id(parameter) in seen:
-                raise ConfigError(
-                    f"some parameters appear in more than one parameter group: {tags_of(parameter).name or 'one'} is "
-                    f"{seen[id(parameter)]} and {place}; allowed: each once"
-                )
-            seen[id(parameter)] = place
+            yield f"param_groups[{index}].params[{position}]", parameter
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
