@@ -50,7 +50,7 @@ class TestUnmatched:
         with pytest.raises(ConfigError) as error:
             door(model(), config(r"blocks\.\d+\.qvk\.weight"))
         assert str(error.value).startswith(
-            r"optimizer.params.overrides[0].match: 'blocks\.\d+\.qvk\.weight' matches no parameter; nearest: blocks.0.qkv.weight"
+            r"optimizer.params.overrides[0].match: 'blocks\.\d+\.qvk\.weight' matches no parameter; nearest: blocks.0.qkv"
         )
 
     def test_every_such_override_is_named(self) -> None:

@@ -1,5 +1,6 @@
 """The parameter groups of an OptForge: the parameters and the rule of each, and the places of its tensors."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Groups:
         _refuse_repeated(given)
         tags = [(tags_of(parameter), place) for place, parameter in _placed(given)]
         self._names = ParameterNames(found.name or place for found, place in tags)
+        _refuse_one_name(found.name or place for found, place in tags)
         routed = [item for index, group in enumerate(given) for item in self._routed(index, group)]
         if not any(found.of_stage for found, _ in tags):
             self._names.refuse_unmatched(config.common.overrides)
@@ -183,6 +185,17 @@ def _refuse_repeated(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"{seen[id(parameter)]} and {place}; allowed: each once"
             )
         seen[id(parameter)] = place
+
+
+def _refuse_one_name(names: Iterable[str]) -> None:
+    """Raise ConfigError where two parameters have one name, which state and checkpoints could not tell apart."""
+    name, count = next(iter(Counter(names).most_common(1)), ("", 1))
+    if count > 1:
+        raise ConfigError(
+            f"{name}: {count} parameters were registered under this name, in several models or before a layer was moved; "
+            "allowed: one call with all that is trained, as ds_optforge.register(torch.nn.ModuleDict({'actor': actor, "
+            "'critic': critic}))"
+        )
 
 
 def _placed(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
