@@ -116,6 +116,7 @@ def parameter_name(parameter: Tensor) -> str:
         raise ConfigError(
             f"a parameter of shape {tuple(full_shape(parameter))} is not registered; call ds_optforge.register(model) "
             "before deepspeed.initialize, Accelerator.prepare or Trainer, with the model that is trained (in plain PyTorch, "
-            "ds_optforge.build_optimizer(model, config) does so)"
+            "ds_optforge.build_optimizer(model, config) does so). Where layers were added or replaced after that, as by PEFT, "
+            "call it again: ds_optforge.register(trainer.model) before trainer.train() where a Trainer wraps the model itself"
         )
     return name
