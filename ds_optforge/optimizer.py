@@ -65,7 +65,8 @@ class OptForge(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the parameters of all groups (DeepSpeed narrows them to one), given their ``.grad``. Collective.
 
-        A missing gradient counts as zeros; a matrix whose whole gradient is zero is neither updated nor decayed.
+        A parameter without a gradient is skipped, as torch.optim does; under ZeRO, where it cannot be told, a missing gradient
+        counts as zeros. A matrix whose whole gradient is zero is neither updated nor decayed.
 
         Args:
             closure: computes the loss and the gradients; None if the gradients are there already.
@@ -85,34 +86,40 @@ class OptForge(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shown = [group for group in self.param_groups if group["params"]]
-        self._check_schedule(shown)
-        steps = [self._group_step(group) for group in self._held(shown)]
+        held = self._held(shown)
+        self._groups.refuse_unfrozen(shown)
+        self._check_schedule(shown, held)
+        steps = [step for group in held for step in self._group_steps(group)]
         for step in steps:
             step.check_gradients()
+        if self._telemetry:
+            self._telemetry.skip([(step.name, step.size) for step in steps if step.is_idle])
         for step in steps:
-            step.update_group()
+            if not step.is_idle:
+                step.update_group()
         return loss
 
     def _held(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave out the groups of which other stages of a pipeline have all parameters."""
         return [group for group in groups if self._groups[group].parameters]
 
-    def _group_step(self, group: dict[str, Any]) -> GroupStep:
-        members, slices = self._groups[group], self._groups.slices_of(group)
-        states = [self.state[tensor] for tensor in slices.tensors]
-        return GroupStep(group, group[GROUP], members, slices, states, self._telemetry)
+    def _group_steps(self, group: dict[str, Any]) -> Iterator[GroupStep]:
+        for members, tensors in self._groups.on_devices(group):
+            slices = self._groups.slices_of(group, tensors, members)
+            yield GroupStep(group, group[GROUP], members, slices, self.state, self._telemetry)
 
-    def _check_schedule(self, shown: Sequence[dict[str, Any]]) -> None:
+    def _check_schedule(self, shown: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
         """Check on all stages of a pipeline alike, also in a call that shows a group of which this stage has nothing."""
         if shown:
             self._schedule_check.remember(shown)
-            self._schedule_check.check(shown, self._steps_taken(self._held(shown)))
+            self._schedule_check.check(shown, self._steps_taken(held))
 
     def _steps_taken(self, held: Sequence[Mapping[str, Any]]) -> int:
-        """Return the steps of the first group; for none, those that all groups of this stage have taken."""
+        """Return the steps of the first group with any; for no group, those that all groups of this stage have taken."""
         if held:
-            return int(self.state.get(held[0]["params"][0], {}).get("step", 0))
-        steps = [int(state["step"]) for state in self.state.values() if state]
+            states = (self.state.get(tensor, {}) for group in held for tensor in group["params"])
+            return next((int(state["step"]) for state in states if "step" in state), 0)
+        steps = [int(state["step"]) for state in self.state.values() if "step" in state]
         missing = len(steps) < sum(bool(members.parameters) for members in self._groups.members.values())
         return 0 if missing else min(steps)
 
