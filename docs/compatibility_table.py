@@ -29,9 +29,10 @@ HEAD = """\
 What OptForge can be combined with, by ZeRO stage; the last column is CPU offload of the optimizer. Every cell comes from tests.
 
 - **exact**: a test compares whole parameters after some steps on several ranks with the same training in one process, without
-  DeepSpeed. Two numbers are measured: the largest relative error of a parameter with Muon in float32, and the same with
-  torch.optim.AdamW, which shows what the combination itself costs. Several ranks add up gradients in another order, so an error
-  of 1e-7 to 1e-5 is none. A cell without numbers is tested as exact in another way, mostly against a run without the feature.
+  DeepSpeed, which takes the ranks' gradients in turn (and rounds them where the feature does). Two numbers are measured: the
+  largest relative error of a parameter with Muon in float32, and the same with torch.optim.AdamW, which shows what the
+  combination itself costs. At 0 not a bit differs. Where ranks add up gradients in another order, 1e-7 to 1e-5 is no error.
+  A cell without numbers is tested as exact in another way, mostly against a run without the feature.
 - **refused**: `ds_optforge.initialize`, `ds-optforge check` and, where only `register` is called, the first step at the latest
   end with an error that names the setting and the way out. Nothing has been trained by then.
 - **not testable here**: needs what the machine of these tests lacks, mostly a GPU.
@@ -131,7 +132,10 @@ def cell_text(cell: Cell, verdicts: Mapping[Cell, str], errors: Mapping[Cell, Ma
     """The verdict, and Muon's and AdamW's error where they were measured."""
     verdict = verdicts.get(cell, "")
     measured = errors.get(cell) if verdict == "exact" else None
-    return f"exact ({measured['muon']:.0e}, AdamW {measured['adamw']:.0e})" if measured else verdict
+    if not measured:
+        return verdict
+    shown = {name: f"{error:.0e}" if error else "0" for name, error in measured.items()}
+    return f"exact ({shown['muon']}, AdamW {shown['adamw']})"
 
 
 def main(arguments: Sequence[str]) -> Any:

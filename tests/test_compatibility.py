@@ -52,7 +52,7 @@ def test_a_changed_verdict_would_be_noticed() -> None:
 
 def test_an_error_stands_beside_the_control() -> None:
     cell = (next(iter(ROWS)), 2)
-    assert "| exact (2e-06, AdamW 1e-07) |" in GENERATOR["page"]({cell: "exact"}, {cell: {"muon": 2.1e-6, "adamw": 1.2e-7}})
+    assert "| exact (2e-06, AdamW 0) |" in GENERATOR["page"]({cell: "exact"}, {cell: {"muon": 2.1e-6, "adamw": 0.0}})
 
 
 @pytest.mark.parametrize(
