@@ -86,9 +86,10 @@ class OptForge(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shown = [group for group in self.param_groups if group["params"]]
+        held = self._held(shown)
         self._groups.refuse_unfrozen(shown)
-        self._check_schedule(shown)
-        steps = [step for group in self._held(shown) for step in self._group_steps(group)]
+        self._check_schedule(shown, held)
+        steps = [step for group in held for step in self._group_steps(group)]
         for step in steps:
             step.check_gradients()
         if self._telemetry:
@@ -107,18 +108,18 @@ class OptForge(torch.optim.Optimizer):
             slices = self._groups.slices_of(group, tensors, members)
             yield GroupStep(group, group[GROUP], members, slices, self.state, self._telemetry)
 
-    def _check_schedule(self, shown: Sequence[dict[str, Any]]) -> None:
+    def _check_schedule(self, shown: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
         """Check on all stages of a pipeline alike, also in a call that shows a group of which this stage has nothing."""
         if shown:
             self._schedule_check.remember(shown)
-            self._schedule_check.check(shown, self._steps_taken(self._held(shown)))
+            self._schedule_check.check(shown, self._steps_taken(held))
 
     def _steps_taken(self, held: Sequence[Mapping[str, Any]]) -> int:
-        """Return the steps of the first tensor that has taken any; for no group, those that all groups have taken."""
+        """Return the steps of the first group with any; for no group, those that all groups of this stage have taken."""
         if held:
             states = (self.state.get(tensor, {}) for group in held for tensor in group["params"])
             return next((int(state["step"]) for state in states if "step" in state), 0)
-        steps = [int(state["step"]) for state in self.state.values() if state]
+        steps = [int(state["step"]) for state in self.state.values() if "step" in state]
         missing = len(steps) < sum(bool(members.parameters) for members in self._groups.members.values())
         return 0 if missing else min(steps)
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,6 @@ from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.step.stages import GroupEntry, Routed, route_all, stage_among, take_placeholders
 from ds_optforge.zero.layout import expert_group_name
-from ds_optforge.zero.pipeline import from_all_stages
 from ds_optforge.zero.shards import full_shape
 
 GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier
@@ -49,10 +47,10 @@ class Groups:
         self._frozen: list[tuple[Tensor, str]] = []  # with names
         given = _as_groups(params)
         self.stage = stage_among(given)
-        routed, entries = route_all(self.stage, lambda: self._route(given))
-        if self.stage:  # the names of the other stages are known now
-            everywhere = ParameterNames(chain.from_iterable(from_all_stages(self.stage, self._names.all)))
-            everywhere.refuse_unmatched(config.common.overrides)
+        placed = [(tags_of(parameter), place) for place, parameter in _placed(given)]
+        self._names = ParameterNames(tags.name or place for tags, place in placed if not tags.placeholder)
+        routed, entries, names = route_all(self.stage, lambda: self._all_routed(given), self._names)
+        names.refuse_unmatched(config.common.overrides)
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
@@ -61,16 +59,11 @@ class Groups:
         self._rules: dict[Tensor, Rule] = {}
         self.dicts = self._build(routed, entries)
 
-    def _route(self, given: Sequence[dict[str, Any]]) -> list[Routed]:
-        """Route this stage's parameters."""
+    def _all_routed(self, given: Sequence[dict[str, Any]]) -> Iterator[Routed]:
         _refuse_repeated(given)
-        found = [(tags_of(parameter), place) for place, parameter in _placed(given)]
-        names = [tags.name or place for tags, place in found if not tags.placeholder]
-        _refuse_one_name(names)
-        self._names = ParameterNames(names)
-        if self.stage is None:
-            self._names.refuse_unmatched(self._config.common.overrides)
-        return [item for index, group in enumerate(given) for item in self._routed(index, group)]
+        _refuse_one_name(self._names.all)
+        for index, group in enumerate(given):
+            yield from self._routed(index, group)
 
     def _routed(self, index: int, group: dict[str, Any]) -> Iterator[Routed]:
         """Yield (parameter, route, identifier of our group, the frameworks' keys of the group) for one given group."""

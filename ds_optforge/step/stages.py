@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_optforge.errors import ConfigError
+from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route
 from ds_optforge.routing.tags import tags_of
 from ds_optforge.rules.settings import RuleSettings
@@ -51,42 +52,51 @@ def stage_among(groups: Sequence[Mapping[str, Any]]) -> Stage | None:
     return found
 
 
-def route_all(stage: Stage | None, routed: Callable[[], Iterable[Routed]]) -> tuple[list[Routed], list[GroupEntry]]:
+def route_all(
+    stage: Stage | None, routed: Callable[[], Iterable[Routed]], names: ParameterNames
+) -> tuple[list[Routed], list[GroupEntry], ParameterNames]:
     """Route this stage's parameters, and list the groups of all stages. Collective over the ranks of a pipeline.
 
     Args:
         stage: this rank's; None without a pipeline.
         routed: routes the parameters.
+        names: of this stage's parameters.
 
     Returns:
-        (the routed parameters, the groups in the order in which the stages have them).
+        (the routed parameters, the groups in the order in which the stages have them, the names of all stages).
 
     Raises:
         ConfigError: what ``routed`` raised, on all stages; a stage without parameters; groups that differ between stages.
     """
     if stage is None:
         own = list(routed())
-        return own, list(_entries(own))
+        return own, list(_entries(own)), names
     own, failure = [], ""
     try:
         own = list(routed())
         _refuse_tied_matrices(stage, own)
     except Exception as error:  # whatever it is, the other stages must not wait for this one
         failure = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-    shared = from_all_stages(stage, failure or list(_entries(own)))
+    shared = from_all_stages(stage, failure or (list(_entries(own)), names.all))
     for index, found in enumerate(shared):
         if isinstance(found, str):
             raise ConfigError(f"stage {index} of the pipeline: {found}")
-    union = _union(shared)
-    for index, found in enumerate(shared):
-        if not found:
+    entries = [found[0] for found in shared]
+    union = _union(entries)
+    _refuse_missing(entries, len(union), len(stage.placeholders))
+    return own, union, ParameterNames(name for found in shared for name in found[1])
+
+
+def _refuse_missing(entries: Sequence[Sequence[GroupEntry]], groups: int, placeholders: int) -> None:
+    """Refuse a stage without any parameter, or with fewer groups than its placeholders can make up for."""
+    for index, own in enumerate(entries):
+        if not own:
             raise ConfigError(f"stage {index} of the pipeline: got no trainable parameter; allowed: at least one")
-        if len(union) - len(found) > len(stage.placeholders):
+        if groups - len(own) > placeholders:
             raise ConfigError(
-                f"stage {index} of the pipeline: has no parameters for {len(union) - len(found)} of the {len(union)} parameter "
-                f"groups of all stages; allowed: {len(stage.placeholders)} (fewer overrides make fewer groups)"
+                f"stage {index} of the pipeline: has no parameters for {groups - len(own)} of the {groups} parameter groups of "
+                f"all stages; allowed: {placeholders} (fewer overrides make fewer groups)"
             )
-    return own, union
 
 
 def take_placeholders(stage: Stage | None, count: int) -> Sequence[Tensor]:

@@ -82,7 +82,7 @@ class Telemetry:
             groups = {
                 group: _numbers(dict(zip(_SUMS + _SCALES, row, strict=True)))
                 for group, row in zip(self._members, sums.tolist(), strict=True)
-                if row[0]  # elements
+                if row[0]  # else none of its parameters had a gradient
             }
             self._last, self._reduced = {"step": step, "groups": groups}, None
         return self._last
@@ -136,7 +136,7 @@ class Telemetry:
             self._reduce(step, over_tensor_ranks(self._widest) if bound else self._widest)
 
     def _reduce(self, step: int, binding: Binding) -> None:
-        nothing = torch.zeros(len(_SUMS), dtype=torch.float64)  # of a group that other stages have, or that had no gradient
+        nothing = torch.zeros(len(_SUMS), dtype=torch.float64)  # of a group that is skipped, or that other stages have
         sums = torch.stack([self._sums.get(group, nothing).to(binding.device) for group in self._members])
         sum_over_ranks(sums, binding)
         scales = [_scales(members, self._rates.get(group, 0.0)) for group, members in self._members.items()]

@@ -230,6 +230,14 @@ def test_weights_for_evaluation_are_the_averages_on_every_stage(pools: Pools) ->
             assert not torch.equal(inside, after)
 
 
+def test_a_pattern_that_matches_on_no_stage_is_refused_on_all_stages(pools: Pools) -> None:
+    """With the nearest names of all stages."""
+    params = {**RULES["muon"], "overrides": [{"match": r"^5\.wieght$", "lr": 0.01}]}
+    for message in pools[2].run(pipelines.refusal, pipelines.configuration(1, params), 2):
+        assert message.startswith("ConfigError: optimizer.params.overrides[0].match: ")
+        assert "nearest: 5.weight" in message
+
+
 def test_a_matrix_rule_for_a_tied_weight_is_refused_on_all_stages(pools: Pools) -> None:
     for message in pools[2].run(pipelines.refusal, pipelines.configuration(1, RULES["muon"]), 2, kind="tied_block"):
         assert message.startswith(
