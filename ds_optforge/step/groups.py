@@ -86,6 +86,10 @@ class Groups:
             groups.append({"params": list(parameters), GROUP: identifier, **kept[identifier], **settings.scheduled()})
         return groups
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: everything but the slices, which are bound anew."""
+        return {**self.__dict__, "_bound": {}}
+
     def __getitem__(self, group: Mapping[str, Any]) -> Members:
         """Return the members of one of ``param_groups``."""
         return self._members[group[GROUP]]
