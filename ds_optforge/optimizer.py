@@ -23,6 +23,10 @@ from ds_optforge.step.telemetry import Monitor, Telemetry
 logger = logging.getLogger("ds_optforge")
 
 
+# Attributes beside torch's that a copy has.
+_COPIED = ("_groups", "_schedule_check", "_warned", "_allocated", "_training_weights", "_telemetry")
+
+
 class OptForge(torch.optim.Optimizer):
     """Optimizer with every rule of ds_optforge, in any mix by role, in plain PyTorch and on every stage of DeepSpeed's ZeRO.
 
@@ -42,6 +46,7 @@ class OptForge(torch.optim.Optimizer):
         self._groups = Groups(params, checked)
         self._schedule_check = ScheduleCheck(self._groups)
         self._warned: set[str] = set()
+        self._allocated = False  # the state of groups that are stepped in later calls
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # while averaged weights are in their place
         super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})
         # Accelerate reads the defaults, and torch's cyclic schedulers look for a momentum. Given to torch's constructor they
@@ -89,6 +94,7 @@ class OptForge(torch.optim.Optimizer):
         held = self._held(shown)
         self._groups.refuse_unfrozen(shown)
         self._check_schedule(shown, held)
+        self._allocate_others(shown)
         steps = [step for group in held for step in self._group_steps(group)]
         for step in steps:
             step.check_gradients()
@@ -102,6 +108,20 @@ class OptForge(torch.optim.Optimizer):
     def _held(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave out the groups of which other stages of a pipeline have all parameters."""
         return [group for group in groups if self._groups[group].parameters]
+
+    def _allocate_others(self, stepped: Sequence[Mapping[str, Any]]) -> None:
+        """Allocate the state of the groups that ZeRO-1/2 steps later, in the first call. Collective.
+
+        DeepSpeed links all state to the parameters after the first group's first step, for `safe_get_full_optimizer_state`.
+        """
+        if self._allocated:
+            return
+        self._allocated = True
+        names = {group[GROUP] for group in stepped}
+        for group in self._held(self._schedule_check.remembered):
+            if group["params"] and group[GROUP] not in names:
+                slices = self._groups.slices_of(group)
+                slices.allocate(self._groups[group].rule, [self.state[tensor] for tensor in slices.tensors])
 
     def _group_steps(self, group: dict[str, Any]) -> Iterator[GroupStep]:
         for members, tensors in self._groups.on_devices(group):
@@ -172,14 +192,23 @@ class OptForge(torch.optim.Optimizer):
             RuntimeError: averaged weights are in the model.
         """
         self._refuse_while_averaged("state_dict()")
+
+        # Between torch's hooks before and the user's hooks after.
+        def describe(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+            found["optforge"] = self._places()
+
+        with self.register_state_dict_post_hook(describe, prepend=True):
+            return super().state_dict()
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Describe the places of all parameters in the tensors that are in the groups now."""
         stepped = [tensor for group in self.param_groups for tensor in group["params"]]
         index = {id(tensor): number for number, tensor in enumerate(stepped)}
-        described = [
+        return [
             {"tensors": [index[id(tensor)] for tensor in slices.tensors], **self._described(slices)}
             for slices in self._groups.bound
             if all(id(tensor) in index for tensor in slices.tensors)
         ]
-        return {**super().state_dict(), "optforge": described}
 
     def _described(self, slices: Slices) -> dict[str, Any]:
         """Describe the contents of ``slices`` as plain data, which `ds-optforge convert` reads."""
@@ -206,20 +235,56 @@ class OptForge(torch.optim.Optimizer):
             RuntimeError: averaged weights are in the model.
         """
         self._refuse_while_averaged("load_state_dict()")
+        decays = [group.get("initial_weight_decay") for group in self.param_groups]
+        given: list[dict[str, Any]] = []  # what the user's hooks have made of it
+
+        def check(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+            self._refuse_other_state(found)
+            given.append(found)
+
+        def finish(optimizer: torch.optim.Optimizer) -> None:
+            for group, initial in zip(self.param_groups, decays, strict=True):
+                self._groups.remember(group, group["params"])
+                if initial is not None:  # this run has a decay schedule, even if the saved one had none
+                    group.setdefault("initial_weight_decay", initial)
+            self._schedule_check.remember(self.param_groups)
+            self._restore_dtypes(given[0])
+
+        # After the user's hooks before, and before the user's hooks after.
+        with self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(finish, prepend=True):
+            super().load_state_dict(state_dict)
+
+    def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
         _refuse_missing_rules(state_dict)
         found = [group.get(GROUP) for group in state_dict["param_groups"]]
         expected = [group[GROUP] for group in self.param_groups]
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
         self._refuse_other_formats(state_dict)
-        decays = [group.get("initial_weight_decay") for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, initial in zip(self.param_groups, decays, strict=True):
-            self._groups.remember(group, group["params"])
-            if initial is not None:  # this run has a decay schedule, even if the saved one had none
-                group.setdefault("initial_weight_decay", initial)
-        self._schedule_check.remember(self.param_groups)
-        self._restore_dtypes(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: torch's three entries, and the groups.
+
+        Raises:
+            TypeError: under ZeRO, whose slices belong to this process.
+            RuntimeError: averaged weights are in the model.
+        """
+        self._refuse_while_averaged("a copy")
+        if any(slices.binding.process_group is not None for slices in self._groups.bound):
+            raise TypeError(
+                "an OptForge whose slices are ZeRO's cannot be copied or pickled, since they belong to this process; allowed: "
+                "ds_optforge.save_checkpoint(engine, ...) and load_checkpoint"
+            )
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _COPIED}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` returned; or state and groups alone, which torch gives after a load."""
+        super().__setstate__(state)
+        if "_groups" in state:
+            for group in self.param_groups:
+                for members, tensors in self._groups.on_devices(group):
+                    if any(tensor in self.state for tensor in tensors):
+                        self._groups.slices_of(group, tensors, members)
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Members, Tensor, Mapping[str, Any]]]:
         """Yield (members, tensor, its saved state) for each tensor that has any."""

@@ -99,6 +99,10 @@ class Groups:
             groups.append({"params": stepped, GROUP: entry.identifier, **entry.keys, **settings.scheduled()})
         return groups
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: everything but the slices, which are bound anew."""
+        return {**self.__dict__, "_bound": {}}
+
     def __getitem__(self, group: Mapping[str, Any]) -> Members:
         """Return the members of one of ``param_groups``: none where other stages of a pipeline have them all."""
         return self._members[group[GROUP]]

@@ -42,6 +42,11 @@ class ScheduleCheck:
         """Note the dicts of the optimizer's groups, which a load replaces by new ones."""
         self._dicts |= {group[GROUP]: group for group in dicts}
 
+    @property
+    def remembered(self) -> list[Mapping[str, Any]]:
+        """The dicts of all groups, also while ZeRO-1/2 shows the optimizer only one of them."""
+        return list(self._dicts.values())
+
     def check(self, stepped: Iterable[Mapping[str, Any]], step: int) -> None:
         """Refuse a schedule that contradicts the configuration; warn of a merely harmful one.
 
