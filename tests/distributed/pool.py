@@ -1,6 +1,7 @@
 """Warm pools of ranks: distributed test cases without paying for start-up each time.
 
-A pool of n ranks is n processes that import torch and DeepSpeed once and then run any number of jobs:
+A pool of n ranks is n processes, forked of others that have imported torch and DeepSpeed (`nursery`), that run any number
+of jobs:
 
     results = pool.run(cases.train, stage=2, steps=20)     # one result per rank, in rank order
 
@@ -15,7 +16,6 @@ import contextlib
 import os
 import reprlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Container
@@ -27,6 +27,7 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
+from tests.distributed.nursery import Nursery, nursery
 
 START_TIMEOUT_S = 600.0
 RESET_TIMEOUT_S = 60.0
@@ -57,22 +58,12 @@ def _section(rank: int, failure: Failed, output: str) -> str:
 class _Process:
     """One rank as its pool sees it."""
 
-    def __init__(self, rank: int, world_size: int, port: int, log: Path, python: str) -> None:
+    def __init__(self, parent: Nursery, rank: int, world_size: int, port: int, log: Path) -> None:
         self.log = log
         self.log_start = 0
         self.connection, other_end = Pipe()
-        command = [python, "-m", "tests.distributed.worker", str(other_end.fileno())]
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                env=_environment(rank, world_size, port),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[other_end.fileno()],
-                start_new_session=True,  # Ctrl-C reaches the pool alone; what a rank starts ends with it
-            )
-        other_end.close()
+        with other_end:
+            self.process = parent.bear(_environment(rank, world_size, port), other_end, log)
 
     def receive(self) -> Returned | Failed:
         """The answer that has arrived, or the news that the rank has died."""
@@ -80,8 +71,7 @@ class _Process:
             answer: Returned | Failed = load(self.connection.recv_bytes())
             return answer
         except (EOFError, ConnectionError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_S)
+            self.process.wait(GRACE_S)
             return Failed("Died", f"the process ended with status {self.process.returncode}", "")
 
     def log_tail(self) -> str:
@@ -93,25 +83,31 @@ class _Process:
     def signal(self, number: int) -> None:
         """Signal this one process."""
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+            os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """End the rank and whatever it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.wait(None)
         self.connection.close()
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    search_path = [str(IMPORT_ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
+    return _common_environment() | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+    }
+
+
+def _common_environment() -> dict[str, str]:
+    """What does not differ between ranks."""
+    search_path = [str(IMPORT_ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed's own Muon compiles itself, which takes half a minute
         "DS_ACCELERATOR": "cpu",
@@ -165,8 +161,7 @@ class Pool:
             rank.signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         for rank in self._ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.process.wait(max(0.0, deadline - time.monotonic()))
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
         self._kill()
 
     def _make_ready(self) -> None:
@@ -183,9 +178,14 @@ class Pool:
 
     def _start(self) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for number in range(self.size):
-            log = self._log_directory / f"rank{number}.log"
-            self._ranks.append(_Process(number, self.size, self._store.port, log, self._python))
+        logs = [self._log_directory / f"rank{number}.log" for number in range(self.size)]
+        parents = [nursery(self._python, number, _common_environment(), log) for number, log in enumerate(logs)]
+        try:
+            for number, (parent, log) in enumerate(zip(parents, logs, strict=True)):
+                self._ranks.append(_Process(parent, number, self.size, self._store.port, log))
+        except OSError:
+            self._kill()
+            raise
 
     def _await_ready(self, timeout_s: float) -> bool:
         """Whether all ranks say that they are ready; false as soon as one is known to have died."""
@@ -197,7 +197,7 @@ class Pool:
             if not arrived or len(ready) < len(arrived):
                 return False
             awaited -= ready
-        return all(rank.process.poll() is None for rank in self._ranks)
+        return all(not rank.process.wait(0) for rank in self._ranks)
 
     def _hand_out(self, job: bytes) -> None:
         for rank in self._ranks:
@@ -236,7 +236,7 @@ class Pool:
 
     def _reset_or_kill(self, all_answered: bool) -> None:
         """Let the ranks clean up while the test goes on; only when all are back, as cleaning up closes connections."""
-        if not all_answered or any(rank.process.poll() is not None for rank in self._ranks):
+        if not all_answered or any(rank.process.wait(0) for rank in self._ranks):
             self._kill()
             return
         try:

@@ -30,6 +30,7 @@ def describe() -> dict[str, Any]:
         "rank_sum": rank.item(),
         "random": torch.rand(3),
         "threads": torch.get_num_threads(),
+        "hash": hash("the order of a set"),
     }
 
 
@@ -140,6 +141,12 @@ def test_jobs_share_processes_and_start_from_the_same_seed(pool2: Pool) -> None:
     assert torch.equal(first[0]["random"], first[1]["random"])
 
 
+@pytest.mark.skipif("PYTHONHASHSEED" in os.environ, reason="PYTHONHASHSEED is set")
+def test_ranks_order_their_sets_differently(pool4: Pool) -> None:
+    """As under a launcher: else no test would see collectives whose order is that of a set."""
+    assert len({result["hash"] for result in pool4.run(describe)}) == 4
+
+
 def test_tensors_travel_both_ways(pool2: Pool) -> None:
     tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T
     for rank, result in enumerate(pool2.run(echo, tensor, named={"same": tensor})):
@@ -224,10 +231,11 @@ def test_ranks_end_with_the_process_that_owns_the_pool(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from tests.distributed import test_pool
+        from tests.distributed.nursery import nursery_pids
         from tests.distributed.pool import Pool
         folder = Path(sys.argv[1])
         pool = Pool(2, folder)
-        print(*[result["pid"] for result in pool.run(test_pool.describe)], flush=True)
+        print(*[result["pid"] for result in pool.run(test_pool.describe)], *nursery_pids(), flush=True)
         pool.run(test_pool.sleep_with_child, folder)
     """
     environment = os.environ | {"PYTHONPATH": str(IMPORT_ROOT)}
@@ -239,5 +247,5 @@ def test_ranks_end_with_the_process_that_owns_the_pool(tmp_path: Path) -> None:
         while not (tmp_path / "child").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         owner.send_signal(signal.SIGKILL)
-    assert len(pids) == 2
+    assert len(pids) == 4
     assert not wait_until_gone([*pids, int((tmp_path / "child").read_text())])

@@ -165,16 +165,12 @@ class Rank:
             sys.stderr.flush()
 
 
-def main() -> None:
-    """Started by the pool, with the number of an open file descriptor of the channel."""
+def serve(connection: Connection) -> None:
+    """Be a rank of the pool at the other end, in a process that was forked for it."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     # Only tensor-parallel inference uses this operator. Building it takes half a minute on first use, and a rank that
     # is killed while it builds leaves a lock behind that blocks every later process.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    Rank(Connection(int(sys.argv[1]))).work()
-
-
-if __name__ == "__main__":
-    main()
+    Rank(connection).work()
