@@ -128,7 +128,7 @@ class OptForge(torch.optim.Optimizer):
             slices = self._groups.slices_of(group, tensors, members)
             yield GroupStep(group, group[GROUP], members, slices, self.state, self._telemetry)
 
-    def _check_schedule(self, shown: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
+    def _check_schedule(self, shown: Sequence[dict[str, Any]], held: Sequence[Mapping[str, Any]]) -> None:
         """Check on all stages of a pipeline alike, also in a call that shows a group of which this stage has nothing."""
         if shown:
             self._schedule_check.remember(shown)

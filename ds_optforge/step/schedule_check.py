@@ -33,17 +33,17 @@ class ScheduleCheck:
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._dicts: dict[str, Mapping[str, Any]] = {}
+        self._dicts: dict[str, dict[str, Any]] = {}
         self._differed: bool | None = None  # whether rates differed in an earlier step; None before the first
         self._highest: dict[str, float] = {}  # by group, the highest rate so far
         self._warned: set[str] = set()  # rules
 
-    def remember(self, dicts: Iterable[Mapping[str, Any]]) -> None:
+    def remember(self, dicts: Iterable[dict[str, Any]]) -> None:
         """Note the dicts of the optimizer's groups, which a load replaces by new ones."""
         self._dicts |= {group[GROUP]: group for group in dicts}
 
     @property
-    def remembered(self) -> list[Mapping[str, Any]]:
+    def remembered(self) -> list[dict[str, Any]]:
         """The dicts of all groups, also while ZeRO-1/2 shows the optimizer only one of them."""
         return list(self._dicts.values())
 
