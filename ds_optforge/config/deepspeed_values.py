@@ -42,6 +42,11 @@ def without(config: Mapping[str, Any], paths: frozenset[str], at: str = "") -> d
     }
 
 
+def without_fillable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without each "auto" that a framework fills later, in its ``prepare``."""
+    return without(config, frozenset(autos_of(config)).intersection(FILLED_BY_FRAMEWORKS))
+
+
 def problems_of_auto(config: Mapping[str, Any], filled: bool) -> Iterator[str]:
     """Yield a line for each "auto" that stays one.
 
