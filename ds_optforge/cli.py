@@ -132,10 +132,12 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from ds_optforge.config.deepspeed import check, load_config
+    from ds_optforge.config.deepspeed_values import autos_of
 
     config = load_config(options.config)
     check(config, filled=False)
-    print(f"{options.config}: valid")
+    left_open = ", ".join(autos_of(config))
+    print(f"{options.config}: valid" + (f", once Accelerate or the HF Trainer has filled {left_open}" if left_open else ""))
     return 0
 
 

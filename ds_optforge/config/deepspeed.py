@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_optforge.config.deepspeed_reading import problems_of_reading
+from ds_optforge.config.deepspeed_values import autos_of, problems_of_auto, problems_of_batch, problems_of_precision, without
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.refused import problems_of, setting
 from ds_optforge.config.schedule import schedule_config
@@ -116,6 +118,7 @@ def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float]
         elif kind in _WRITTEN_RATES:
             _refuse_one_rate(kind, _params(config, "scheduler", kind), rates)
     _refuse_features(config)
+    _refuse_misread(config, filled)
 
 
 def _without_auto(section: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +168,15 @@ def _refuse_one_rate(kind: str, params: Mapping[str, Any], rates: Mapping[str, f
             f"different rates ({found}); allowed: a list with a rate for each parameter group, in their order, or "
             "the type 'OptForgeSchedule' or 'WarmupCosineLR', which keep the ratios"
         )
+
+
+def _refuse_misread(config: Mapping[str, Any], filled: bool) -> None:
+    """Raise ConfigError for values that contradict each other, and for what DeepSpeed refuses or would ignore."""
+    problems = [*problems_of_auto(config, filled), *problems_of_batch(config), *problems_of_precision(config)]
+    if not problems:
+        problems = list(problems_of_reading(without(config, frozenset(autos_of(config)))))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _refuse_features(config: Mapping[str, Any]) -> None:

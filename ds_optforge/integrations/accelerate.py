@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_optforge.config.deepspeed import check, check_beside_optimizer, load_config
+from ds_optforge.config.deepspeed_values import without_fillable
 from ds_optforge.errors import ConfigError
 from ds_optforge.integrations.deepspeed import register
 from ds_optforge.integrations.plain import build_optimizer, build_scheduler
@@ -81,7 +82,7 @@ def optimizer_and_scheduler(
     _refuse_other_state(accelerator)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     _fill_length(config, total_steps)
-    check(config)
+    check(without_fillable(config))
     if not real:
         register(model)
         optimizer = DummyOptim(list(model.parameters()))

@@ -47,7 +47,7 @@ class RuleSettings(Section):
     decay_rates: ClassVar[tuple[str, ...]]
     summary: ClassVar[tuple[str, str]] = ("", "")
 
-    lr: NonNegative = Field(1e-3, description="learning rate")
+    lr: NonNegative = Field(1e-3, le=10, description="learning rate; above 10 it is taken for a slip")
     state_dtype: StateDType = Field("float32", description="how the elementwise state is kept; 8bit needs bitsandbytes")
 
     @field_validator("state_dtype")

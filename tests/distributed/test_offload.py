@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import ds_optforge
-from tests import models
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
@@ -125,22 +123,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 2, "offload_optimizer": CPU, "zenflow": {"topk_ratio": 0.1}}},
         "zero_optimization.zenflow",
     ),
-    "elastic_checkpoint": (
-        {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
-        "zero_optimization.elastic_checkpoint",
-    ),
-    "load_universal": ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
 }
 
 
 class TestRefused:
-    @pytest.mark.parametrize("feature", REFUSED)
-    def test_initialize_names_the_key_before_it_builds_anything(self, feature: str) -> None:
-        sections, path = REFUSED[feature]
-        model = models.build()
-        with pytest.raises(ds_optforge.ConfigError, match=f"^{path}: got "):
-            ds_optforge.initialize(model=model, config=cases.engine_config(2, cases.MUON, **sections))
-        assert not hasattr(model.lm_head.weight, "optforge_name")
+    """`initialize` and `check` name these before they build anything: tests/integrations/test_refused_features.py."""
 
     @pytest.mark.parametrize(
         ("feature", "said"),
