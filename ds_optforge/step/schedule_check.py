@@ -47,7 +47,7 @@ class ScheduleCheck:
         """The dicts of all groups, also while ZeRO-1/2 shows the optimizer only one of them."""
         return list(self._dicts.values())
 
-    def check(self, stepped: Iterable[Mapping[str, Any]], step: int) -> None:
+    def check(self, stepped: Iterable[dict[str, Any]], step: int) -> None:
         """Refuse a schedule that contradicts the configuration; warn of a merely harmful one.
 
         Args:
