@@ -142,7 +142,8 @@ def main(arguments: Sequence[str]) -> Any:
     """Write the page, or with ``--print`` show it; a report's errors go on record first."""
     verdicts = collected()
     if arguments and arguments[0] != "--print":
-        put_on_record({cell: error for cell, error in errors_of_report(Path(arguments[0])).items() if cell in verdicts})
+        errors = errors_of_record() | errors_of_report(Path(arguments[0]))  # of some of the tests, perhaps
+        put_on_record({cell: error for cell, error in errors.items() if cell in verdicts})
     made = page(verdicts, errors_of_record())
     if "--print" in arguments:
         sys.stdout.write("\0" + made)

@@ -21,6 +21,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "data": "Data parallelism, 1 to 4 ranks",
         "autotp": "Tensor parallelism: AutoTP, 2 and 4 ranks, with data parallelism",
         "megatron": "Tensor parallelism: layers in the manner of Megatron, with an mpu",
+        "tensor_checkpoints": "Tensor parallelism: portable checkpoints to other numbers of tensor ranks",
         "moe": "DeepSpeed MoE layers, `ep_size` 1 and 2",
         "pipeline": "PipelineModule, 2 and 3 stages, 1 and 2 data ranks",
         "pipeline_tied": "PipelineModule with an embedding tied to the head (TiedLayerSpec)",

@@ -1,6 +1,7 @@
 """Tensor parallelism: matrices that are cut once more than ZeRO cuts them are orthogonalized whole."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,28 @@ def one_process(name: str) -> dict[str, Tensor]:
 
 
 class TestAutoTP:
+    @pytest.mark.promise("tensor-parallel")
     @pytest.mark.compatibility("autotp", verdict="exact")
     @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-    def test_trains_as_one_process_does(self, stage: int, pools: Pools) -> None:
-        for found in pools[2].run(tensor_parallel.autotp, 2, stage, NORMUON, STEPS):
-            assert tensor_parallel.difference(found, one_process("normuon")) < TOLERANCE
+    def test_trains_as_one_process_does(self, stage: int, pools: Pools, record_errors: Callable[..., None]) -> None:
+        """The control is torch.optim.AdamW, which needs no whole matrices."""
+        errors = {}
+        for name, params in {"normuon": NORMUON, "control": None}.items():
+            ranks = pools[2].run(tensor_parallel.autotp, 2, stage, params, STEPS)
+            errors[name] = max(tensor_parallel.difference(found, one_process(name)) for found in ranks)
+        record_errors("autotp", stage, muon=errors["normuon"], adamw=errors["control"])
+        assert max(errors.values()) < TOLERANCE
 
     @pytest.mark.parametrize("door", ["register", "object"])
     def test_through_every_door(self, door: str, pools: Pools) -> None:
         for found in pools[2].run(tensor_parallel.autotp, 2, 2, MUON, STEPS, door):
             assert tensor_parallel.difference(found, one_process("muon")) < TOLERANCE
 
-    def test_the_control_trains(self, pools: Pools) -> None:
-        """With torch.optim.AdamW, which needs no whole matrices: what differs here is not ours."""
-        for found in pools[2].run(tensor_parallel.autotp, 2, 2, None, STEPS):
-            assert tensor_parallel.difference(found, one_process("control")) < TOLERANCE
+    @pytest.mark.compatibility("autotp", stages=("offload",), verdict="exact")
+    def test_with_offload(self, pools: Pools) -> None:
+        offload = {"offload_optimizer": {"device": "cpu"}}
+        for found in pools[2].run(tensor_parallel.autotp, 2, 3, NORMUON, STEPS, zero_optimization=offload):
+            assert tensor_parallel.difference(found, one_process("normuon")) < TOLERANCE
 
     @pytest.mark.parametrize(("tensor_ranks", "stage"), [(2, 0), (2, 2), (2, 3), (4, 2)])
     def test_beside_data_parallelism(self, tensor_ranks: int, stage: int, pools: Pools) -> None:
@@ -50,13 +58,18 @@ class TestAutoTP:
 
 
 class TestLayersWithAnMpu:
+    @pytest.mark.promise("tensor-parallel")
     @pytest.mark.compatibility("megatron", verdict="exact")
     @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-    def test_train_as_one_process_does(self, stage: int, pools: Pools) -> None:
+    def test_train_as_one_process_does(self, stage: int, pools: Pools, record_errors: Callable[..., None]) -> None:
         """One weight is cut by rows, one by columns, and one not at all."""
-        expected = tensor_parallel.megatron_in_one_process(NORMUON, STEPS)
-        for found in pools[2].run(tensor_parallel.megatron, 2, stage, NORMUON, STEPS):
-            assert tensor_parallel.difference(found, expected) < TOLERANCE
+        errors = []
+        for params in (NORMUON, None):
+            expected = tensor_parallel.megatron_in_one_process(params, STEPS)
+            ranks = pools[2].run(tensor_parallel.megatron, 2, stage, params, STEPS)
+            errors.append(max(tensor_parallel.difference(found, expected) for found in ranks))
+        record_errors("megatron", stage, muon=errors[0], adamw=errors[1])
+        assert max(errors) < TOLERANCE
 
     def test_beside_data_parallelism(self, pools: Pools) -> None:
         expected = tensor_parallel.megatron_in_one_process(NORMUON, STEPS)
@@ -65,6 +78,8 @@ class TestLayersWithAnMpu:
 
 
 class TestPortableCheckpoints:
+    @pytest.mark.promise("tensor-parallel-checkpoint")
+    @pytest.mark.compatibility("tensor_checkpoints", stages=(0, 1, 2, 3), verdict="exact")
     @pytest.mark.parametrize(
         ("ranks", "saved", "loaded"),
         [(2, (2, 2), (1, 3)), (2, (1, 3), (2, 2)), (2, (2, 3), (2, 0)), (4, (4, 2), (2, 3)), (4, (2, 0), (4, 1))],
