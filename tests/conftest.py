@@ -6,11 +6,13 @@ Tests that not every machine can run have a marker; `NEEDS` says what for.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
 import pytest
 
@@ -99,3 +101,13 @@ def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.fixture
+def record_errors(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """For docs/compatibility.md: ``record_errors(row, stage, muon=, adamw=)`` puts relative errors into the report."""
+
+    def record(row: str, stage: int | str, *, muon: float, adamw: float) -> None:
+        record_property("compatibility", json.dumps({"row": row, "stage": stage, "muon": muon, "adamw": adamw}))
+
+    return record

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.refused import problems_of, setting
 from ds_optforge.config.schedule import schedule_config
 from ds_optforge.config.sections import ROLES
 from ds_optforge.errors import ConfigError
@@ -73,8 +74,8 @@ def check(config: Mapping[str, Any], filled: bool = True) -> None:
         filled: whether frameworks have filled their values; False, for a file, accepts the "auto" that they will fill.
 
     Raises:
-        ConfigError: bad "params", a DeepSpeed scheduler that would flatten different learning rates to one, a ZeRO
-            feature that hides the optimizer's slices.
+        ConfigError: bad "params", a DeepSpeed scheduler that would flatten different learning rates to one, a
+            feature of DeepSpeed with which training would not be exact.
     """
     if "optimizer" not in config:
         raise ConfigError('optimizer: missing; allowed: {"type": "OptForge", "params": {"name": ...}}')
@@ -106,7 +107,7 @@ def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float]
             raise ConfigError("scheduler.type: got None; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
         elif kind in _FLATTENING_SCHEDULERS:
             _refuse_flattening(kind, rates)
-    _refuse_zero_features(config)
+    _refuse_features(config)
 
 
 def _without_auto(section: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -149,37 +150,13 @@ def _refuse_flattening(kind: str, rates: Mapping[str, float]) -> None:
         )
 
 
-def _refuse_zero_features(config: Mapping[str, Any]) -> None:
-    zero = _object(config, "zero_optimization", "zero_optimization")
-    offload = _object(zero, "offload_optimizer", "zero_optimization.offload_optimizer")
-    checkpoint = _object(config, "checkpoint", "checkpoint")
-    here = "zero_optimization.offload_optimizer"
-    problems = []
-    if offload.get("device") == "nvme":
-        problems.append(f"{here}.device: got 'nvme'; allowed: 'cpu' or 'none'")
-    ratio = offload.get("ratio", 1.0)
-    if not isinstance(ratio, int | float) or ratio < 1.0:
-        problems.append(f"{here}.ratio: got {ratio!r}; allowed: 1.0 (DeepSpeed would step the rest itself)")
-    if offload.get("super_offload"):
-        problems.append(f"{here}.super_offload: got true; allowed: false")
-    if zero.get("zenflow"):
-        problems.append("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
-    if zero.get("elastic_checkpoint"):
-        problems.append("zero_optimization.elastic_checkpoint: got true; allowed: false")
-    if checkpoint.get("load_universal"):
-        problems.append("checkpoint.load_universal: got true; allowed: false (DeepSpeed's loader knows only Adam's state)")
+def _refuse_features(config: Mapping[str, Any]) -> None:
+    problems = list(problems_of(config))
     if problems:
         raise ConfigError("\n".join(problems))
-    if _object(config, "bf16", "bf16").get("check_grad_overflow") is False or zero.get("compute_grad_norm") is False:
+    unchecked = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
+    if any(setting(config, path) is False for path in unchecked):
         logger.warning(
             "bf16.check_grad_overflow or zero_optimization.compute_grad_norm is false: DeepSpeed then steps with gradients "
             "that are not finite, and they reach weights and state"
         )
-
-
-def _object(owner: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
-    """Return a section that may be missing, then empty. Raises ConfigError for anything but an object."""
-    section = owner.get(key)
-    if section is not None and not isinstance(section, Mapping):
-        raise ConfigError(f"{path}: got {section!r}; allowed: an object")
-    return section or {}

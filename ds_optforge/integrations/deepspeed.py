@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_optforge.config.deepspeed import check, check_beside_optimizer, load_config
+from ds_optforge.config.refused import ULYSSES
 from ds_optforge.errors import ConfigError
 from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, send_telemetry
 from ds_optforge.routing.tags import tag
@@ -69,6 +70,8 @@ def initialize(
         loaded = _beside_object(loaded, optimizer)
     if "scheduler" in loaded and arguments.get("lr_scheduler") is not None:
         raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
+    if arguments.get("mesh_param") is not None:
+        raise ConfigError(f"mesh_param: got {arguments['mesh_param']!r}; allowed: {ULYSSES}")
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
     send_telemetry(_base_optimizer(result[0])[1], result[0].monitor)

@@ -222,11 +222,23 @@ def _refuse_hidden_slices(zero: Any) -> None:
         )
     if getattr(zero, "zenflow", False):
         raise LayoutError("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
+    quantized = {
+        "zero_quantized_gradients": getattr(zero, "all2all_process_group", None) is not None,
+        "zero_quantized_nontrainable_weights": bool(getattr(zero, "zero_quantized_nontrainable_weights", False)),
+        "zero_quantized_weights": bool(getattr(getattr(zero, "parameter_offload", None), "zero_quantized_weights", False)),
+    }
+    for setting in (name for name, on in quantized.items() if on):
+        raise LayoutError(f"zero_optimization.{setting}: got true; allowed: false")
 
 
 def _only(slices: Sequence[Tensor]) -> Tensor:
     if len(slices) != 1:
         raise LayoutError(f"ZeRO asked for a step of {len(slices)} slices of one group; known: one. {_versions()}")
+    if slices[0].dtype != torch.float32:
+        raise LayoutError(
+            f"the slice that ZeRO wants stepped: got {slices[0].dtype}; allowed: torch.float32, so that no update is lost in "
+            "the rounding of weights (bf16.bf16_master_weights_and_grads, fp16.fp16_master_weights_and_grads: false)"
+        )
     return slices[0]
 
 

@@ -29,6 +29,7 @@ def config(stage: int, params: dict[str, Any] = cases.MUON, **extra: Any) -> dic
 
 
 @pytest.mark.promise("accumulation", "clipping")
+@pytest.mark.compatibility("accelerate", verdict="exact")
 @pytest.mark.parametrize(("stage", "real"), [(1, False), (2, True), (3, False)])
 def test_accumulation_and_clipping_are_those_of_a_plain_engine(stage: int, real: bool, pools: Pools) -> None:
     """Two micro-batches a step, gradients clipped to a tenth of their norm."""
@@ -67,6 +68,7 @@ def test_averaged_weights_are_evaluated_and_exported(stage: int, pools: Pools) -
     assert all(torch.equal(exported[name], weight) for name, weight in results[0]["inside"].items())
 
 
+@pytest.mark.compatibility("accelerate", stages=("offload",), verdict="exact")
 def test_offload_keeps_the_real_optimizer(pools: Pools) -> None:
     """Accelerate would put DeepSpeed's Adam in its place."""
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}

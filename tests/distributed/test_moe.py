@@ -20,6 +20,7 @@ def reference(pool: Pool) -> list[float]:
     return losses
 
 
+@pytest.mark.compatibility("moe", verdict="exact")
 @pytest.mark.parametrize("expert_parallel_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_experts_train_the_same_on_every_stage(stage: int, expert_parallel_size: int, pools: Pools) -> None:

@@ -84,6 +84,7 @@ def check(pool: Pool, config: dict[str, Any], expected: Reference, **options: An
 
 
 @pytest.mark.promise("world-size", "zero-stages")
+@pytest.mark.compatibility("deepspeed", "data", verdict="exact")
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.quick), 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_equals_one_process(stage: int, world: int, pools: Pools) -> None:
@@ -139,6 +140,7 @@ def test_gradient_accumulation_equals_the_large_batch(stage: int, pools: Pools) 
 
 
 @pytest.mark.promise("offload")
+@pytest.mark.compatibility("deepspeed", "data", stages=("offload",), verdict="exact")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cpu_offload(stage: int, pools: Pools) -> None:
     config = cases.engine_config(stage, MUON, gradient_clipping=1.0, zero_optimization={"offload_optimizer": {"device": "cpu"}})

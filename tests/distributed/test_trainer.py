@@ -73,6 +73,7 @@ def in_plain_pytorch(params: dict[str, Any], tied: bool, ranks: int = 2) -> tupl
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.compatibility("trainer", verdict="exact")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_it_trains_as_plain_pytorch_does_and_resumes(stage: int, tied: bool, pools: Pools, tmp_path: Path) -> None:
