@@ -4,7 +4,7 @@ This file keeps groups, state dicts and averaged weights; `ds_optforge.step` run
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,11 @@ from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.group_step import GroupStep
 from ds_optforge.step.groups import GROUP, Groups
+from ds_optforge.step.schedule_check import ScheduleCheck
 from ds_optforge.step.slices import Members, Slices, buffer_dtype
 from ds_optforge.step.telemetry import Monitor, Telemetry
 
 logger = logging.getLogger("ds_optforge")
-
-_FALLING_RATE = (
-    "{rule}: the learning rate is below an earlier one, but averaging replaces a falling schedule; allowed: a "
-    'constant one, as of {{"type": "OptForgeSchedule", "params": {{"name": "none"}}}} (without a "scheduler" section the HF '
-    "Trainer adds a falling one)"
-)
 
 
 class OptForge(torch.optim.Optimizer):
@@ -45,11 +40,14 @@ class OptForge(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], **config: Any) -> None:
         checked = OptimizerConfig(config)
         self._groups = Groups(params, checked)
-        self._rates_seen: dict[str, tuple[int, float, float]] = {}  # by group: step, configured lr, lr found
-        self._highest_rates: dict[str, float] = {}  # by group
+        self._schedule_check = ScheduleCheck(self._groups)
         self._warned: set[str] = set()
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # while averaged weights are in their place
-        super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})  # Accelerate reads the defaults
+        super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})
+        # Accelerate reads the defaults, and torch's cyclic schedulers look for a momentum. Given to torch's constructor they
+        # would enter the groups of rules that do not read them.
+        self.defaults.update(checked.main.scheduled())
+        self._schedule_check.remember(self.param_groups)
         asked = checked.common.telemetry
         self._telemetry = Telemetry(asked.every, self._groups.members) if asked else None
 
@@ -67,7 +65,8 @@ class OptForge(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the parameters of all groups (DeepSpeed narrows them to one), given their ``.grad``. Collective.
 
-        A missing gradient counts as zeros; a matrix whose whole gradient is zero is neither updated nor decayed.
+        A parameter without a gradient is skipped, as torch.optim does; under ZeRO, where it cannot be told, a missing gradient
+        counts as zeros. A matrix whose whole gradient is zero is neither updated nor decayed.
 
         Args:
             closure: computes the loss and the gradients; None if the gradients are there already.
@@ -77,7 +76,7 @@ class OptForge(torch.optim.Optimizer):
 
         Raises:
             LayoutError: ZeRO's layout cannot be read, or ranks disagree about it or about the configuration.
-            ConfigError: a scheduler that contradicts the configuration.
+            ConfigError: a schedule that contradicts the configuration, before any change (see `ScheduleCheck.check`).
             RuntimeError: a gradient that is not finite (except under ZeRO, where DeepSpeed decides whether to skip the
                 step), before any change; or a step on averaged weights.
         """
@@ -86,44 +85,32 @@ class OptForge(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = [self._group_step(group) for group in self.param_groups if group["params"]]
+        stepped = [group for group in self.param_groups if group["params"]]
+        self._groups.refuse_unfrozen(stepped)
+        self._check_schedule(stepped)
+        steps = [step for group in stepped for step in self._group_steps(group)]
         for step in steps:
             step.check_gradients()
+        if self._telemetry:
+            self._telemetry.skip([(step.name, step.size) for step in steps if step.is_idle])
         for step in steps:
-            step.update_group()
+            if not step.is_idle:
+                step.update_group()
         return loss
 
-    def _group_step(self, group: dict[str, Any]) -> GroupStep:
-        self._check_schedule(group)
-        members, slices = self._groups[group], self._groups.slices_of(group)
-        states = [self.state[tensor] for tensor in slices.tensors]
-        return GroupStep(group, group[GROUP], members, slices, states, self._telemetry)
+    def _group_steps(self, group: dict[str, Any]) -> Iterator[GroupStep]:
+        for members, tensors in self._groups.on_devices(group):
+            slices = self._groups.slices_of(group, tensors, members)
+            yield GroupStep(group, group[GROUP], members, slices, self.state, self._telemetry)
 
-    def _check_schedule(self, group: Mapping[str, Any]) -> None:
-        """Raise ConfigError for a schedule that breaks the configuration; warn of a merely harmful one.
+    def _check_schedule(self, stepped: Sequence[Mapping[str, Any]]) -> None:
+        if stepped:
+            self._schedule_check.remember(stepped)
+            self._schedule_check.check(stepped, self._steps_taken(stepped))
 
-        DeepSpeed's own schedulers write one learning rate into all groups; its groups come here one at a time.
-        """
-        settings, name = self._groups[group].settings, group[GROUP]
-        if settings.needs_schedule and "initial_weight_decay" not in group:
-            raise ConfigError(
-                f"weight_decay_schedule: got '{settings.needs_schedule}' without its scheduler; allowed: 'constant', or "
-                '{"type": "OptForgeSchedule"} (build_scheduler) with total_num_steps'
-            )
-        if settings.builds.replaces_schedule and group["lr"] < self._highest_rates.get(name, 0.0):
-            self._warn_once(_FALLING_RATE.format(rule=settings.rule))
-        self._highest_rates[name] = max(group["lr"], self._highest_rates.get(name, 0.0))
-        if "initial_lr" in group or group["lr"] == 0:  # a torch scheduler keeps the ratios; from zero they cannot be told
-            return
-        step = int(self.state[group["params"][0]].get("step", 0))
-        self._rates_seen[name] = (step, settings.lr, group["lr"])
-        for other, (its_step, configured, rate) in self._rates_seen.items():
-            if its_step == step and configured != settings.lr and rate == group["lr"]:
-                raise ConfigError(
-                    f"scheduler: the groups '{other}' and '{name}' are configured with lr {configured:g} and "
-                    f"{settings.lr:g}, but something set both to {rate:g}; allowed: a scheduler that keeps the ratio, "
-                    'such as {"type": "OptForgeSchedule"}'
-                )
+    def _steps_taken(self, groups: Sequence[Mapping[str, Any]]) -> int:
+        states = (self.state.get(tensor, {}) for group in groups for tensor in group["params"])
+        return next((int(state["step"]) for state in states if "step" in state), 0)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -220,6 +207,7 @@ class OptForge(torch.optim.Optimizer):
             self._groups.remember(group, group["params"])
             if initial is not None:  # this run has a decay schedule, even if the saved one had none
                 group.setdefault("initial_weight_decay", initial)
+        self._schedule_check.remember(self.param_groups)
         self._restore_dtypes(state_dict)
 
     def _loaded(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Members, Tensor, Mapping[str, Any]]]:

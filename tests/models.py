@@ -62,6 +62,13 @@ def build(seed: int = 0, **options: object) -> AwkwardNet:
     return AwkwardNet(**options)  # type: ignore[arg-type]
 
 
+def fill_gradients(model: nn.Module) -> None:
+    """Count missing gradients as zeros, as ZeRO does; plain PyTorch would skip their parameters."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def batch(step: int, size: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The global batch of a step: (size,) tokens and targets."""
     generator = torch.Generator().manual_seed(1000 * seed + step)

@@ -203,17 +203,20 @@ def test_check_refuses_an_auto_that_nobody_fills(tmp_path: Path, capsys: pytest.
     assert "optimizer.params.lr:" not in said
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle"])
-def test_check_refuses_a_scheduler_that_flattens_different_rates(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path, {"optimizer": MUON, "scheduler": {"type": kind, "params": {}}})
-    assert main(["check", path]) == 2
+def test_check_refuses_a_scheduler_that_flattens_different_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02}}
+    assert main(["check", write(tmp_path, {"optimizer": MUON, "scheduler": scheduler})]) == 2
     said = capsys.readouterr().err
-    assert f"scheduler.type: got '{kind}'" in said
-    assert "allowed: 'OptForgeSchedule'" in said
+    assert "scheduler.params.warmup_max_lr: got 0.02, which 'WarmupLR' writes into every group" in said
     assert "matrix 0.02" in said
     assert "embedding 0.001" in said
+    assert "allowed: a list with a rate for each parameter group" in said
+
+
+@pytest.mark.parametrize("warmup_max_lr", [[0.02, 0.001], None], ids=["a list", "the groups' own"])
+def test_check_accepts_a_scheduler_that_is_given_a_rate_for_each_group(warmup_max_lr: object, tmp_path: Path) -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": warmup_max_lr}}
+    assert main(["check", write(tmp_path, {"optimizer": MUON, "scheduler": scheduler})]) == 0
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])

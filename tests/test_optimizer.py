@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_optforge import ConfigError, LayoutError, MuonWithAuxAdam, OptForge, build_optimizer
+from ds_optforge import ConfigError, MuonWithAuxAdam, OptForge, build_optimizer
 from tests import models
 from tests.oracles import EXACT, Muon, relative_error
 
@@ -254,18 +254,18 @@ class TestKellerJordansGroups:
 
 class TestGradients:
     @pytest.mark.parametrize("config", [MUON, ADAMW], ids=["muon", "adamw"])
-    def test_a_missing_gradient_counts_as_zeros(self, config: dict[str, Any]) -> None:
+    def test_a_gradient_of_zeros_is_a_gradient(self, config: dict[str, Any]) -> None:
+        """It lets momentum fade and elementwise rules decay; a missing one does neither (see test_parameters)."""
         missing, zeros = models.build(), models.build()
         optimizers = [build_optimizer(model, config) for model in (missing, zeros)]
         for step in range(3):
             for model, optimizer in zip((missing, zeros), optimizers, strict=True):
                 set_gradients(model.parameters(), step)
                 if step > 0:
-                    for parameter in (model.up.weight, model.up.bias, model.embed.weight):
-                        parameter.grad = None if model is missing else torch.zeros_like(parameter)
+                    model.embed.weight.grad = None if model is missing else torch.zeros_like(model.embed.weight)
                 optimizer.step()
-        assert_same_bits(parameters_of(missing), parameters_of(zeros))
-        assert missing.up.weight.grad is None
+        assert not torch.equal(missing.embed.weight, zeros.embed.weight)
+        assert missing.embed.weight.grad is None
 
     @pytest.mark.parametrize("steps_before", [0, 3])
     def test_a_matrix_whose_whole_gradient_is_zero_is_neither_updated_nor_decayed(self, steps_before: int) -> None:
@@ -378,14 +378,6 @@ class TestMatrices:
             assert relative_error(found[expert], separate[expert]) < 1e-6
         assert torch.equal(found[2], weights[2])
 
-    def test_a_parameter_that_is_not_row_major_is_an_error_that_names_it(self) -> None:
-        model = linears(matrix(8, 12))
-        model[0].weight = nn.Parameter(matrix(12, 8).T)
-        optimizer = build_optimizer(model, MUON)
-        set_gradients(model.parameters(), 0)
-        with pytest.raises(LayoutError, match=r"^0\.weight: got strides \(1, 8\); allowed: a contiguous"):
-            optimizer.step()
-
 
 class TestState:
     @pytest.mark.promise("state-buffers")
@@ -480,8 +472,16 @@ class TestStep:
         assert loss.item() == pytest.approx(models.build()(*models.batch(0)).item())
         assert not torch.equal(model.up.weight, before["up.weight"])
 
-    @pytest.mark.parametrize("config", [MUON, ADAMW], ids=["muon", "adamw"])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize(
+        ("dtype", "config"),
+        [
+            (torch.bfloat16, MUON),
+            (torch.float16, MUON),
+            (torch.bfloat16, ADAMW),
+            (torch.float16, ADAMW),
+            (torch.float64, ADAMW),  # a matrix rule refuses it: see test_parameters
+        ],
+    )
     def test_parameters_of_any_floating_dtype_are_stepped(self, dtype: torch.dtype, config: dict[str, Any]) -> None:
         """As in float32, up to 2%: bfloat16 rounds weights (1/256) and gradients, which Newton-Schulz magnifies."""
         narrow, reference = models.build().to(dtype), models.build()
@@ -527,7 +527,7 @@ class TestStep:
         for group in optimizer.param_groups:
             group["lr"] = 0.01
         set_gradients(model.parameters(), 0)
-        with pytest.raises(ConfigError, match=r"configured with lr 0\.02 and 0\.003, but .* both to 0\.01; .*OptForgeSchedule"):
+        with pytest.raises(ConfigError, match=r"muon 0\.02, scalar\.adamw 0\.003\), but .* to 0\.01; .*OptForgeSchedule"):
             optimizer.step()
 
     def test_rates_that_a_loop_scales_by_hand_are_fine(self) -> None:

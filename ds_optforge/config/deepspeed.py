@@ -18,8 +18,16 @@ logger = logging.getLogger("ds_optforge")
 # The sections' types, which are the names of the classes.
 OPTIMIZER, SCHEDULER = "OptForge", "OptForgeSchedule"
 
-# DeepSpeed's own schedulers: they write the same learning rate into every group.
-_FLATTENING_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+# Of schedulers that write rates of their own into the groups: the keys of these rates, with their defaults. A list has a rate
+# for each group, a number (other than 0) is written into all of them; None keeps the groups' own rates.
+_WRITTEN_RATES: dict[str, dict[str, float | None]] = {
+    "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": None},
+    "WarmupDecayLR": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.001},
+    "OneCycle": {"cycle_min_lr": None, "cycle_max_lr": None},
+    "LRRangeTest": {"lr_range_test_min_lr": 0.001},
+    "OneCycleLR": {"max_lr": None},
+    "CyclicLR": {"base_lr": None, "max_lr": None},
+}
 
 
 def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -105,8 +113,8 @@ def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float]
             schedule_config(section)
         elif kind is None:
             raise ConfigError("scheduler.type: got None; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
-        elif kind in _FLATTENING_SCHEDULERS:
-            _refuse_flattening(kind, rates)
+        elif kind in _WRITTEN_RATES:
+            _refuse_one_rate(kind, _params(config, "scheduler", kind), rates)
     _refuse_features(config)
 
 
@@ -141,12 +149,21 @@ def _rates(optimizer: OptimizerConfig) -> dict[str, float]:
     return rates
 
 
-def _refuse_flattening(kind: str, rates: Mapping[str, float]) -> None:
-    if len(set(rates.values())) > 1:
-        found = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+def _refuse_one_rate(kind: str, params: Mapping[str, Any], rates: Mapping[str, float]) -> None:
+    """Raise ConfigError for a scheduler that would write one rate into groups that are configured with different ones."""
+    if len(set(rates.values())) < 2:
+        return
+    found = ", ".join(f"{role} {rate:g}" for role, rate in rates.items())
+    for key, default in _WRITTEN_RATES[kind].items():
+        value = params.get(key, default)
+        if value == "auto":  # of the HF Trainer, which fills 0 and its learning rate
+            value = 0.0 if key == "warmup_min_lr" else value
+        if value is None or value == 0 or isinstance(value, list | tuple):
+            continue
         raise ConfigError(
-            f"scheduler.type: got '{kind}', which writes one learning rate into every group, while the optimizer asks for "
-            f"different ones ({found}); allowed: 'OptForgeSchedule', or another scheduler that keeps ratios"
+            f"scheduler.params.{key}: got {value!r}, which '{kind}' writes into every group, while the optimizer asks for "
+            f"different rates ({found}); allowed: a list with a rate for each parameter group, in their order, or "
+            "the type 'OptForgeSchedule' or 'WarmupCosineLR', which keep the ratios"
         )
 
 

@@ -10,6 +10,16 @@ from ds_optforge.routing.tags import tags_of
 from ds_optforge.zero.shards import full_shape
 
 
+def is_vector(parameter: Tensor) -> bool:
+    """Whether a parameter counts as a vector: one dimension, or more of which at most one is larger than 1, as (C, 1, 1).
+
+    The weight of a Linear or of a convolution with a single input or output is no vector: it decays as other weights do, but a
+    matrix rule leaves it to adamw, since there is nothing to orthogonalize.
+    """
+    shape = full_shape(parameter)
+    return len(shape) < 2 or (len(shape) > 2 and sum(size > 1 for size in shape) < 2 and tags_of(parameter).matrix is None)
+
+
 def matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: Sequence[int]) -> list[tuple[int, int, int]]:
     """Find the matrices in a parameter: a bank's members, a convolution's filters, or blocks as ``split`` and ``heads`` say.
 
@@ -26,10 +36,10 @@ def matrices_in(parameter: Tensor, name: str, config: OptimizerConfig, matched: 
         ConfigError: ``split`` or ``heads`` do not fit the rows, or the weight is stored (in, out).
     """
     shape, tags = full_shape(parameter), tags_of(parameter)
-    if tags.matrix is not None:
-        rows, cols = tags.matrix
-    elif len(shape) < 2:
+    if is_vector(parameter):
         rows, cols = 1, shape.numel()
+    elif tags.matrix is not None:
+        rows, cols = tags.matrix
     elif tags.name is not None:
         rows, cols = shape[-2:]
     else:  # KellerJordan's groups are not registered; more dimensions than two are convolution filters there

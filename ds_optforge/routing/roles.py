@@ -1,17 +1,19 @@
 """Decides which rule each parameter gets, from its tags, its shape and the configuration."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import Role
 from ds_optforge.errors import ConfigError
-from ds_optforge.routing.geometry import matrices_in
+from ds_optforge.routing.geometry import is_vector, matrices_in
+from ds_optforge.routing.matching import ParameterNames
+from ds_optforge.routing.steppable import refuse_unsteppable
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.rules.settings import RuleSettings
@@ -22,6 +24,8 @@ logger = logging.getLogger("ds_optforge")
 
 # Smaller parameters keep float32 when the state is 8-bit, as in bitsandbytes, since there is little to save.
 _SMALLEST_8BIT = 4096
+
+_NO_OTHERS = ParameterNames(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,13 @@ class Route:
     group: str
 
 
-def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | None = None, place: str = "") -> Route:
+def route(
+    parameter: Tensor,
+    config: OptimizerConfig,
+    own: Mapping[str, Any] | None = None,
+    place: str = "",
+    names: ParameterNames = _NO_OTHERS,
+) -> Route:
     """Decide one parameter's rule.
 
     Args:
@@ -58,6 +68,7 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
         own: the settings of the parameter group that the user put it into, KellerJordan's ``use_muon`` included.
         place: the parameter's place in the given groups ("param_groups[0].params[3]"), which is its name if it has no tag
             and ``use_muon`` makes one unnecessary.
+        names: of all parameters of the model, which show the prefix of a wrapper.
 
     Raises:
         ConfigError: an unregistered parameter, settings that its rule does not read, a matrix rule for a vector.
@@ -65,21 +76,23 @@ def route(parameter: Tensor, config: OptimizerConfig, own: Mapping[str, Any] | N
     own = dict(own or {})
     use_muon = own.pop("use_muon", None)
     tags = tags_of(parameter)
+    refuse_unsteppable(parameter, tags.name or place or "a parameter")
     name = tags.name or place if use_muon is not None else parameter_name(parameter)
     shape = full_shape(parameter)
-    matched = [i for i, override in enumerate(config.common.overrides) if re.search(override.match, name)]
+    matched = names.matched(name, config.common.overrides)
     role, certain = _role(parameter, config, matched, use_muon)
     if use_muon is not None:
         own.setdefault("name", _rule_for_flag(config, use_muon))
     found = matrices_in(parameter, name, config, matched)
     fused = any(config.common.overrides[i].split or config.common.overrides[i].heads for i in matched)
-    thin = any(max(rows, cols) > config.common.max_aspect_ratio * min(rows, cols) for _, rows, cols in found)
+    longest = config.common.max_aspect_ratio
+    thin = any(max(rows, cols) > longest * min(rows, cols) or min(rows, cols) == 1 for _, rows, cols in found)
     try:
         settings = config.settings(role, matched, thin and not (certain or fused), own, place.rpartition(".")[0])
     except ConfigError as error:
         raise ConfigError(str(error) if name == place else f"{name}: {error}") from None
-    if settings.needs_matrix() and len(shape) < 2:
-        raise ConfigError(f"{name}: got rule '{settings.rule}' for shape {tuple(shape)}; allowed: at least two dimensions")
+    if settings.needs_matrix():
+        _refuse_as_matrix(parameter, name, settings.rule)
     group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
     if settings.state_dtype == "8bit" and (role == "scalar" or shape.numel() < _SMALLEST_8BIT):
         settings = settings.model_copy(update={"state_dtype": "float32"})
@@ -99,6 +112,18 @@ def _refuse_shards(parameter: Tensor, name: str, matrices: Sequence[tuple[int, i
             raise ConfigError(str(error)) from None
 
 
+def _refuse_as_matrix(parameter: Tensor, name: str, rule: str) -> None:
+    """Raise ConfigError for a parameter that a matrix rule cannot step, or not in its precision."""
+    shape = tuple(full_shape(parameter))
+    if is_vector(parameter):
+        raise ConfigError(f"{name}: got rule '{rule}' for shape {shape}; allowed: at least two dimensions larger than 1")
+    if parameter.dtype == torch.float64:
+        raise ConfigError(
+            f"{name}: got dtype float64 for rule '{rule}', which orthogonalizes in float32 at most; allowed: float32, "
+            "bfloat16, float16, or an elementwise rule"
+        )
+
+
 def _rule_for_flag(config: OptimizerConfig, use_muon: bool) -> str:
     if not use_muon:
         return "adamw"
@@ -115,7 +140,7 @@ def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], us
     placed = tags_of(parameter).role
     if placed is not None:
         return placed, False
-    return ("scalar" if len(full_shape(parameter)) < 2 else "matrix"), False
+    return ("scalar" if is_vector(parameter) else "matrix"), False
 
 
 def routing_table(routes: Iterable[Route]) -> str:
@@ -132,7 +157,9 @@ def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
         ConfigError: see `route`.
     """
     tag(model)
-    return [route(parameter, config) for parameter in model.parameters() if parameter.requires_grad]
+    names = ParameterNames(map(parameter_name, model.parameters()))
+    names.refuse_unmatched(config.common.overrides)
+    return [route(parameter, config, names=names) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def log_routing(routes: Sequence[Route], config: OptimizerConfig) -> None:

@@ -10,6 +10,7 @@ from ds_optforge.errors import ConfigError
 from ds_optforge.zero.shards import full_shape
 
 _NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
+_STAGE = "optforge_stage"
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
 
 
@@ -22,12 +23,14 @@ class Tags:
         role: "embedding" or "unembedding"; None if the shape decides.
         matrix: (rows, cols) of each of its matrices; None if the shape decides.
         transposed: whether it is stored (in, out).
+        of_stage: whether its model is one stage of a pipeline, so that this rank does not know all names.
     """
 
     name: str | None
     role: Literal["embedding", "unembedding"] | None
     matrix: tuple[int, int] | None
     transposed: bool
+    of_stage: bool
 
 
 def tags_of(parameter: Tensor) -> Tags:
@@ -37,13 +40,16 @@ def tags_of(parameter: Tensor) -> Tags:
         getattr(parameter, _ROLE, None),
         getattr(parameter, _MATRIX, None),
         getattr(parameter, _TRANSPOSED, False),
+        getattr(parameter, _STAGE, False),
     )
 
 
 def tag(model: nn.Module) -> None:
     """Write onto each parameter of ``model`` its qualified name, and what its module says of its role and shape."""
     heads = {id(parameter) for parameter in _head_weights(model)}
+    of_stage = any(base.__name__ == "PipelineModule" for base in type(model).__mro__)  # DeepSpeed's
     for name, parameter in model.named_parameters():  # the first name of a tied parameter
+        setattr(parameter, _STAGE, of_stage)
         setattr(parameter, _NAME, name)
         setattr(parameter, _ROLE, "unembedding" if id(parameter) in heads else None)
     for module in model.modules():
@@ -80,6 +86,7 @@ def parameter_name(parameter: Tensor) -> str:
         raise ConfigError(
             f"a parameter of shape {tuple(full_shape(parameter))} is not registered; call ds_optforge.register(model) "
             "before deepspeed.initialize, Accelerator.prepare or Trainer, with the model that is trained (in plain PyTorch, "
-            "ds_optforge.build_optimizer(model, config) does so)"
+            "ds_optforge.build_optimizer(model, config) does so). Where layers were added or replaced after that, as by PEFT, "
+            "call it again: ds_optforge.register(trainer.model) before trainer.train() where a Trainer wraps the model itself"
         )
     return name

@@ -18,12 +18,15 @@ from ds_optforge.zero.exchange import any_rank
 class GroupStep:
     """The step of one parameter group in one call of ``step()``: `check_gradients` comes first, then `update_group`.
 
+    In plain PyTorch a parameter without a gradient is skipped, as torch.optim skips it: its weight, its state and its number of
+    steps stay as they are. Under ZeRO nobody can tell, so that a missing gradient counts as zeros there.
+
     Args:
         group: the group's dict in ``param_groups``.
         name: identifier of the group.
-        members: parameters, routes, settings and rule of the group.
-        slices: the group's tensors, bound to their places.
-        states: the optimizer's state of each of the slices' tensors.
+        members: parameters, routes, settings and rule of the tensors.
+        slices: the group's tensors (those on one device), bound to their places.
+        state: the optimizer's state by tensor; entries are added for the tensors that are stepped.
         telemetry: of the optimizer; None if nothing is recorded.
     """
 
@@ -33,13 +36,29 @@ class GroupStep:
         name: str,
         members: Members,
         slices: Slices,
-        states: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
         telemetry: Telemetry | None,
     ) -> None:
-        self._group, self._name, self._members, self._slices, self._states = group, name, members, slices, states
+        self.name, self._group, self._members, self._slices = name, group, members, slices
         self._telemetry = telemetry
         slices.binding.discard_left_overs(slices.tensors)
-        self._gradients = [_flat_gradient(tensor) for tensor in slices.tensors]
+        tensors = slices.tensors
+        skips = slices.binding.process_group is None and tensors[0] is members.parameters[0]
+        self._taking = [index for index, tensor in enumerate(tensors) if not (skips and tensor.grad is None)]
+        # Of a skipped tensor the state is only read; it has none before its first step, as in torch.optim.
+        taking = set(self._taking)
+        self._states = [state[t] if index in taking else state.get(t, {}) for index, t in enumerate(tensors)]
+        self._gradients = [_flat_gradient(tensor) for tensor in tensors]
+
+    @property
+    def size(self) -> int:
+        """The number of parameters behind the step."""
+        return len(self._slices.binding.indices)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether none of the parameters has a gradient, so that there is no step."""
+        return not self._taking
 
     def check_gradients(self) -> None:
         """Refuse gradients that are not finite, except under ZeRO, where DeepSpeed decides whether to skip the step.
@@ -59,19 +78,26 @@ class GroupStep:
 
     def update_group(self) -> None:
         """Update the group's tensors and their state. Collective over the ranks that hold the group's parameters."""
-        fresh, rule = not self._states[0], self._members.rule
-        self._slices.allocate(rule, self._states)
+        fresh, rule = not self._states[self._taking[0]], self._members.rule
+        self._slices.allocate(rule, self._states, self._taking)
         if fresh and self._is_rehearsal():
             return
-        now = self._begin()
-        watch = self._telemetry.watch(self._name, self._slices, self._states) if self._telemetry else None
-        call = _Call(self._slices, self._states, self._gradients, now, watch)
-        if isinstance(rule, ElementwiseRule):
-            _step_elements(call, rule)
-        else:
-            _MatrixStep(call, rule).step_matrices()
+        # Tensors that have been skipped are behind, and a rule counts steps: all with the same number are stepped together.
+        counts = [int(self._states[index]["step"]) for index in self._taking]
+        watch = None
+        if self._telemetry:
+            watch = self._telemetry.watch(self.name, self._slices, self._states, max(counts) + 1)
+        for count in sorted(set(counts)):
+            taking = [index for index, found in zip(self._taking, counts, strict=True) if found == count]
+            call = self._call(taking, count + 1, watch)
+            if isinstance(rule, ElementwiseRule):
+                _step_elements(call, rule)
+            else:
+                _MatrixStep(call, rule).step_matrices()
+            call.write_back()
         if self._telemetry and watch:
-            self._telemetry.add(self._name, watch, now, call.step)
+            watch.unchanged([t for index, t in enumerate(self._slices.tensors) if index not in set(self._taking)])
+            self._telemetry.add(self.name, watch, call.now, call.step)
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
 
     def _is_rehearsal(self) -> bool:
@@ -79,45 +105,81 @@ class GroupStep:
         clones = self._slices.tensors[0] is not self._members.parameters[0] and not self._slices.binding.partitioned
         return clones and not any(gradient.any() for gradient in self._gradients)
 
-    def _begin(self) -> Hyperparameters:
-        """Count the step, for all of the group's tensors alike, and return its hyperparameters."""
-        for state in self._states:
-            state["step"] += 1
-        step = int(self._states[0]["step"])
-        scalars = {key: value for key, value in self._states[0].items() if isinstance(value, float)}
+    def _call(self, taking: Sequence[int], step: int, watch: Watch | None) -> "_Call":
+        """Count the step of the tensors in ``taking``, and gather what the rule gets."""
+        states = [self._states[index] for index in taking]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        scalars = {key: value for key, value in states[0].items() if isinstance(value, float)}
         now = self._members.rule.begin(self._group, scalars, step)
-        for state in self._states:
+        for state in states:
             state.update(scalars)
-        return now
+        if len(taking) == len(self._states):
+            return _Call(self._slices, self._states, self._gradients, now, step, frozenset(taking), watch)
+        return self._partial_call(frozenset(taking), now, step, watch)
+
+    def _partial_call(self, taking: frozenset[int], now: Hyperparameters, step: int, watch: Watch | None) -> "_Call":
+        """Gather what the rule gets for some of the tensors; a matrix rule, which has buckets of all, gets zeros for the rest.
+
+        Zero gradients change no weight and no statistic of a matrix rule. They would fade its buffers: it gets others.
+        """
+        states, gradients = list(self._states), list(self._gradients)
+        others = [index for index in range(len(states)) if index not in taking]
+        if isinstance(self._members.rule, MatrixRule):
+            for index in others:
+                states[index], gradients[index] = {}, torch.zeros_like(gradients[index])
+            self._slices.allocate(self._members.rule, states, others)
+        return _Call(self._slices, states, gradients, now, step, taking, watch)
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """The inputs of a rule: slices, their states and flat gradients, hyperparameters, and the watch if a step is recorded."""
+    """The inputs of a rule.
+
+    Attributes:
+        slices: the group's tensors.
+        states, gradients: of each tensor; the gradients are flat.
+        now: hyperparameters of the step.
+        step: number of the step, from 1.
+        taking: numbers of the tensors that are stepped.
+        watch: of telemetry, if the step is recorded.
+    """
 
     slices: Slices
     states: Sequence[MutableMapping[str, Any]]
     gradients: Sequence[Tensor]
     now: Hyperparameters
+    step: int
+    taking: frozenset[int]
     watch: Watch | None
 
     @cached_property
     def parameters(self) -> list[Tensor]:
-        """The slices as flat tensors, (elements,) each."""
-        return [tensor.detach().view(-1) for tensor in self.slices.tensors]
+        """The slices as flat tensors, (elements,) each; copies of those that are not row-major (channels_last)."""
+        return [tensor.detach().reshape(-1) for tensor in self.slices.tensors]
 
-    @cached_property
-    def step(self) -> int:
-        """The number of the step, from 1."""
-        return int(self.states[0]["step"])
+    def write_back(self) -> None:
+        """Copy the stepped values into the tensors that are not row-major."""
+        for index in self.taking:
+            tensor = self.slices.tensors[index]
+            if not tensor.is_contiguous():
+                tensor.copy_(self.parameters[index].view(tensor.shape))
+
+    def chosen(self, spans: Sequence[Span]) -> list[Span]:
+        """Return those of ``spans`` that are in stepped tensors."""
+        return [span for span in spans if span.tensor in self.taking]
 
     def changes(self, spans: Sequence[Span], parameters: Tensors) -> AbstractContextManager[None]:
         """Open a context in which the rule changes the parameters, for telemetry."""
-        return self.watch.changes(spans, parameters) if self.watch else nullcontext()
+        if not self.watch:
+            return nullcontext()
+        stepped = [(span, view) for span, view in zip(spans, parameters, strict=True) if span.tensor in self.taking]
+        return self.watch.changes([span for span, _ in stepped], [view for _, view in stepped])
 
 
 def _step_elements(call: _Call, rule: ElementwiseRule) -> None:
-    for spans in call.watch.spans if call.watch else call.slices.spans:
+    for spans in map(call.chosen, call.watch.spans if call.watch else call.slices.spans):
+        if not spans:
+            continue
         parameters, gradients = ([span.of(tensors) for span in spans] for tensors in (call.parameters, call.gradients))
         with call.slices.opened(rule.buffers, call.states, spans) as state:
             with call.changes(spans, parameters):
@@ -303,7 +365,7 @@ def _ignore(orthogonal: Tensor) -> None:
 
 def _flat_gradient(tensor: Tensor) -> Tensor:
     if tensor.grad is None:
-        return torch.zeros_like(tensor).view(-1)
+        return torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
     return gradient.reshape(-1).to(tensor.dtype)
 

@@ -1,5 +1,6 @@
 """The parameter groups of an OptForge: the parameters and the rule of each, and the places of its tensors."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,9 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
+from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
+from ds_optforge.routing.tags import tags_of
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
@@ -35,7 +38,15 @@ class Groups:
 
     def __init__(self, params: Iterable[Any], config: OptimizerConfig) -> None:
         self._config = config
-        routed = [item for index, group in enumerate(_as_groups(params)) for item in self._routed(index, group)]
+        self._frozen: list[tuple[Tensor, str]] = []  # with names
+        given = _as_groups(params)
+        _refuse_repeated(given)
+        tags = [(tags_of(parameter), place) for place, parameter in _placed(given)]
+        self._names = ParameterNames(found.name or place for found, place in tags)
+        _refuse_one_name(found.name or place for found, place in tags)
+        routed = [item for index, group in enumerate(given) for item in self._routed(index, group)]
+        if not any(found.of_stage for found, _ in tags):
+            self._names.refuse_unmatched(config.common.overrides)
         log_routing([item[1] for item in routed], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
@@ -50,9 +61,12 @@ class Groups:
         kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
         prefix = f"group{index}." if own else ""
         for position, parameter in enumerate(group["params"]):
-            if not (parameter.requires_grad and parameter.is_floating_point() and full_shape(parameter).numel()):
+            place = f"param_groups[{index}].params[{position}]"
+            if not parameter.requires_grad:
+                self._frozen.append((parameter, tags_of(parameter).name or place))
+            if not (parameter.requires_grad and full_shape(parameter).numel()):
                 continue
-            decided = route(parameter, self._config, own, f"param_groups[{index}].params[{position}]")
+            decided = route(parameter, self._config, own, place, self._names)
             experts = expert_group_name(parameter)
             keys = {**kept, "moe": True, "name": experts} if experts else kept
             yield parameter, decided, prefix + decided.group + (f".{experts}" if experts else ""), keys
@@ -82,12 +96,32 @@ class Groups:
         """All members, by the identifier of their group."""
         return self._members
 
-    def slices_of(self, group: Mapping[str, Any], tensors: Sequence[Tensor] | None = None) -> Slices:
+    def on_devices(self, group: Mapping[str, Any]) -> list[tuple[Members, Sequence[Tensor]]]:
+        """Return (members, tensors) of ``group`` for each device, since a model in plain PyTorch may lie on several.
+
+        Under ZeRO, where the tensors are slices of one device, that is the whole group.
+        """
+        members, tensors = self[group], group["params"]
+        devices = dict.fromkeys(tensor.device for tensor in tensors)
+        if len(devices) == 1:
+            return [(members, tensors)]
+        found: list[tuple[Members, Sequence[Tensor]]] = []
+        for device in devices:
+            indices = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+            parameters, routes = tuple(members.parameters[i] for i in indices), tuple(members.routes[i] for i in indices)
+            part = Members(parameters, routes, members.settings, members.rule)
+            found.append((part, [tensors[index] for index in indices]))
+        return found
+
+    def slices_of(
+        self, group: Mapping[str, Any], tensors: Sequence[Tensor] | None = None, members: Members | None = None
+    ) -> Slices:
         """Return the group's tensors, bound to their places. The first call for these tensors is collective.
 
         Args:
             group: one of ``param_groups``.
             tensors: to be taken in place of ``group["params"]``, which ZeRO-3 empties between steps.
+            members: of these tensors, where they are not the whole group: see `on_devices`.
 
         Raises:
             LayoutError: see `bind_slices`.
@@ -95,7 +129,7 @@ class Groups:
         tensors = group["params"] if tensors is None else tensors
         bound = self._bound.get(tensors[0])
         if bound is None or len(bound.tensors) != len(tensors):
-            bound = bind_slices(self[group], tensors, self._config.common.sharding, self._routing)
+            bound = bind_slices(members or self[group], tensors, self._config.common.sharding, self._routing)
             self._bound[tensors[0]] = bound
             self.remember(group, tensors)
         return bound
@@ -107,6 +141,25 @@ class Groups:
     def rule_of(self, tensor: Tensor) -> Rule:
         """Return the rule that steps ``tensor``, which was bound or loaded before."""
         return self._rules[tensor]
+
+    def refuse_unfrozen(self, stepped: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a step while a parameter is trainable that was frozen when the optimizer was built.
+
+        Args:
+            stepped: groups of this call. Only the calls for the first group look, since a step has a call for each slice.
+
+        Raises:
+            ConfigError: such a parameter; nothing would ever train it.
+        """
+        if not any(group[GROUP] == next(iter(self._members)) for group in stepped):
+            return
+        name = next((name for parameter, name in self._frozen if parameter.requires_grad), None)
+        if name is not None:
+            raise ConfigError(
+                f"{name}: was frozen when the optimizer was built and is trainable now, but would get no update; allowed: "
+                "build the optimizer (under DeepSpeed the engine) while it is trainable, and freeze it afterwards for as long "
+                "as it is to rest; or build a new one after unfreezing"
+            )
 
     @property
     def bound(self) -> Iterable[Slices]:
@@ -121,6 +174,36 @@ class Groups:
         """Whether all ``tensors`` are the model's own parameters, not slices or clones of them; False for none."""
         own = {id(parameter) for members in self._members.values() for parameter in members.parameters}
         return bool(tensors) and all(id(tensor) in own for tensor in tensors)
+
+
+def _refuse_repeated(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError for a parameter that is given twice, with the words of torch's optimizers."""
+    seen: dict[int, str] = {}
+    for place, parameter in _placed(groups):
+        if id(parameter) in seen:
+            raise ConfigError(
+                f"some parameters appear in more than one parameter group: {tags_of(parameter).name or 'one'} is "
+                f"{seen[id(parameter)]} and {place}; allowed: each once"
+            )
+        seen[id(parameter)] = place
+
+
+def _refuse_one_name(names: Iterable[str]) -> None:
+    """Raise ConfigError where two parameters have one name, which state and checkpoints could not tell apart."""
+    name, count = next(iter(Counter(names).most_common(1)), ("", 1))
+    if count > 1:
+        raise ConfigError(
+            f"{name}: {count} parameters were registered under this name, in several models or before a layer was moved; "
+            "allowed: one call with all that is trained, as ds_optforge.register(torch.nn.ModuleDict({'actor': actor, "
+            "'critic': critic}))"
+        )
+
+
+def _placed(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (place in the given groups, parameter) for each parameter."""
+    for index, group in enumerate(groups):
+        for position, parameter in enumerate(group["params"]):
+            yield f"param_groups[{index}].params[{position}]", parameter
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 Under ZeRO a call steps one flat slice; elsewhere one tensor per parameter. Offsets of the plan count through all of them.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,19 +151,27 @@ class Slices:
     alone: tuple[Bucket, ...]
     spans: tuple[tuple[Span, ...], ...]
 
-    def allocate(self, rule: ElementwiseRule | MatrixRule, states: Sequence[MutableMapping[str, Any]]) -> None:
+    def allocate(
+        self,
+        rule: ElementwiseRule | MatrixRule,
+        states: Sequence[MutableMapping[str, Any]],
+        indices: Iterable[int] | None = None,
+    ) -> None:
         """Allocate missing state.
 
         Args:
             rule: of the group.
             states: the optimizer's state of each tensor; entries are added in place.
+            indices: numbers of the tensors that are to have state; None for all.
         """
-        for index, (tensor, state) in enumerate(zip(self.tensors, states, strict=True)):
+        for index in range(len(self.tensors)) if indices is None else indices:
+            tensor, state = self.tensors[index], states[index]
             if "step" in state:
                 continue
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for buffer in rule.buffers:
-                self.format_of(index, buffer).allocate(state, buffer, tensor.detach())
+                values = tensor.detach().contiguous()  # state is row-major whatever the weight is
+                self.format_of(index, buffer).allocate(state, buffer, values)
             for statistic in statistics_of(rule):
                 count = self.value_counts[statistic.name][index]
                 state[statistic.name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)

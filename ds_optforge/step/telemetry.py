@@ -6,7 +6,8 @@ small all-reduce adds them up over the ranks. Other steps, and optimizers withou
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ class Telemetry:
         self._monitor: Monitor | None = None
         self._last: dict[str, Any] = {}
         self._reduced: tuple[int, dict[str, float], Tensor] | None = None  # read from the device when asked for
+        self._skipped: Counter[str] = Counter()
         self._begin()
 
     def _begin(self) -> None:
@@ -81,15 +83,22 @@ class Telemetry:
         """Write every later record to DeepSpeed's ``monitor`` as well."""
         self._monitor = monitor
 
-    def watch(self, group: str, slices: Slices, states: Sequence[Mapping[str, Any]]) -> "Watch | None":
+    def skip(self, idle: Iterable[tuple[str, int]]) -> None:
+        """Do not wait in this call of ``step()`` for (group, number of parameters): none of them has a gradient."""
+        self._skipped = Counter()
+        for group, count in idle:
+            self._skipped[group] += count
+
+    def watch(self, group: str, slices: Slices, states: Sequence[Mapping[str, Any]], step: int) -> "Watch | None":
         """Return a Watch for a call of ``step()``, or None if the step is not recorded.
 
         Args:
             group: identifier of the group.
             slices: its tensors.
-            states: the optimizer's state of each tensor, in which the step has been counted.
+            states: the optimizer's state of each tensor.
+            step: number of the step.
         """
-        if int(states[0]["step"]) % self._every:
+        if step % self._every:
             return None
         return Watch(self._members[group], slices, states, self._samples[group])
 
@@ -112,13 +121,15 @@ class Telemetry:
         # Experts are cut over fewer ranks than the rest; the elements that a rank holds of them count in the sum over all.
         if self._widest is None or watch.slices.binding.world_size > self._widest.world_size:
             self._widest = watch.slices.binding
-        if all(self._covered[group] == len(found.parameters) for group, found in self._members.items()):
+        waiting = {group: len(found.parameters) - self._skipped[group] for group, found in self._members.items()}
+        if all(self._covered[group] == count or not count for group, count in waiting.items()):
             self._reduce(step, self._widest)
 
     def _reduce(self, step: int, binding: Binding) -> None:
-        sums = torch.stack([self._sums[group].to(binding.device) for group in self._members])
+        groups = [group for group, found in self._members.items() if self._skipped[group] < len(found.parameters)]
+        sums = torch.stack([self._sums[group].to(binding.device) for group in groups])
         sum_over_ranks(sums, binding)
-        self._reduced = (step, {group: self._rates[group] for group in self._members}, sums)
+        self._reduced = (step, {group: self._rates[group] for group in groups}, sums)
         self._begin()
         self._write()
 
@@ -182,6 +193,11 @@ class Watch:
         if before:
             torch._foreach_sub_(before, parameters)
         self._add("change", before, before)
+
+    def unchanged(self, tensors: Tensors) -> None:
+        """Add up the squares of weights that this step leaves alone."""
+        weights = [tensor.detach().reshape(-1) for tensor in tensors]
+        self._add("weight", weights, weights)
 
     def _without_padding(self, spans: Sequence[Span], views: Tensors) -> list[Tensor]:
         """Return the views without padding: ZeRO-3 leaves arbitrary values between the parameters of a slice."""

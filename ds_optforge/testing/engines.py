@@ -161,6 +161,9 @@ def _plain(params: str) -> Run:
         model.calls = step
         loss = model(*(part.to(device()) for part in awkward.batch(step, ROWS)))
         loss.backward()
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # ZeRO counts it as zeros, plain PyTorch would skip it
+                parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
         run.losses.append(loss.item())

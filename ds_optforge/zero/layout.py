@@ -120,9 +120,6 @@ def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices:
             f"{names[0]}: the optimizer steps {len(slices)} tensor(s) in place of {len(parameters)} parameter(s), and the "
             f"parameters carry neither '_hp_mapping' (ZeRO-1, ZeRO-2, BF16_Optimizer) nor 'ds_id' (ZeRO-3). {_versions()}"
         )
-    for name, tensor in zip(names, slices, strict=True):
-        if not tensor.is_contiguous():
-            raise LayoutError(f"{name}: got strides {tensor.stride()}; allowed: a contiguous (row-major) parameter")
     cuts, offset = [], 0
     for tensor in slices:
         cuts.append(Cut(base=0, size=tensor.numel(), offset=offset))

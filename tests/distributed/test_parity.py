@@ -50,6 +50,7 @@ def _trained(
     for step in range(steps):
         loss = model(*models.batch(step))
         loss.backward()
+        models.fill_gradients(model)
         if clip:
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
         optimizer.step()

@@ -136,11 +136,38 @@ class TestCheck:
         assert [line.split(":")[0].split(".")[-1] for line in lines] == ["device", "ratio", "zenflow"]
 
     @pytest.mark.promise("adamw-beside-curve")
-    @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
-    def test_a_scheduler_that_flattens_different_rates(self, kind: str) -> None:
-        message = refused(config(scheduler={"type": kind, "params": {}}))
-        assert message.startswith(f"scheduler.type: got '{kind}', which writes one learning rate into every group")
-        assert "allowed: 'OptForgeSchedule'" in message
+    @pytest.mark.parametrize(
+        ("kind", "params", "key"),
+        [
+            ("WarmupLR", {"warmup_max_lr": 0.02}, "warmup_max_lr"),
+            ("WarmupLR", {"warmup_max_lr": "auto"}, "warmup_max_lr"),
+            ("WarmupLR", {"warmup_min_lr": 1e-4, "warmup_max_lr": [0.02, 0.001]}, "warmup_min_lr"),
+            ("WarmupDecayLR", {"total_num_steps": 100}, "warmup_max_lr"),
+            ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 0.02}, "cycle_min_lr"),
+            ("LRRangeTest", {}, "lr_range_test_min_lr"),
+            ("OneCycleLR", {"max_lr": 0.02, "total_steps": 100}, "max_lr"),
+            ("CyclicLR", {"base_lr": [0.02, 0.001], "max_lr": 0.02}, "max_lr"),
+        ],
+    )
+    def test_a_scheduler_that_flattens_different_rates(self, kind: str, params: dict[str, Any], key: str) -> None:
+        message = refused(config(scheduler={"type": kind, "params": params}))
+        assert message.startswith(f"scheduler.params.{key}: got ")
+        assert f"which '{kind}' writes into every group" in message
+        assert "'OptForgeSchedule'" in message
+
+    @pytest.mark.parametrize(
+        ("kind", "params"),
+        [
+            ("WarmupLR", {}),
+            ("WarmupLR", {"warmup_min_lr": "auto", "warmup_max_lr": [0.02, 0.001]}),
+            ("WarmupDecayLR", {"total_num_steps": 100, "warmup_max_lr": [0.02, 0.001]}),
+            ("WarmupCosineLR", {"total_num_steps": 100}),
+            ("OneCycle", {"cycle_min_lr": [2e-3, 1e-4], "cycle_max_lr": [0.02, 0.001]}),
+            ("LambdaLR", {}),
+        ],
+    )
+    def test_a_scheduler_that_keeps_ratios_is_accepted(self, kind: str, params: dict[str, Any]) -> None:
+        check(config(scheduler={"type": kind, "params": params}))
 
     @pytest.mark.parametrize(
         "params",
@@ -152,13 +179,13 @@ class TestCheck:
         ids=["by name", "by role", "of the head"],
     )
     def test_rates_may_differ_in_other_ways(self, params: dict[str, Any]) -> None:
-        assert "scheduler.type" in refused(config(params, scheduler={"type": "WarmupLR", "params": {}}))
+        assert "warmup_max_lr" in refused(config(params, scheduler={"type": "WarmupDecayLR", "params": {}}))
 
     def test_a_rate_that_only_thin_matrices_have(self) -> None:
         """All roles run at 0.01, but a matrix beyond max_aspect_ratio falls back to adamw.lr."""
         roles = {role: {"lr": 0.01} for role in ("embedding", "unembedding", "scalar")}
         params = {"name": "muon", "lr": 0.01, "adamw": {"lr": 0.001}, "roles": roles}
-        assert "scheduler.type" in refused(config(params, scheduler={"type": "WarmupLR", "params": {}}))
+        assert "warmup_max_lr" in refused(config(params, scheduler={"type": "WarmupDecayLR", "params": {}}))
 
     @pytest.mark.parametrize(
         "params",
@@ -166,7 +193,7 @@ class TestCheck:
         ids=["adamw alone", "one rate for both"],
     )
     def test_one_rate_may_be_scheduled_by_anything(self, params: dict[str, Any]) -> None:
-        check(config(params, scheduler={"type": "WarmupLR", "params": {}}))
+        check(config(params, scheduler={"type": "WarmupDecayLR", "params": {}}))
 
 
 class TestRegister:
@@ -236,9 +263,9 @@ class TestOptimizerObject:
     @pytest.mark.promise("adamw-beside-curve")
     def test_a_scheduler_that_flattens_its_rates(self) -> None:
         model = nn.Linear(4, 4)
-        scheduler = {"scheduler": {"type": "WarmupLR", "params": {}}}
+        scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02}}}
         message = self.refused(scheduler, model=model, optimizer=ds_optforge.build_optimizer(model, MUON))
-        assert message.startswith("scheduler.type: got 'WarmupLR', which writes one learning rate into every group")
+        assert message.startswith("scheduler.params.warmup_max_lr: got 0.02, which 'WarmupLR' writes into every group")
 
     def test_a_zero_feature_that_hides_its_slices(self) -> None:
         model = nn.Linear(4, 4)
