@@ -145,8 +145,8 @@ class Groups:
             if not names:
                 raise
             raise ConfigError(
-                f"{names[0]}: is not in the model any more; {len(names)} parameters were replaced after the optimizer was built, "
-                f"as AutoEP does, and AutoTP under zero.Init; allowed: {BUILT_LATER}"
+                f"{names[0]}: is not in the model any more; {len(names)} parameters were replaced after the optimizer was "
+                f"built, as AutoEP does, and AutoTP under zero.Init; allowed: {BUILT_LATER}"
             ) from error
 
     def remember(self, group: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:

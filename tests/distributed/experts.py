@@ -3,7 +3,6 @@
 (With transformers 5.23 DeepSpeed 0.19.8 fails on Mixtral and Qwen-MoE, for the sake of the logits of their routers.)
 """
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import ds_optforge
-from tests.distributed.cases import base_optimizer, engine_config
+from tests.distributed import tensor_parallel
+from tests.distributed.cases import engine_config
 from tests.distributed.tensor_parallel import control, without_optimizer
 
 BATCH, LENGTH, VOCABULARY = 4, 8, 50
@@ -144,22 +144,12 @@ def train(engine: Any, steps: int, first: int = 0) -> None:
 
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, whole, put together from ZeRO-3's partitions and the ranks' experts."""
-    found = {}
+    """Every parameter, whole, put together from ZeRO-3's partitions, tensor parallelism's shards and the ranks' experts."""
+    found = tensor_parallel.whole_parameters(model)
     for name, parameter in model.named_parameters():
-        gathers = hasattr(parameter, "ds_id")
-        with deepspeed.zero.GatheredParameters(parameter) if gathers else contextlib.nullcontext():
-            local = parameter.detach().float().clone()
         if not getattr(parameter, "allreduce", True):
             group = groups._get_expert_parallel_group(parameter.group_name)
-            banks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(banks, local, group=group)
-            local = torch.cat(banks)
-        found[name] = local
+            banks = [torch.empty_like(found[name]) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(banks, found[name], group=group)
+            found[name] = torch.cat(banks)
     return found
-
-
-def routed(engine: Any) -> dict[str, list[str]]:
-    """The kind of parameter in each group: its last name before the weight."""
-    found = base_optimizer(engine)
-    return {group["optforge_group"]: [] for group in found.param_groups}
