@@ -32,6 +32,12 @@ def _partial(ratio: Any) -> bool:
 # torch.optim.AdamW too.
 ULYSSES = "mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp, after its initialize_sequence_parallel(size)"
 
+# DeepSpeed gives the new parameters to the groups of the optimizer that it is passed, but not their names, shapes and rules.
+BUILT_LATER = (
+    'an "optimizer" section in the configuration, or a function: '
+    "ds_optforge.initialize(..., optimizer=lambda parameters: ds_optforge.OptForge(parameters, **params))"
+)
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(f"{_OFFLOAD}.device", lambda device: device == "nvme", "'cpu' or 'none'"),
     Refusal(f"{_OFFLOAD}.ratio", _partial, "1.0 (DeepSpeed would step the rest itself)"),

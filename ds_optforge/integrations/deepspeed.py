@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_optforge.config.deepspeed import check, check_beside_optimizer, load_config
-from ds_optforge.config.refused import ULYSSES
+from ds_optforge.config.refused import BUILT_LATER, ULYSSES, setting
 from ds_optforge.errors import ConfigError
 from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, send_telemetry
 from ds_optforge.routing.tags import tag
@@ -93,6 +93,11 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     if isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, OptForge):
         raise ConfigError(
             f"optimizer: got an object of {type(optimizer).__name__}; allowed: an OptForge (build_optimizer, MuonWithAuxAdam)"
+        )
+    if isinstance(optimizer, OptForge) and setting(config, "expert_parallel.enabled"):
+        raise ConfigError(
+            "expert_parallel.enabled: got true with an optimizer object, which holds the parameters that DeepSpeed is going to "
+            f"replace; allowed: {BUILT_LATER}"
         )
     groups = optimizer.param_groups if isinstance(optimizer, OptForge) else []
     check_beside_optimizer(config, {group[GROUP]: group["lr"] for group in groups})

@@ -1,8 +1,9 @@
 """Facts that only the module tree knows, written onto the parameters before DeepSpeed flattens them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from ds_optforge.zero.shards import full_shape
 _NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
 _STAGE = "optforge_stage"
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
+
+# The models that were tagged and still exist, in the order in which they were.
+_MODELS: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ def tags_of(parameter: Tensor) -> Tags:
 
 def tag(model: nn.Module) -> None:
     """Write onto each parameter of ``model`` its qualified name, and what its module says of its role and shape."""
+    _MODELS.pop(model, None)
+    _MODELS[model] = None
     stage = enter_pipeline(model)
     heads = {id(parameter) for parameter in _head_weights(model)}
     for name, parameter in model.named_parameters():  # the first name of a tied parameter
@@ -67,6 +73,26 @@ def tag(model: nn.Module) -> None:
             setattr(module.weight, _TRANSPOSED, module.transposed)
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored (in, out)
             setattr(module.weight, _TRANSPOSED, True)
+
+
+def tag_new(parameters: Iterable[Tensor]) -> None:
+    """Tag those models again that have got some of ``parameters`` since they were tagged.
+
+    DeepSpeed's AutoEP, and AutoTP under zero.Init, replace parameters before a JSON optimizer is built; PEFT adds some. Where a
+    model is inside another that was tagged later, the names are those of the later one.
+    """
+    untagged = {id(parameter) for parameter in parameters if tags_of(parameter).name is None}
+    for model in list(_MODELS):
+        if not untagged.isdisjoint(map(id, model.parameters())):
+            tag(model)
+
+
+def replaced(parameters: Iterable[Tensor]) -> list[str]:
+    """Return the names of those ``parameters`` that are in no model any more which has some of the others."""
+    names = {id(parameter): name for parameter in parameters if (name := tags_of(parameter).name) is not None}
+    models = [{id(parameter) for parameter in model.parameters()} for model in list(_MODELS)]
+    held = set().union(*(model for model in models if not model.isdisjoint(names)))
+    return [name for number, name in names.items() if number not in held] if held else []
 
 
 def _head_weights(model: nn.Module) -> Iterator[Tensor]:

@@ -7,16 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.config.refused import BUILT_LATER
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
-from ds_optforge.routing.tags import tags_of
+from ds_optforge.routing.tags import replaced, tag_new, tags_of
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.step.stages import GroupEntry, Routed, route_all, stage_among, take_placeholders
-from ds_optforge.zero.layout import expert_group_name
+from ds_optforge.zero.layout import LayoutError, expert_group_name
 from ds_optforge.zero.shards import full_shape
 
 GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier
@@ -46,6 +47,7 @@ class Groups:
         self._config = config
         self._frozen: list[tuple[Tensor, str]] = []  # with names
         given = _as_groups(params)
+        tag_new(parameter for _, parameter in _placed(given))
         self.stage = stage_among(given)
         placed = [(tags_of(parameter), place) for place, parameter in _placed(given)]
         self._names = ParameterNames(tags.name or place for tags, place in placed if not tags.placeholder)
@@ -141,14 +143,27 @@ class Groups:
 
         Raises:
             LayoutError: see `bind_slices`.
+            ConfigError: parameters that DeepSpeed replaced after the optimizer was built.
         """
         tensors = group["params"] if tensors is None else tensors
         bound = self._bound.get(tensors[0])
         if bound is None or len(bound.tensors) != len(tensors):
-            bound = bind_slices(members or self[group], tensors, self._config.common.sharding, self._routing)
+            bound = self._bind(members or self[group], tensors)
             self._bound[tensors[0]] = bound
             self.remember(group, tensors)
         return bound
+
+    def _bind(self, members: Members, tensors: Sequence[Tensor]) -> Slices:
+        try:
+            return bind_slices(members, tensors, self._config.common.sharding, self._routing)
+        except LayoutError as error:
+            names = replaced(parameter for group in self._members.values() for parameter in group.parameters)
+            if not names:
+                raise
+            raise ConfigError(
+                f"{names[0]}: is not in the model any more; {len(names)} parameters were replaced after the optimizer was "
+                f"built, as AutoEP does, and AutoTP under zero.Init; allowed: {BUILT_LATER}"
+            ) from error
 
     def remember(self, group: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
         """Note that ``tensors`` belong to ``group``, for `rule_of`: ZeRO-3 empties the groups between steps."""
