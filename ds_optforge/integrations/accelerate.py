@@ -22,6 +22,7 @@ from ds_optforge.errors import ConfigError
 from ds_optforge.integrations.deepspeed import register
 from ds_optforge.integrations.plain import build_optimizer, build_scheduler
 from ds_optforge.schedules import OptForgeSchedule
+from ds_optforge.zero.versions import require_supported_deepspeed
 
 try:
     import transformers  # noqa: F401 - through which Accelerate hands a configuration to DeepSpeed
@@ -47,7 +48,9 @@ def make_accelerator(config: str | Path | Mapping[str, Any], **arguments: Any) -
     Raises:
         ConfigError: the configuration is invalid, or a setting would make Accelerate train with DDP in place of DeepSpeed, or
             count one process in place of all.
+        ImportError: DeepSpeed's version is not supported.
     """
+    require_supported_deepspeed()
     loaded = load_config(config)
     if "optimizer" in loaded:
         check(loaded, filled=False)

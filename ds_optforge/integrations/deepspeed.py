@@ -18,6 +18,7 @@ from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import make_trusted, refresh_weights
 from ds_optforge.zero.pipeline import is_pipeline
+from ds_optforge.zero.versions import require_supported_deepspeed
 
 logger = logging.getLogger("ds_optforge")
 
@@ -39,6 +40,9 @@ def register(model: nn.Module) -> None:
 
     It tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
     enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built.
+
+    Raises:
+        ImportError: DeepSpeed's version is not supported.
     """
     register_with_deepspeed()
     tag(model)
@@ -61,7 +65,9 @@ def initialize(
 
     Raises:
         ConfigError: the configuration is invalid or contradicts the arguments; no engine has been built then.
+        ImportError: DeepSpeed's version is not supported.
     """
+    require_supported_deepspeed()
     import deepspeed
 
     loaded = load_config(config)

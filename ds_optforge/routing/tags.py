@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ds_optforge.errors import ConfigError
 from ds_optforge.zero.pipeline import PLACEHOLDERS, Stage, enter_pipeline, is_pipeline, last_layer
-from ds_optforge.zero.shards import full_shape
+from ds_optforge.zero.shards import NAME, full_shape
 
-_NAME, _ROLE, _MATRIX, _TRANSPOSED = "optforge_name", "optforge_role", "optforge_matrix", "optforge_transposed"
+_ROLE, _MATRIX, _TRANSPOSED = "optforge_role", "optforge_matrix", "optforge_transposed"
 _STAGE = "optforge_stage"
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
 
@@ -46,7 +46,7 @@ class Tags:
 def tags_of(parameter: Tensor) -> Tags:
     """Read what `tag` wrote onto ``parameter``."""
     return Tags(
-        getattr(parameter, _NAME, None),
+        getattr(parameter, NAME, None),
         getattr(parameter, _ROLE, None),
         getattr(parameter, _MATRIX, None),
         getattr(parameter, _TRANSPOSED, False),
@@ -61,7 +61,7 @@ def tag(model: nn.Module) -> None:
     stage = enter_pipeline(model)
     heads = {id(parameter) for parameter in _head_weights(model)}
     for name, parameter in model.named_parameters():  # the first name of a tied parameter
-        setattr(parameter, _NAME, name)
+        setattr(parameter, NAME, name)
         setattr(parameter, _ROLE, "unembedding" if id(parameter) in heads else None)
         setattr(parameter, _STAGE, stage)
     for module in model.modules():

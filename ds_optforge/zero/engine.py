@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_optforge.zero.layout import expert_group_name, require_attribute
 from ds_optforge.zero.shards import shard_of
+from ds_optforge.zero.versions import require_supported_deepspeed
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
@@ -20,7 +21,11 @@ def make_trusted(optimizer: type, scheduler: type) -> None:
     Args:
         optimizer: enters the list of optimizers that ZeRO supports.
         scheduler: enters, by its name, the list of schedulers that a configuration may name.
+
+    Raises:
+        ImportError: DeepSpeed's version is not supported.
     """
+    require_supported_deepspeed()
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.zero import utils as zero_utils
 

@@ -1,7 +1,7 @@
-"""Reads the place of each parameter in DeepSpeed's ZeRO. Only this file and `engine` know DeepSpeed's internals.
+"""Reads the place of each parameter in DeepSpeed's ZeRO.
 
-Everything is read from the model's parameters, which DeepSpeed annotates when the engine is built. Tested with DeepSpeed
-0.19.8; setup.cfg states the supported range. A missing attribute is a `LayoutError` that names it.
+Everything is read from the model's parameters, which DeepSpeed annotates when the engine is built. What differs between its
+versions is told apart by what is there, not by version numbers; a missing attribute is a `LayoutError` that names it.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optforge.zero.partition import Cut
-
-SUPPORTED_DEEPSPEED = ">=0.19.8,<0.20"
+from ds_optforge.zero.versions import versions
 
 
 class LayoutError(RuntimeError):
@@ -120,7 +119,7 @@ def _bind_replicated(parameters: Sequence[Tensor], names: Sequence[str], slices:
     if len(parameters) != len(slices) or any(p.shape != s.shape for p, s in zip(parameters, slices, strict=False)):
         raise LayoutError(
             f"{names[0]}: the optimizer steps {len(slices)} tensor(s) in place of {len(parameters)} parameter(s), and the "
-            f"parameters carry neither '_hp_mapping' (ZeRO-1, ZeRO-2, BF16_Optimizer) nor 'ds_id' (ZeRO-3). {_versions()}"
+            f"parameters carry neither '_hp_mapping' (ZeRO-1, ZeRO-2, BF16_Optimizer) nor 'ds_id' (ZeRO-3). {versions()}"
         )
     cuts, offset = [], 0
     for tensor in slices:
@@ -146,7 +145,7 @@ def _bind_flat_partition(parameters: Sequence[Tensor], names: Sequence[str], sli
     for index in order:
         parameter, name = parameters[index], names[index]
         if parameter.untyped_storage().data_ptr() != storage:
-            raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {_versions()}")
+            raise LayoutError(f"{name}: its weight is not a view of its group's flat buffer. {versions()}")
         cut = Cut(base=int(parameter.storage_offset()), size=size, offset=0)
         problem = problem or _wrong_values(parameter, name, cut, rank, tensor)
         cuts.append(cut)
@@ -168,7 +167,7 @@ def _wrong_values(parameter: Tensor, name: str, cut: Cut, rank: int, tensor: Ten
         return ""
     return (
         f"{name}: ZeRO's slice on rank {rank} does not hold the weight's values. Either the weight was changed after the "
-        f"engine was built (ZeRO would undo that), or the layout is unknown. {_versions()}"
+        f"engine was built (ZeRO would undo that), or the layout is unknown. {versions()}"
     )
 
 
@@ -180,20 +179,20 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
     flats = require_attribute(zero, "fp32_partitioned_groups_flat")
     sub_group = next((i for i, flat in enumerate(flats) if flat is tensor), None)
     if sub_group is None:
-        raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {_versions()}")
-    group = require_attribute(zero, "_get_sub_group_process_group")(sub_group)
+        raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {versions()}")
+    group = _process_group(zero, sub_group)
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     indices, cuts, offset = [], [], 0
     for parameter in require_attribute(zero, "fp16_groups")[sub_group]:
         if id(parameter) not in position:
-            raise LayoutError(f"sub-group {sub_group} holds a parameter of another group. {_versions()}")
+            raise LayoutError(f"sub-group {sub_group} holds a parameter of another group. {versions()}")
         partition = int(require_attribute(parameter, "partition_numel")())
         indices.append(position[id(parameter)])
         cuts.append(Cut(base=0, size=partition, offset=offset))
         offset += partition
     if offset != tensor.numel():
         raise LayoutError(
-            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {tensor.numel()}. {_versions()}"
+            f"sub-group {sub_group}: its partitions hold {offset} elements, its slice {tensor.numel()}. {versions()}"
         )
     return Binding(
         tuple(indices),
@@ -209,6 +208,16 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
             offset,
         ),
     )
+
+
+def _process_group(zero: Any, sub_group: int) -> dist.ProcessGroup:
+    """Return the ranks over which ZeRO-3 cuts the parameters of a sub-group: its own, or in older DeepSpeed those of all."""
+    group: dist.ProcessGroup
+    if hasattr(zero, "_get_sub_group_process_group"):
+        group = zero._get_sub_group_process_group(sub_group)
+    else:
+        group = require_attribute(zero, "dp_process_group")
+    return group
 
 
 def _refuse_hidden_slices(zero: Any) -> None:
@@ -232,7 +241,7 @@ def _refuse_hidden_slices(zero: Any) -> None:
 
 def _only(slices: Sequence[Tensor]) -> Tensor:
     if len(slices) != 1:
-        raise LayoutError(f"ZeRO asked for a step of {len(slices)} slices of one group; known: one. {_versions()}")
+        raise LayoutError(f"ZeRO asked for a step of {len(slices)} slices of one group; known: one. {versions()}")
     if slices[0].dtype != torch.float32:
         raise LayoutError(
             f"the slice that ZeRO wants stepped: got {slices[0].dtype}; allowed: torch.float32, so that no update is lost in "
@@ -254,12 +263,4 @@ def require_attribute(owner: Any, attribute: str) -> Any:
     try:
         return getattr(owner, attribute)
     except AttributeError:
-        raise LayoutError(f"{type(owner).__name__} has no attribute {attribute!r}. {_versions()}") from None
-
-
-def _versions() -> str:
-    try:
-        from deepspeed import __version__ as found
-    except ImportError:
-        found = "none"
-    return f"ds_optforge reads the layout of DeepSpeed {SUPPORTED_DEEPSPEED}; found: {found}."
+        raise LayoutError(f"{type(owner).__name__} has no attribute {attribute!r}. {versions()}") from None

@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optforge.zero.layout import Binding, LayoutError
+from ds_optforge.zero.versions import versions
 
-_AUTOTP = "ds_autotp_universal_checkpoint_meta"  # a dict that AutoTP leaves on each parameter of the layers it replaced
+# A dict that AutoTP leaves on each parameter of the layers it replaced; older DeepSpeed leaves only tensor_model_parallel.
+_AUTOTP = "ds_autotp_universal_checkpoint_meta"
+NAME = "optforge_name"  # the attribute that holds a parameter's qualified name
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,11 @@ def shard_of(parameter: Tensor) -> Shard | None:
     shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
     dim: int = found.get("partition_dim", getattr(parameter, "partition_dim", -1))
     if dim not in range(len(shape)):
-        raise LayoutError(f"a parameter of shape {tuple(shape)} is cut by tensor parallelism, with partition_dim {dim}")
+        raise LayoutError(
+            f"{getattr(parameter, NAME, None) or f'a parameter of shape {tuple(shape)}'}: is cut by tensor parallelism, and "
+            f"nothing tells how: got neither {_AUTOTP} (which newer DeepSpeed's AutoTP writes) nor a partition_dim of 0 or 1; "
+            f"allowed: one of them. {versions()}"
+        )
     if count == 1:
         return None
     if found:
