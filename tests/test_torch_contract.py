@@ -1,4 +1,4 @@
-"""The contract of torch.optim.Optimizer, for every registered rule, and every learning-rate scheduler of torch by what it does."""
+"""The contract of torch.optim.Optimizer, for every registered rule, and every scheduler of torch by what it does."""
 
 import io
 from collections.abc import Callable

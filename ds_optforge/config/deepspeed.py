@@ -110,8 +110,8 @@ def check_beside_optimizer(config: Mapping[str, Any], rates: Mapping[str, float]
                 length = {"total_num_steps": sys.maxsize} if section.get("total_num_steps") == "auto" else {}
                 section = {**_without_auto(section, ("total_num_steps", "warmup_num_steps")), **length}
             schedule_config(section)
-        elif kind is None:
-            raise ConfigError("scheduler.type: got None; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
+        elif not isinstance(kind, str):
+            raise ConfigError(f"scheduler.type: got {kind!r}; allowed: 'OptForgeSchedule', or a scheduler that keeps ratios")
         elif kind in _WRITTEN_RATES:
             _refuse_one_rate(kind, _params(config, "scheduler", kind), rates)
     _refuse_zero_features(config)
