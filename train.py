@@ -33,7 +33,6 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -149,6 +148,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Train and write the results; return the exit status. Files are read before the ranks meet, so that no rank waits."""
+    require_installed("matplotlib", extra="experiments", why="the loss is drawn")
     config_path = Path(args.deepspeed_config or args.ds_config)
     config = read_config(config_path, args.steps)
     corpus = load_corpus(args.data)
@@ -228,7 +228,8 @@ def read_config(path: Path, steps: int) -> dict[str, Any]:
 def start_distributed() -> None:
     """Join the process group, or make one of this process alone where no launcher started it."""
     if "RANK" not in os.environ and MPI_RANK in os.environ:
-        check_mpi4py()
+        # Through it DeepSpeed learns from mpirun who the ranks are.
+        require_installed("mpi4py", extra="mpi", why="started by mpirun")
     elif "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -241,10 +242,10 @@ def start_distributed() -> None:
     deepspeed.init_distributed(backend, distributed_port=mpi_port)
 
 
-def check_mpi4py() -> None:
-    """Raise UsageError where mpi4py is missing: through it DeepSpeed learns from mpirun who the ranks are."""
-    if importlib.util.find_spec("mpi4py") is None:
-        raise UsageError("started by mpirun, but mpi4py is not installed; run: pip install 'ds-optforge[mpi]'")
+def require_installed(module: str, extra: str, why: str) -> None:
+    """Raise UsageError where a module that an extra brings is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f"{why}, but {module} is not installed; run: pip install 'ds-optforge[{extra}]'")
 
 
 def check_batch_size(config: dict[str, Any], world_size: int) -> None:
@@ -414,6 +415,8 @@ def write_summary(path: Path, result: Result, args: argparse.Namespace, config: 
 
 def plot_loss(path: Path, result: Result, title: str) -> None:
     """Draw the training loss, raw and smoothed, and the validation loss at the end."""
+    from matplotlib.figure import Figure  # takes half a second, for which no other rank need wait
+
     steps = [row["step"] for row in result.metrics]
     losses = [row["loss"] for row in result.metrics]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")

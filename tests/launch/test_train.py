@@ -127,6 +127,12 @@ def test_bad_data_stops_every_rank_before_they_meet(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_matplotlib_names_the_extra_before_training():
+    without = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path('train.py', run_name='__main__')"
+    process = on_this_machine(f"python -c {shlex.quote(without)}")
+    assert_refused(process, "the loss is drawn, but matplotlib is not installed; run: pip install 'ds-optforge[experiments]'")
+
+
 def test_a_text_shorter_than_the_sequence_is_refused(text: Path):
     process = launch("python", "--data", str(text), "--sequence-length", "100000")
     assert_refused(process, "the training text holds ")
