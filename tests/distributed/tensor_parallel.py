@@ -320,3 +320,58 @@ def train_with_nan(stage: int, params: Mapping[str, Any]) -> None:
     if dist.get_rank() == 0:
         engine.module.model.layers[0].self_attn.q_proj.weight.grad.fill_(float("nan"))
     engine.step()
+
+
+class FusedNet(nn.Module):
+    """A gated layer whose gate and up projections are one weight, which AutoTP cuts part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 24)
+        self.gate_up_proj = nn.Linear(24, 72, bias=False)
+        self.down_proj = nn.Linear(36, 24, bias=False)
+        self.norm = nn.LayerNorm(24)
+        self.to_words = nn.Linear(24, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        x = self.norm(x + self.down_proj(F.silu(gate) * up))
+        return F.cross_entropy(self.to_words(x).flatten(0, 1), (tokens.flatten() * 7 + 3) % VOCABULARY)
+
+
+FUSED = {
+    "use_default_specs": False,
+    "layer_specs": [
+        {"patterns": [r".*gate_up_proj\.weight$"], "partition_type": "column", "shape": [2, -1], "partition_dim": 0},
+        {"patterns": [r".*down_proj\.weight$"], "partition_type": "row"},
+    ],
+}
+
+
+def fused(stage: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
+    """Train `FusedNet` under AutoTP on two tensor ranks, and return its parameters, put together part by part."""
+    config = autotp_config(2, stage, params, tensor_parallel={"autotp_size": 2, "partition_config": FUSED})
+    torch.manual_seed(0)
+    engine = ds_optforge.initialize(model=FusedNet(), config=config)[0]
+    for step in range(steps):
+        engine.backward(engine(tokens_of(step)))
+        engine.step()
+    found = whole_parameters(engine.module)
+    name = next(name for name in found if "gate_up_proj" in name)
+    gate, up, other_gate, other_up = found[name].chunk(4)  # of the first tensor rank, then of the second
+    found[name] = torch.cat([gate, other_gate, up, other_up])
+    engine.destroy()
+    return found
+
+
+def fused_in_one_process(params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
+    """The parameters of `FusedNet` after ``steps`` in plain PyTorch."""
+    torch.manual_seed(0)
+    model = FusedNet()
+    optimizer = ds_optforge.build_optimizer(model, dict(params))
+    for step in range(steps):
+        model(tokens_of(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

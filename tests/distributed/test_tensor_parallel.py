@@ -56,6 +56,16 @@ class TestAutoTP:
         for found in pools[4].run(tensor_parallel.autotp, tensor_ranks, stage, MUON, STEPS):
             assert tensor_parallel.difference(found, one_process("muon")) < TOLERANCE
 
+    @pytest.mark.parametrize("split", [None, [36, 36]], ids=["whole", "split"])
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_a_fused_weight_that_is_cut_part_by_part(self, stage: int, split: list[int] | None, pools: Pools) -> None:
+        """As one matrix, whose rows its owner has in another order; or as the two matrices that it is."""
+        overrides = [{"match": "gate_up_proj", "split": split}] if split else []
+        params = {**NORMUON, "overrides": overrides}
+        expected = tensor_parallel.fused_in_one_process(params, STEPS)
+        for found in pools[2].run(tensor_parallel.fused, stage, params, STEPS):
+            assert tensor_parallel.difference(found, expected) < TOLERANCE
+
 
 class TestLayersWithAnMpu:
     @pytest.mark.promise("tensor-parallel")
