@@ -112,9 +112,9 @@ class OptForge(torch.optim.Optimizer):
         if self._allocated:
             return
         self._allocated = True
-        names = {group[GROUP] for group in stepped}
-        for group in self._schedule_check.remembered:
-            if group["params"] and group[GROUP] not in names:
+        held = [group for group in self._schedule_check.remembered if group["params"]]
+        if len(held) > len(stepped):
+            for group in held:  # in the order of the groups, which is that of the state
                 slices = self._groups.slices_of(group)
                 slices.allocate(self._groups[group].rule, [self.state[tensor] for tensor in slices.tensors])
 
