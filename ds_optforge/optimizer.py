@@ -109,7 +109,7 @@ class OptForge(torch.optim.Optimizer):
         """Leave out the groups of which other stages of a pipeline have all parameters."""
         return [group for group in groups if self._groups[group].parameters]
 
-    def _allocate_others(self, stepped: Sequence[Mapping[str, Any]]) -> None:
+    def _allocate_others(self, stepped: Sequence[dict[str, Any]]) -> None:
         """Allocate the state of the groups that ZeRO-1/2 steps later, in the first call. Collective.
 
         DeepSpeed links all state to the parameters after the first group's first step, for `safe_get_full_optimizer_state`.
@@ -117,9 +117,9 @@ class OptForge(torch.optim.Optimizer):
         if self._allocated:
             return
         self._allocated = True
-        names = {group[GROUP] for group in stepped}
-        for group in self._held(self._schedule_check.remembered):
-            if group["params"] and group[GROUP] not in names:
+        held = [group for group in self._held(self._schedule_check.remembered) if group["params"]]
+        if len(held) > len(self._held(stepped)):
+            for group in held:  # in the order of the groups, which is that of the state
                 slices = self._groups.slices_of(group)
                 slices.allocate(self._groups[group].rule, [self.state[tensor] for tensor in slices.tensors])
 
