@@ -18,6 +18,7 @@ from tests import models
 from tests.step_trace import traced
 from workload import build_model, load_corpus, micro_batch_rows
 
+STEPS = 12  # of a run that is compared with another: enough for warm-ups to end, and for idle layers to be idle four times
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}}
 
 
@@ -85,7 +86,7 @@ def run_steps(engine: Any, first: int, steps: int, accumulation: int = 1) -> lis
 
 def train(
     config: dict[str, Any],
-    steps: int = 20,
+    steps: int = STEPS,
     model_options: Mapping[str, Any] | None = None,
     zero_init: bool = False,
 ) -> dict[str, Any]:

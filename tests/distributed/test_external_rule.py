@@ -27,7 +27,7 @@ from tests.launch.commands import LAUNCH_LIMIT, ROOT, environment, free_port
 from tests.oracles import table_rows
 
 RULE = "steady_muon"
-STEPS = 20
+STEPS = cases.STEPS
 STAGES = [(0, "none"), *((stage, device) for stage in (1, 2, 3) for device in ("none", "cpu"))]
 ENGINES = (0, 2, 3)  # stages, whose engine checkpoints have their state in different files
 

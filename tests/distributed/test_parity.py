@@ -28,7 +28,7 @@ _REFERENCES: dict[str, Reference] = {}
 
 def one_process(
     params: dict[str, Any],
-    steps: int = 20,
+    steps: int = cases.STEPS,
     clip: float = 0.0,
     schedule: dict[str, Any] | None = None,
     **options: Any,
@@ -174,7 +174,7 @@ def test_adamw_alone(stage: int, pools: Pools) -> None:
 @pytest.mark.promise("one-config", "adamw-beside-curve")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_schedule_from_json(stage: int, pools: Pools) -> None:
-    schedule = {"name": "linear", "warmup_num_steps": 5, "total_num_steps": 20, "final_lr_fraction": 0.1}
+    schedule = {"name": "linear", "warmup_num_steps": 5, "total_num_steps": cases.STEPS, "final_lr_fraction": 0.1}
     config = cases.engine_config(stage, MUON, scheduler={"type": "OptForgeSchedule", "params": schedule})
     result = check(pools[2], config, one_process(MUON, schedule=schedule))
     rates = result["rates"]

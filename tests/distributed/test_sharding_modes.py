@@ -114,9 +114,9 @@ def test_gathering_in_every_step_of_the_period_is_gather(stage: int, pools: Pool
 @pytest.mark.parametrize("shapes", [False, True])
 def test_normuon_learns_like_gather(shapes: bool, stage: int, gather_every: int | None, pools: Pools) -> None:
     """Rows that begin on another rank have no statistic here. 10%: a tenth of what these 20 steps learn is 3%."""
-    expected = one_process(params("normuon", mode="gather"), shapes=shapes)[0]
+    expected = one_process(params("normuon", mode="gather"), 20, shapes=shapes)[0]
     config = cases.engine_config(stage, params("normuon", gather_every=gather_every))
-    results = pools[4].run(cases.train, config, model_options={"shapes": shapes})
+    results = pools[4].run(cases.train, config, 20, {"shapes": shapes})
     for result in results:
         assert result["losses"][-1] == pytest.approx(expected[-1], rel=0.1)
         assert_same(result["parameters"], results[0]["parameters"], 0.0)
