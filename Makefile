@@ -3,6 +3,7 @@
 # make quick   an answer in two minutes: the same without ranks and launches, but for a few tests on two ranks
 # make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
 # make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
+# make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
 # make venv    only the set-up that both begin with
 # make clean   remove what the targets above made, the results of training aside
 
@@ -12,7 +13,7 @@ PYTHON ?= python3
 # has; and with the result kept in the environment, two clones do not rebuild each other's.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: train test quick bench soak venv clean
+.PHONY: train test quick bench soak test-versions venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -42,6 +43,9 @@ soak: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py
 	$(IN_VENV) pytest -m slow
 
+test-versions: venv
+	$(IN_VENV) python tests/versions.py
+
 # A build of an operator that was interrupted leaves a lock, for which all later ones would wait.
 venv: .venv/installed
 	@rm -f .venv/torch_extensions/*/lock
@@ -55,5 +59,5 @@ venv: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .versions build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, send
 from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
-from ds_optforge.zero.engine import make_trusted, refresh_weights
+from ds_optforge.zero.engine import make_trusted, refresh_weights, refuse_unwritable_weights
 from ds_optforge.zero.pipeline import is_pipeline
 from ds_optforge.zero.versions import require_supported_deepspeed
 
@@ -66,6 +66,7 @@ def initialize(
     Raises:
         ConfigError: the configuration is invalid or contradicts the arguments; no engine has been built then.
         ImportError: DeepSpeed's version is not supported.
+        LayoutError: an engine whose first step DeepSpeed itself cannot end: see `refuse_unwritable_weights`.
     """
     require_supported_deepspeed()
     import deepspeed
@@ -82,6 +83,7 @@ def initialize(
         raise ConfigError(f"mesh_param: got {arguments['mesh_param']!r}; allowed: {ULYSSES}")
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
+    refuse_unwritable_weights(result[0])
     send_telemetry(_base_optimizer(result[0])[1], result[0].monitor)
     return result
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.layout import expert_group_name, require_attribute
+from ds_optforge.zero.layout import LayoutError, expert_group_name, require_attribute
 from ds_optforge.zero.shards import shard_of
-from ds_optforge.zero.versions import require_supported_deepspeed
+from ds_optforge.zero.versions import SUPPORTED_DEEPSPEED, found_deepspeed, require_supported_deepspeed
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
 
@@ -85,6 +85,32 @@ def model_parallelism(engine: Any) -> str:
         return "tensor parallelism beside a pipeline" if sharded else ""
     unmarked = getattr(engine, "mp_world_size", 1) > 1 and not any(map(shard_of, engine.module.parameters()))
     return "tensor parallelism without a parameter that is marked tensor_model_parallel" if unmarked else ""
+
+
+def refuse_unwritable_weights(engine: Any) -> None:
+    """Refuse an engine on ZeRO-1 or ZeRO-2 that would fail at the end of its first step, with any optimizer. Collective.
+
+    Some DeepSpeed (0.18.9) leaves the flat buffers of weights inside autograd, and gathers the stepped weights into them.
+    Whether that fails depends on torch and on the process group, so it is tried on a small buffer.
+
+    Raises:
+        LayoutError: such an engine.
+    """
+    buffers = getattr(engine.optimizer, "bit16_groups_flat", ())
+    if not any(buffer.requires_grad for buffer in buffers):
+        return
+    group = require_attribute(engine.optimizer, "dp_process_group")
+    device = buffers[0].device
+    small = torch.zeros(dist.get_world_size(group), device=device, requires_grad=True).clone()
+    try:
+        dist.all_gather_into_tensor(small, torch.zeros(1, device=device), group=group)
+    except RuntimeError as error:
+        raise LayoutError(
+            f"zero_optimization.stage: got {engine.zero_optimization_stage()}, with which DeepSpeed {found_deepspeed()} fails "
+            f"in its first step on {dist.get_backend(group)} with torch {torch.__version__}, whatever the optimizer, because "
+            "it gathers weights into a buffer that requires a gradient; allowed: stage 0 or 3, or another DeepSpeed of "
+            f"{SUPPORTED_DEEPSPEED}"
+        ) from error
 
 
 def refresh_weights(wrapper: Any) -> None:

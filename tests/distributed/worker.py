@@ -6,6 +6,7 @@ forgotten the job before (see ``CleanSlate``). A case function therefore builds 
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import functools
 import gc
@@ -26,6 +27,7 @@ import deepspeed.runtime.zero.parameter_offload as zero3_hooks
 import deepspeed.runtime.zero.partition_parameters as zero_init
 import numpy
 import torch
+from deepspeed.utils import groups
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
@@ -44,6 +46,7 @@ class CleanSlate:
       ``lru_cache`` of its parameter coordinator, destroyed or not.
     - A ``zero.Init`` that was entered and never left keeps ``torch`` constructors and every ``Module.__init__`` patched.
     - Every ``zero.Init`` replaces ``torch.nn.functional.linear`` for good, and leaves settings and counts on its class.
+    - DeepSpeed before 0.19 keeps the process groups that it made, and finds them in place of those of the next job.
     - Accelerate's state is shared by all accelerators of a process.
 
     Kept on purpose: what an import or ``register`` adds to libraries, as a module is imported only once.
@@ -56,6 +59,8 @@ class CleanSlate:
         self.environment = dict(os.environ)
         self.directory = os.getcwd()
         self.linear = torch.nn.functional.linear
+        settings = {name: value for name, value in vars(groups).items() if not name.startswith("__")}
+        self.groups = {name: copy.copy(value) for name, value in settings.items() if isinstance(value, dict | int | None)}
         self.init_settings = {name: value for name, value in vars(zero_init.Init).items() if isinstance(value, bool | int)}
 
     def restore(self) -> None:
@@ -65,6 +70,7 @@ class CleanSlate:
         for cache in self.caches:
             cache.cache_clear()
         self._destroy_engines()
+        vars(groups).update({name: copy.copy(value) for name, value in self.groups.items()})
         if "accelerate.state" in sys.modules:
             sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
             sys.modules["accelerate.state"].GradientState._reset_state()
