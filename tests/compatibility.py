@@ -20,6 +20,11 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "Parallelism": {
         "data": "Data parallelism, 1 to 4 ranks",
         "moe": "DeepSpeed MoE layers, `ep_size` 1 and 2",
+        "autoep": "AutoEP (`expert_parallel`), `autoep_size` 1, 2 and 4",
+        "autoep_tensor": "AutoEP beside AutoTP",
+        "autoep_object": "AutoEP with an optimizer object (a function of the parameters is exact)",
+        "autoep_engine_checkpoints": "AutoEP: `engine.save_checkpoint` and `load_checkpoint`",
+        "autoep_checkpoints": "AutoEP above `autoep_size` 1: portable checkpoints, `convert`",
         "ulysses": "Sequence parallelism (Ulysses, `DistributedAttention`), by `mpu`",
         "mesh": "Sequence parallelism by `mesh_param` or `data_parallel_size`",
     },

@@ -56,7 +56,9 @@ class EngineCheckpoint:
             )
         if experts := sorted(self.folder.glob("layer_*_expert_*")):
             raise CheckpointError(f"{experts[0]}: holds an expert of a DeepSpeed MoE layer; allowed: models without them")
-        self.models = [load(path) for path in _by_rank(self.folder.glob(_MODEL_FILES))]
+        paths = _by_rank(self.folder.glob(_MODEL_FILES))
+        self.models = [load(path) for path in paths]
+        _refuse_autoep(paths[0], self.models[0])
         self.shards = [load(path)["optimizer_state_dict"] for path in _by_rank(self.folder.glob(_OPTIMIZER_FILES))]
         if not self.shards:  # stage 0
             self.shards = [self.models[0]["optimizer"]]
@@ -86,6 +88,16 @@ class EngineCheckpoint:
         dynamic = scaler.dynamic if scaler is not None else shard.get("dynamic_loss_scale", False)
         values = vars(scaler) if scaler is not None else shard
         return {key: values[key] for key in LOSS_SCALE if key in values} if dynamic else {}
+
+
+def _refuse_autoep(path: Path, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for AutoEP's experts on ZeRO-3, where a rank's files hold its own experts under everyone's names."""
+    ranks = max((layer["ep_size"] for layer in model.get("ds_autoep_layers") or ()), default=1)
+    if ranks > 1:
+        raise CheckpointError(
+            f"{path}: holds one of {ranks} ranks' experts (expert_parallel.autoep_size); allowed: models whose ranks hold all of "
+            "them (autoep_size 1)"
+        )
 
 
 def _by_rank(paths: Iterable[Path]) -> list[Path]:
