@@ -91,12 +91,12 @@ class EngineCheckpoint:
 
 
 def _refuse_autoep(path: Path, model: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for AutoEP's experts on ZeRO-3, where a rank's files hold its own experts under everyone's names."""
+    """Raise CheckpointError for AutoEP's experts on ZeRO-3, where each rank's files hold its own under the names of all."""
     ranks = max((layer["ep_size"] for layer in model.get("ds_autoep_layers") or ()), default=1)
     if ranks > 1:
         raise CheckpointError(
-            f"{path}: holds one of {ranks} ranks' experts (expert_parallel.autoep_size); allowed: models whose ranks hold all of "
-            "them (autoep_size 1)"
+            f"{path}: holds one of {ranks} ranks' experts (expert_parallel.autoep_size); allowed: models whose ranks hold all "
+            "experts (autoep_size 1)"
         )
 
 

@@ -187,7 +187,7 @@ def refused(config: dict[str, Any], params: Mapping[str, Any], door: str) -> str
 
 
 def save_and_resume(config: dict[str, Any], params: Mapping[str, Any], folder: str) -> tuple[bool, str]:
-    """Whether a run that goes on from the engine's checkpoint is the uninterrupted one, to the bit; the portable one's error."""
+    """Whether a run that goes on from the engine's checkpoint is the uninterrupted one to the bit; the portable one's error."""
     engine = autoep_engine(config, params)
     train(engine, 2)
     engine.save_checkpoint(f"{folder}/engine")

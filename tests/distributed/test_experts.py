@@ -1,4 +1,4 @@
-"""AutoEP: DeepSpeed replaces a model's experts and shares them out over ranks, and each of them is a matrix to the optimizer."""
+"""AutoEP: DeepSpeed replaces a model's experts and shares them out over ranks; each of them is a matrix to the optimizer."""
 
 from collections.abc import Callable
 from functools import cache
@@ -55,7 +55,7 @@ def test_experts_on_two_ranks_train_as_all_on_one(stage: int, pools: Pools, reco
 
 
 @pytest.mark.compatibility("autoep")
-@pytest.mark.parametrize("expert_ranks, stage", [(1, 2), (2, 0), (2, 2), (2, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize(("expert_ranks", "stage"), [(1, 2), (2, 0), (2, 2), (2, 3), (4, 1), (4, 3)])
 def test_on_four_ranks_an_expert_may_lie_on_several(expert_ranks: int, stage: int, pools: Pools) -> None:
     assert error(pools[4], "normuon", expert_ranks, stage, NORMUON, STEPS) < TOLERANCE
 
@@ -121,6 +121,7 @@ def test_deepspeed_initialize_with_an_optimizer_object_ends_in_the_first_step(st
 @pytest.mark.compatibility("autoep_checkpoints", verdict="refused")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_engine_checkpoints_resume_to_the_bit_and_others_are_refused(stage: int, pools: Pools, tmp_path: Path) -> None:
+    config = experts.autoep_config(2, stage, NORMUON)
     for same, refusal in pools[2].run(
         experts.save_and_resume, experts.autoep_config(2, stage, NORMUON), NORMUON, str(tmp_path)
     ):
