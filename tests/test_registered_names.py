@@ -1,6 +1,7 @@
 """What is registered before a model is wrapped or its layers are replaced: names refreshed by a second call, or an error."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -36,11 +37,43 @@ def names(optimizer: OptForge) -> list[str]:
     return sorted(route.name for members in groups_of(optimizer).members.values() for route in members.routes)
 
 
-def test_layers_that_were_added_after_register_are_an_error_with_the_line_to_add() -> None:
+def test_layers_that_were_added_after_register_are_named_when_the_optimizer_is_built() -> None:
+    """Also if nothing else is trained, so that none of the parameters was there when the model was registered."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     register(model)
-    with pytest.raises(ConfigError, match=r"\(4, 8\) is not registered; .*register\(trainer\.model\) before trainer"):
-        OptForge(wrapped(model).parameters(), **MUON)
+    whole = wrapped(model)
+    model[1].requires_grad_(False)
+    trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
+    assert names(OptForge(trained, **MUON)) == ["0.lora_A.weight", "0.lora_B.weight"]
+
+
+def test_layers_outside_of_what_was_registered_are_an_error_with_the_line_to_add() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    register(model)
+    whole = nn.ModuleDict({"model": model, "reward": nn.Linear(8, 1)})
+    with pytest.raises(ConfigError, match=r"\(1, 8\) is not registered; .*register\(trainer\.model\) before trainer"):
+        OptForge(whole.parameters(), **MUON)
+
+
+def test_of_two_models_that_hold_a_new_parameter_the_later_names_it() -> None:
+    """On every rank alike."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    whole = nn.ModuleDict({"policy": model})
+    register(model)
+    register(whole)
+    model[0] = nn.Linear(8, 8, bias=False)
+    assert names(OptForge(whole.parameters(), **MUON)) == ["policy.0.weight", "policy.1.weight"]
+    register(model)
+    model[1] = nn.Linear(8, 8, bias=False)
+    assert names(OptForge(whole.parameters(), **MUON)) == ["0.weight", "1.weight"]
+
+
+def test_a_model_is_not_kept_alive() -> None:
+    model = nn.Linear(8, 8)
+    register(model)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
 
 
 def test_a_second_call_gives_every_parameter_its_present_name() -> None:

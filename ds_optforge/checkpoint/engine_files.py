@@ -121,6 +121,7 @@ def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
         )
     if layers := _opened(inside.glob(_LAYER_FILES)):
         return [EngineCheckpoint(inside, *stage) for stage in stages(models, shards, layers)]
+    _refuse_autoep(*next(iter(models.items())))
     of_ranks = list(models.values())
     states = [shard["optimizer_state_dict"] for shard in shards.values()] or [of_ranks[0]["optimizer"]]  # the latter on stage 0
     return [EngineCheckpoint(inside, of_ranks, states)]
@@ -130,6 +131,16 @@ def _opened(paths: Iterable[Path]) -> dict[Path, Any]:
     """The content of files, sorted by the numbers in their names."""
     found = sorted(paths, key=lambda path: [int(word) for word in re.split(r"[_-]", path.stem) if word.isdigit()])
     return {path: load(path) for path in found}
+
+
+def _refuse_autoep(path: Path, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for AutoEP's experts on ZeRO-3, where each rank's files hold its own under the names of all."""
+    ranks = max((layer["ep_size"] for layer in model.get("ds_autoep_layers") or ()), default=1)
+    if ranks > 1:
+        raise CheckpointError(
+            f"{path}: holds one of {ranks} ranks' experts (expert_parallel.autoep_size); allowed: models whose ranks hold all "
+            "experts (autoep_size 1)"
+        )
 
 
 def load(path: Path) -> Any:

@@ -39,7 +39,8 @@ def register(model: nn.Module) -> None:
     """Make ``model`` trainable with "type": "OptForge" under DeepSpeed, Accelerate and the HF Trainer.
 
     It tags each parameter with its name and its place in the module tree, which are gone once ZeRO has flattened it, and
-    enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built.
+    enters OptForge into DeepSpeed's lists of known optimizers and schedulers. Call it once, before the engine is built. What is
+    added to ``model`` or replaced in it later (by PEFT, AutoEP or AutoTP) is tagged when the optimizer is built.
 
     Raises:
         ImportError: DeepSpeed's version is not supported.

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import ds_optforge
+from ds_optforge.optimizer import groups_of
 from tests.distributed import tensor_parallel
-from tests.distributed.cases import engine_config
+from tests.distributed.cases import base_optimizer, engine_config, load_weights
 from tests.distributed.tensor_parallel import control, without_optimizer
 
 BATCH, LENGTH, VOCABULARY = 4, 8, 50
 INNER = 24  # rows of an expert's gate, and of its up projection
-EXPERTS = {"w1", "w2", "w3"}
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -153,3 +153,66 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
             dist.all_gather(banks, found[name], group=group)
             found[name] = torch.cat(banks)
     return found
+
+
+def from_zero_init(expert_ranks: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
+    """`autoep` on ZeRO-3 with a model whose parameters were partitioned as they were made."""
+    config = autoep_config(expert_ranks, 3, params)
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": BATCH, "zero_optimization": {"stage": 3}}):
+        model = mixture()
+    load_weights(model, mixture().state_dict())
+    engine = ds_optforge.initialize(model=model, config=config)[0]
+    try:
+        train(engine, steps)
+        return whole_parameters(engine.module)
+    finally:
+        engine.destroy()
+
+
+def routes(config: dict[str, Any], params: Mapping[str, Any]) -> dict[str, tuple[str, tuple[tuple[int, int, int], ...]]]:
+    """The rule of each parameter, and the matrices in it."""
+    engine = autoep_engine(config, params)
+    found = groups_of(base_optimizer(engine)).members.values()
+    engine.destroy()
+    return {route.name: (route.settings.rule, route.matrices) for members in found for route in members.routes}
+
+
+def refused(config: dict[str, Any], params: Mapping[str, Any], door: str) -> str:
+    """The error that ends the training before its first step, or in it."""
+    try:
+        train(autoep_engine(config, params, door), 1)
+    except ds_optforge.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def save_and_resume(config: dict[str, Any], params: Mapping[str, Any], folder: str) -> tuple[bool, str]:
+    """Whether a run that goes on from the engine's checkpoint is the uninterrupted one to the bit; the portable one's error."""
+    engine = autoep_engine(config, params)
+    train(engine, 2)
+    engine.save_checkpoint(f"{folder}/engine")
+    error = ""
+    try:
+        ds_optforge.save_checkpoint(engine, f"{folder}/portable")
+    except ds_optforge.CheckpointError as found:
+        error = str(found)
+    train(engine, 2, 2)
+    uninterrupted = whole_parameters(engine.module)
+    engine.destroy()
+    fresh = autoep_engine(config, params)
+    fresh.load_checkpoint(f"{folder}/engine")
+    train(fresh, 2, 2)
+    resumed = whole_parameters(fresh.module)
+    fresh.destroy()
+    return all(torch.equal(resumed[name], weight) for name, weight in uninterrupted.items()), error
+
+
+def resume_portable(config: dict[str, Any], params: Mapping[str, Any], folder: str) -> dict[str, Tensor]:
+    """The parameters after four steps, of which the checkpoint of `save_and_resume` has two."""
+    engine = autoep_engine(config, params)
+    ds_optforge.load_checkpoint(engine, f"{folder}/portable")
+    train(engine, 2, 2)
+    try:
+        return whole_parameters(engine.module)
+    finally:
+        engine.destroy()
