@@ -96,7 +96,7 @@ def refuse_unwritable_weights(engine: Any) -> None:
     Raises:
         LayoutError: such an engine.
     """
-    buffers: Sequence[Tensor] = getattr(engine.optimizer, "bit16_groups_flat", ())
+    buffers: list[Tensor] = getattr(engine.optimizer, "bit16_groups_flat", [])
     if not any(buffer.requires_grad for buffer in buffers):
         return
     group = require_attribute(engine.optimizer, "dp_process_group")

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_optforge.zero.layout import require_attribute
+from ds_optforge.zero.layout import LayoutError, require_attribute
+from ds_optforge.zero.versions import found_deepspeed
 
 PLACEHOLDERS = "optforge_placeholders"  # the attribute of a PipelineModule that holds them
 TIED = "tied_modules."  # what names of parameters of a TiedLayerSpec begin with
@@ -55,10 +56,11 @@ def enter_pipeline(model: nn.Module) -> Stage | None:
     It adds the placeholders to ``model``, since the engine looks names of parameters up when it is built.
 
     Raises:
-        LayoutError: an attribute that the model lacks.
+        LayoutError: an attribute that the model lacks, or a DeepSpeed whose pipelines give wrong gradients.
     """
     if not is_pipeline(model):
         return None
+    _refuse_wrong_gradients()
     grid = require_attribute(model, "mpu")()
     count = int(require_attribute(grid, "get_pipe_parallel_world_size")())
     if count == 1:
@@ -78,6 +80,21 @@ def enter_pipeline(model: nn.Module) -> Stage | None:
         tuple(getattr(model, PLACEHOLDERS)),
         tuple(weight for weight, _ in _tied_weights(model)),
     )
+
+
+def _refuse_wrong_gradients() -> None:
+    """Refuse a DeepSpeed whose pipelines do not divide gradients by the number of micro-batches once, on any optimizer.
+
+    Before 0.19 they are never divided; then the earlier stages divide what the last stage has divided already, until
+    PipelineEngine says in a method of its own that only the last stage does.
+    """
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    if "_backward_prologue_per_tensor" not in vars(PipelineEngine):
+        raise LayoutError(
+            f"PipelineModule: got DeepSpeed {found_deepspeed()}, whose pipelines give gradients that are wrong by a factor of "
+            "gradient_accumulation_steps, to any optimizer; allowed: DeepSpeed >=0.19.4, or a model without a pipeline"
+        )
 
 
 def _count_in_norms(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optforge.zero.layout import Binding, LayoutError
-from ds_optforge.zero.versions import versions
+from ds_optforge.zero.versions import found_deepspeed, versions
 
 # A dict that AutoTP leaves on each parameter of the layers it replaced; older DeepSpeed leaves only tensor_model_parallel.
 _AUTOTP = "ds_autotp_universal_checkpoint_meta"
@@ -80,7 +80,6 @@ def shard_of(parameter: Tensor) -> Shard | None:
     found: dict[str, Any] = getattr(parameter, _AUTOTP, None) or {}
     if found.get("replicated") or not getattr(parameter, "tensor_model_parallel", False):
         return None
-    count = tensor_ranks()
     shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
     dim: int = found.get("partition_dim", getattr(parameter, "partition_dim", -1))
     if dim not in range(len(shape)):
@@ -89,6 +88,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
             f"nothing tells how: got neither {_AUTOTP} (which newer DeepSpeed's AutoTP writes) nor a partition_dim of 0 or 1; "
             f"allowed: one of them. {versions()}"
         )
+    count = tensor_ranks()
     if count == 1:
         return None
     if found:
@@ -105,6 +105,10 @@ def _of_autotp(found: dict[str, Any], dim: int, count: int) -> Shard:
     if widths:
         uneven = next((part for part in widths if len(set(part)) > 1), None)
         problem = f"a fused weight with shards of {list(uneven)} rows" if uneven else ""
+    elif not sizes and "partition_sizes" not in found:
+        problem = (
+            f"a layer of AutoTP in DeepSpeed {found_deepspeed()}, which does not tell the sizes of all shards as newer does,"
+        )
     elif not sizes:
         problem = "a layer of AutoTP whose shards are not ranges of rows or columns"
     elif len(set(sizes)) > 1:
