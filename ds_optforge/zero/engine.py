@@ -1,6 +1,7 @@
 """Reads from DeepSpeed's engine and its wrappers, and writes to them; `layout` reads the places of parameters."""
 
 import contextlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,14 @@ def safe_classes() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+    def member(owner: Any, name: str) -> Any:
+        """Return a member of an enumeration: Python 3.11.0 to 3.11.3 writes it as ``getattr(ZeroStageEnum, name)``."""
+        if owner is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"got an attribute '{name}' of {owner!r}; allowed: a member of ZeroStageEnum")
+        return ZeroStageEnum[name]
+
+    classes = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals([*classes, (member, "builtins.getattr"), (member, "__builtin__.getattr")]):
         yield
 
 
