@@ -16,7 +16,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 import ds_optforge
 from ds_optforge.optimizer import groups_of
 from tests.distributed import tensor_parallel
-from tests.distributed.cases import base_optimizer, engine_config, load_weights
+from tests.distributed.cases import base_optimizer, engine_config
 from tests.distributed.tensor_parallel import control, without_optimizer
 
 BATCH, LENGTH, VOCABULARY = 4, 8, 50
@@ -153,20 +153,6 @@ def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
             dist.all_gather(banks, found[name], group=group)
             found[name] = torch.cat(banks)
     return found
-
-
-def from_zero_init(expert_ranks: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
-    """`autoep` on ZeRO-3 with a model whose parameters were partitioned as they were made."""
-    config = autoep_config(expert_ranks, 3, params)
-    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": BATCH, "zero_optimization": {"stage": 3}}):
-        model = mixture()
-    load_weights(model, mixture().state_dict())
-    engine = ds_optforge.initialize(model=model, config=config)[0]
-    try:
-        train(engine, steps)
-        return whole_parameters(engine.module)
-    finally:
-        engine.destroy()
 
 
 def routes(config: dict[str, Any], params: Mapping[str, Any]) -> dict[str, tuple[str, tuple[tuple[int, int, int], ...]]]:

@@ -72,12 +72,6 @@ def test_every_door_names_the_experts_that_deepspeed_made(door: str, pools: Pool
     assert error(pools[2], "muon", 2, 2, MUON, STEPS, door) < TOLERANCE
 
 
-@pytest.mark.compatibility("autoep", stages=(3,), verdict="exact")
-def test_experts_of_a_model_that_was_partitioned_when_it_was_made(pools: Pools) -> None:
-    found = pools[2].run(experts.from_zero_init, 2, MUON, STEPS)
-    assert max(tensor_parallel.difference(of_rank, expected("muon")) for of_rank in found) < TOLERANCE
-
-
 def test_an_expert_is_a_matrix_of_its_own_and_a_router_of_usual_size_is_left_to_adamw(pools: Pools) -> None:
     found = pools[2].run(experts.routes, experts.autoep_config(2, 2, MUON), MUON)[0]
     layer, inner, width = "model.layers.1.mlp", experts.INNER, experts.SIZES["hidden_size"]
