@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optforge.zero.partition import Cut
-from ds_optforge.zero.versions import versions
+from ds_optforge.zero.versions import versions, waits_for_gathers
 
 
 class LayoutError(RuntimeError):
@@ -181,6 +181,7 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
     if sub_group is None:
         raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {versions()}")
     group = _process_group(zero, sub_group)
+    _refuse_unfinished_gathers(zero, group)
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     indices, cuts, offset = [], [], 0
     for parameter in require_attribute(zero, "fp16_groups")[sub_group]:
@@ -218,6 +219,22 @@ def _process_group(zero: Any, sub_group: int) -> dist.ProcessGroup:
     else:
         group = require_attribute(zero, "dp_process_group")
     return group
+
+
+def _refuse_unfinished_gathers(zero: Any, group: dist.ProcessGroup) -> None:
+    """Refuse parameters that ZeRO-3 keeps whole where DeepSpeed may use them before they have arrived.
+
+    After a step it gathers them all, and older releases wait for the last of them alone. On gloo, whose collectives end in any
+    order, a forward pass then reads what is not there yet, with every optimizer, and only sometimes.
+    """
+    kept = len(getattr(zero, "persistent_parameters", ()))
+    several = kept > 1 and dist.get_world_size(group) > 1
+    if several and dist.get_backend(group) == dist.Backend.GLOO and not waits_for_gathers():
+        raise LayoutError(
+            f"zero_optimization.stage3_param_persistence_threshold: got a value by which ZeRO-3 keeps {kept} parameters whole, "
+            "which this DeepSpeed gathers on gloo without waiting for all of them; allowed: 0, or DeepSpeed >=0.19.8. "
+            f"{versions()}"
+        )
 
 
 def _refuse_hidden_slices(zero: Any) -> None:

@@ -42,9 +42,21 @@ def require_supported_deepspeed() -> None:
 
 def is_supported(version: str) -> bool:
     """Whether ``version`` of DeepSpeed is supported; a build of its sources counts as the release that it names."""
+    return version != "none" and _in_range(version, SUPPORTED_DEEPSPEED)
+
+
+def waits_for_gathers() -> bool:
+    """Whether the DeepSpeed that is there waits for every all-gather of ZeRO-3's whole parameters, not only for the last.
+
+    Up to 0.19.4 it does not, and nothing but its version tells; 0.19.5 to 0.19.7 were not looked at.
+    """
+    return _in_range(found_deepspeed(), ">=0.19.8")
+
+
+def _in_range(version: str, allowed: str) -> bool:
     from packaging.specifiers import SpecifierSet  # which DeepSpeed needs too
 
-    return version != "none" and SpecifierSet(SUPPORTED_DEEPSPEED).contains(version, prereleases=True)
+    return SpecifierSet(allowed).contains(version, prereleases=True)
 
 
 def versions() -> str:

@@ -32,6 +32,7 @@ EXACTLY = 1e-5  # as in test_parity
 BFLOAT16 = 0.02  # of a loss: weights have 8 bits
 LIMIT = 300.0  # seconds, on a busy machine
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+GATHERED = {"stage3_param_persistence_threshold": 0}
 REFUSALS = ("LayoutError", "ConfigError")
 OF_THE_POOL = ("NotStarted", "Hung", "Died")
 
@@ -106,7 +107,9 @@ def pipeline_in_one_process() -> dict[str, Tensor]:
 
 
 def config_of(stage: int, **extra: Any) -> dict[str, Any]:
-    return cases.engine_config(stage, MUON, gradient_clipping=1.0, **extra)
+    """On ZeRO-3 nothing is kept whole between steps: older releases do not wait until that has arrived (on gloo)."""
+    zero = {**GATHERED, **extra.pop("zero_optimization", {})} if stage == 3 else extra.pop("zero_optimization", {})
+    return cases.engine_config(stage, MUON, gradient_clipping=1.0, zero_optimization=zero, **extra)
 
 
 def train_adamw(config: dict[str, Any]) -> list[float]:
@@ -152,11 +155,15 @@ def portable_checkpoint(saved: int, loaded: int, pool: Pool, folder: Path) -> fl
     )
 
 
+def _gathered(stage: int) -> dict[str, Any]:
+    return {"zero_optimization": GATHERED} if stage == 3 else {}
+
+
 def autotp(stage: int, pool: Pool, folder: Path) -> float:
     expected = tensor_parallel.one_process(MUON, STEPS)
     return max(
         tensor_parallel.difference(found, expected)
-        for found in pool.run(tensor_parallel.autotp, 2, stage, MUON, STEPS, timeout_s=LIMIT)
+        for found in pool.run(tensor_parallel.autotp, 2, stage, MUON, STEPS, timeout_s=LIMIT, **_gathered(stage))
     )
 
 
@@ -164,7 +171,7 @@ def megatron(stage: int, pool: Pool, folder: Path) -> float:
     expected = tensor_parallel.megatron_in_one_process(MUON, STEPS)
     return max(
         tensor_parallel.difference(found, expected)
-        for found in pool.run(tensor_parallel.megatron, 2, stage, MUON, STEPS, timeout_s=LIMIT)
+        for found in pool.run(tensor_parallel.megatron, 2, stage, MUON, STEPS, timeout_s=LIMIT, **_gathered(stage))
     )
 
 
@@ -182,6 +189,8 @@ def cells() -> Iterator[Cell]:
             yield Cell(f"ZeRO-{stage}{', offload' if zero else ''}", partial(trained, config), _control(config))
     config = config_of(3, zero_optimization={"sub_group_size": 2000})
     yield Cell("ZeRO-3, `zero.Init`, several sub-groups", partial(trained, config, zero_init=True), _control(config))
+    config = config_of(3, zero_optimization={"stage3_param_persistence_threshold": 100_000})
+    yield Cell("ZeRO-3, small parameters kept whole (DeepSpeed's default)", partial(trained, config), _control(config))
     for stage in (2, 3):
         control = _control(config_of(stage, bf16={"enabled": True}))
         yield Cell(f"bf16, ZeRO-{stage}", partial(losses_in_bf16, stage), control, BFLOAT16)
