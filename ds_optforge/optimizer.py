@@ -94,7 +94,7 @@ class OptForge(torch.optim.Optimizer):
         held = self._held(shown)
         self._groups.refuse_unfrozen(shown)
         self._check_schedule(shown, held)
-        self._allocate_others(shown)
+        self._allocate_others(held)
         steps = [step for group in held for step in self._group_steps(group)]
         for step in steps:
             step.check_gradients()
@@ -118,7 +118,7 @@ class OptForge(torch.optim.Optimizer):
             return
         self._allocated = True
         held = [group for group in self._held(self._schedule_check.remembered) if group["params"]]
-        if len(held) > len(self._held(stepped)):
+        if len(held) > len(stepped):
             for group in held:  # in the order of the groups, which is that of the state
                 slices = self._groups.slices_of(group)
                 slices.allocate(self._groups[group].rule, [self.state[tensor] for tensor in slices.tensors])

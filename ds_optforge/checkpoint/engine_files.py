@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.chunks import Chunk
-from ds_optforge.checkpoint.layer_files import stages
+from ds_optforge.checkpoint.layer_files import base_state, stages
 from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
 
@@ -76,9 +76,7 @@ class EngineCheckpoint:
 
     def optimizer(self, shard: int) -> Mapping[str, Any]:
         """The state dict of the optimizer under DeepSpeed's wrapper, as the rank ``shard`` saved it."""
-        found = self.shards[shard]
-        base: Mapping[str, Any] = found.get("base_optimizer_state", found.get("optimizer_state_dict", found))
-        return base
+        return base_state(self.shards[shard])
 
     def slices(self, shard: int) -> list[Tensor]:
         """The flat float32 tensors that the optimizer of a rank steps; empty where it steps the model's own."""
@@ -114,13 +112,13 @@ def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
         raise CheckpointError(
             f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"
         )
-    if cut := sorted(path for path in models if _TENSOR_RANK.search(path.name) and not any(inside.glob(_LAYER_FILES))):
+    if layers := _opened(inside.glob(_LAYER_FILES)):
+        return [EngineCheckpoint(inside, *stage) for stage in stages(models, shards, layers)]
+    if cut := sorted(path for path in models if _TENSOR_RANK.search(path.name)):
         raise CheckpointError(
             f"{cut[0]}: holds shards of tensor parallelism; allowed: whole parameters (ds_optforge.save_checkpoint from the "
             "run itself writes a checkpoint that resumes and exports anywhere)"
         )
-    if layers := _opened(inside.glob(_LAYER_FILES)):
-        return [EngineCheckpoint(inside, *stage) for stage in stages(models, shards, layers)]
     _refuse_autoep(*next(iter(models.items())))
     of_ranks = list(models.values())
     states = [shard["optimizer_state_dict"] for shard in shards.values()] or [of_ranks[0]["optimizer"]]  # the latter on stage 0

@@ -51,6 +51,12 @@ def stages(models: Files, shards: Files, layers: Files) -> list[tuple[list[Any],
     return [([{**model, "module": module, "buffer_names": buffers}], own) for model, own in found]
 
 
+def base_state(shard: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict of the optimizer under DeepSpeed's wrapper, from what the wrapper saved."""
+    base: Mapping[str, Any] = shard.get("base_optimizer_state", shard.get("optimizer_state_dict", shard))
+    return base
+
+
 def _stage(path: Path) -> int:
     found = _STAGE.search(path.name)
     if found is None:
@@ -63,8 +69,7 @@ def _shapes(found: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]
     shapes: dict[str, list[int]] = {}
     for model, shards in found:
         shapes |= {name: list(shape) for name, shape in (model["frozen_param_shapes"] or {}).items()}
-        base = shards[0].get("base_optimizer_state", shards[0].get("optimizer_state_dict", shards[0]))
-        for stepped in base.get("optforge", ()):
+        for stepped in base_state(shards[0]).get("optforge", ()):
             shapes |= dict(zip(stepped["placement"]["names"], stepped["shapes"], strict=True))
     return shapes
 

@@ -35,7 +35,6 @@ class Stepped:
     members: Members
     slices: Slices
     states: list[State]
-    shards: Shards
 
     @property
     def name(self) -> str:
@@ -45,11 +44,11 @@ class Stepped:
     def buffers(self) -> list[str]:
         return [buffer.name for buffer in self.members.rule.buffers]
 
-    def chunks(self, without: Container[str]) -> Iterator[Chunk]:
-        """This rank's chunks of the parameters whose names are not in ``without``."""
+    def chunks(self, without: Container[str], shards: Shards) -> Iterator[Chunk]:
+        """This rank's chunks of the parameters whose names are not in ``without``; see `chunks_of`."""
         statistics = [(statistic.name, statistic.per) for statistic in statistics_of(self.members.rule)]
         placement, tensors = self.slices.placement, self.slices.tensors
-        return chunks_of(placement, tensors, self.states, self.buffers, statistics, without, self.shards)
+        return chunks_of(placement, tensors, self.states, self.buffers, statistics, without, shards)
 
 
 class LiveEngine:
@@ -92,7 +91,7 @@ class LiveEngine:
         groups = groups_of(self.optimizer)
         slices = groups.slices_of(group, tensors)
         states: list[State] = [self.optimizer.state.get(tensor, {}) for tensor in tensors]
-        return Stepped(group, groups[group], slices, states, self.shards)
+        return Stepped(group, groups[group], slices, states)
 
     def _refuse_blocks_and_parts(self) -> None:
         """Raise CheckpointError for state of shards that is no range of the whole parameter's state."""
@@ -153,7 +152,7 @@ class LiveEngine:
         elsewhere = self._copies
         if self.shards.rank > 0:  # the first tensor rank has what is not cut
             elsewhere = elsewhere | (self.shapes.keys() - self.shards.of.keys())
-        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(without=elsewhere)]
+        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(elsewhere, self.shards)]
         for name, (values, start, numel) in self.untrained.items():
             if values.numel() and name not in elsewhere:
                 chunk = flat_chunk(weight_name(name), numel, start, values.reshape(-1))

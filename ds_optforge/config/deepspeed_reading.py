@@ -13,8 +13,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from ds_optforge.config.deepspeed_values import BATCH_SIZES
+
 _MICRO = "train_micro_batch_size_per_gpu"
-_BATCH = ("train_batch_size", _MICRO, "gradient_accumulation_steps")
 # Read by deepspeed.initialize and by zero.Init, once there are ranks.
 _READ_ELSEWHERE = ("sequence_parallel_size", "data_parallel_size")
 
@@ -71,12 +72,12 @@ def problems_of_reading(config: Mapping[str, Any]) -> Iterator[str]:
     Args:
         config: a whole configuration without "auto"; its batch sizes are not looked at, as they depend on the ranks.
     """
-    given = Asked({**{key: _without_params(key, value) for key, value in config.items() if key not in _BATCH}, _MICRO: 1})
+    given = Asked({**{key: _without_params(key, value) for key, value in config.items() if key not in BATCH_SIZES}, _MICRO: 1})
     refused = _refused(given)
     if refused is not None:
         yield from _lines(config, refused)
         return
-    given.asked.update(_READ_ELSEWHERE, _BATCH)
+    given.asked.update(_READ_ELSEWHERE, BATCH_SIZES)
     yield from _ignored(given, "")
 
 
@@ -109,7 +110,7 @@ def _quiet() -> Iterator[None]:
 
 def _lines(config: Mapping[str, Any], refused: Exception) -> Iterator[str]:
     """Find the sections that are refused on their own: DeepSpeed's messages do not name them."""
-    alone = {key: _refused({_MICRO: 1, key: value}) for key, value in config.items() if key not in _BATCH}
+    alone = {key: _refused({_MICRO: 1, key: value}) for key, value in config.items() if key not in BATCH_SIZES}
     at_fault = {key: error for key, error in alone.items() if error is not None}
     for key, error in at_fault.items():
         if isinstance(error, ValidationError):

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _OFFLOADS = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
 
 # What the HF Trainer and Accelerate put in the place of "auto" (their HfTrainerDeepSpeedConfig and DeepSpeedPlugin). What they
 # fill in "params" is the business of the optimizer's and scheduler's sections.
 FILLED_BY_FRAMEWORKS = (
-    *_BATCH,
+    *BATCH_SIZES,
     "gradient_clipping",
     "fp16.enabled",
     "bf16.enabled",
@@ -74,7 +74,7 @@ def problems_of_batch(config: Mapping[str, Any]) -> Iterator[str]:
     Args:
         config: a whole configuration.
     """
-    sizes = {key: config[key] for key in _BATCH if config.get(key) not in (None, "auto")}
+    sizes = {key: config[key] for key in BATCH_SIZES if config.get(key) not in (None, "auto")}
     wrong = {key: size for key, size in sizes.items() if type(size) is not int or size < 1}
     for key, size in wrong.items():
         yield f"{key}: got {size!r}; allowed: a whole number of at least 1"

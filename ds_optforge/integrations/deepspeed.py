@@ -116,8 +116,7 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
 
 def _refuse_partitioned_pipeline(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Refuse before the engine is built what DeepSpeed refuses in the middle of it."""
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+    stage = setting(config, "zero_optimization.stage") or 0
     if is_pipeline(model) and stage not in (0, 1):
         raise ConfigError(f"zero_optimization.stage: got {stage} with a PipelineModule; allowed: 0, 1 (DeepSpeed has no other)")
 

@@ -96,7 +96,8 @@ class GroupStep:
                 _MatrixStep(call, rule).step_matrices()
             call.write_back()
         if self._telemetry and watch:
-            watch.unchanged([t for index, t in enumerate(self._slices.tensors) if index not in set(self._taking)])
+            taken = set(self._taking)
+            watch.unchanged([t for index, t in enumerate(self._slices.tensors) if index not in taken])
             self._telemetry.add(self.name, watch, call.now, call.step)
         self._slices.binding.clear_spent_gradients(self._slices.tensors)
 

@@ -47,11 +47,12 @@ class Groups:
         self._config = config
         self._frozen: list[tuple[Tensor, str]] = []  # with names
         given = _as_groups(params)
-        tag_new(parameter for _, parameter in _placed(given))
-        self.stage = stage_among(given)
-        placed = [(tags_of(parameter), place) for place, parameter in _placed(given)]
-        self._names = ParameterNames(tags.name or place for tags, place in placed if not tags.placeholder)
-        routed, entries, names = route_all(self.stage, lambda: self._all_routed(given), self._names)
+        placed = [item for index, group in enumerate(given) for item in _placed(index, group)]
+        tag_new(parameter for _, parameter in placed)
+        self.stage = stage_among(placed)
+        tagged = [(tags_of(parameter), place) for place, parameter in placed]
+        self._names = ParameterNames(tags.name or place for tags, place in tagged if not tags.placeholder)
+        routed, entries, names = route_all(self.stage, lambda: self._all_routed(given, placed), self._names)
         names.refuse_unmatched(config.common.overrides)
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
@@ -61,8 +62,8 @@ class Groups:
         self._rules: dict[Tensor, Rule] = {}
         self.dicts = self._build(routed, entries)
 
-    def _all_routed(self, given: Sequence[dict[str, Any]]) -> Iterator[Routed]:
-        _refuse_repeated(given)
+    def _all_routed(self, given: Sequence[dict[str, Any]], placed: Sequence[tuple[str, Tensor]]) -> Iterator[Routed]:
+        _refuse_repeated(placed)
         _refuse_one_name(self._names.all)
         for index, group in enumerate(given):
             yield from self._routed(index, group)
@@ -72,8 +73,7 @@ class Groups:
         own = {key: value for key, value in group.items() if key not in KEYS_OF_FRAMEWORKS}
         kept: dict[str, Any] = {key: group[key] for key in ("moe", "name") if key in group}
         prefix = f"group{index}." if own else ""
-        for position, parameter in enumerate(group["params"]):
-            place = f"param_groups[{index}].params[{position}]"
+        for place, parameter in _placed(index, group):
             if tags_of(parameter).placeholder:
                 continue
             if not parameter.requires_grad:
@@ -207,10 +207,10 @@ class Groups:
         return bool(tensors) and all(id(tensor) in own for tensor in tensors)
 
 
-def _refuse_repeated(groups: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_repeated(placed: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ConfigError for a parameter that is given twice, with the words of torch's optimizers."""
     seen: dict[int, str] = {}
-    for place, parameter in _placed(groups):
+    for place, parameter in placed:
         if id(parameter) in seen:
             raise ConfigError(
                 f"some parameters appear in more than one parameter group: {tags_of(parameter).name or 'one'} is "
@@ -230,11 +230,10 @@ def _refuse_one_name(names: Iterable[str]) -> None:
         )
 
 
-def _placed(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (place in the given groups, parameter) for each parameter."""
-    for index, group in enumerate(groups):
-        for position, parameter in enumerate(group["params"]):
-            yield f"param_groups[{index}].params[{position}]", parameter
+def _placed(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (place in the given groups, parameter) for each parameter of the group of that number."""
+    for position, parameter in enumerate(group["params"]):
+        yield f"param_groups[{index}].params[{position}]", parameter
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

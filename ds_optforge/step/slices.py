@@ -169,8 +169,8 @@ class Slices:
             if "step" in state:
                 continue
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            values = tensor.detach().contiguous()  # state is row-major whatever the weight is
             for buffer in rule.buffers:
-                values = tensor.detach().contiguous()  # state is row-major whatever the weight is
                 self.format_of(index, buffer).allocate(state, buffer, values)
             for statistic in statistics_of(rule):
                 count = self.value_counts[statistic.name][index]

@@ -1,6 +1,6 @@
 """The parameter groups on which the stages of a pipeline agree: the same ones, in the same order, on every stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,22 +33,24 @@ class GroupEntry:
     numel: int
 
 
-def stage_among(groups: Sequence[Mapping[str, Any]]) -> Stage | None:
-    """Return the stage of the pipeline whose parameters are in ``groups``; None without a pipeline.
+def stage_among(placed: Iterable[tuple[str, Tensor]]) -> Stage | None:
+    """Return the stage of the pipeline whose parameters these are; None without a pipeline.
+
+    Args:
+        placed: (place in the given groups, parameter) of each.
 
     Raises:
         ConfigError: parameters of a PipelineModule that was not registered, so that stages cannot tell each other anything.
     """
     found = None
-    for index, group in enumerate(groups):
-        for position, parameter in enumerate(group["params"]):
-            tags = tags_of(parameter)
-            found = found or tags.stage
-            if tags.name is None and in_pipeline(parameter):
-                raise ConfigError(
-                    f"param_groups[{index}].params[{position}]: is a parameter of a PipelineModule that is not registered; "
-                    "call ds_optforge.register(model) before the optimizer is made"
-                )
+    for place, parameter in placed:
+        tags = tags_of(parameter)
+        found = found or tags.stage
+        if tags.name is None and in_pipeline(parameter):
+            raise ConfigError(
+                f"{place}: is a parameter of a PipelineModule that is not registered; call ds_optforge.register(model) before "
+                "the optimizer is made"
+            )
     return found
 
 

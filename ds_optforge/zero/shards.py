@@ -80,7 +80,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
     found: dict[str, Any] = getattr(parameter, _AUTOTP, None) or {}
     if found.get("replicated") or not getattr(parameter, "tensor_model_parallel", False):
         return None
-    shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    shape = _local_shape(parameter)
     dim: int = found.get("partition_dim", getattr(parameter, "partition_dim", -1))
     if dim not in range(len(shape)):
         raise LayoutError(
@@ -119,12 +119,16 @@ def _of_autotp(found: dict[str, Any], dim: int, count: int) -> Shard:
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the whole parameter's shape, even if ZeRO-3 has emptied or flattened it, or tensor parallelism has cut it."""
     shard = shard_of(parameter)
-    return torch.Size(shard.whole if shard else getattr(parameter, "ds_shape", parameter.shape))
+    return torch.Size(shard.whole) if shard else _local_shape(parameter)
 
 
 def local_numel(parameter: Tensor) -> int:
     """Return the elements of this rank's shard of ``parameter``, or of all of it, even if ZeRO-3 has emptied it."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel()
+    return _local_shape(parameter).numel()
+
+
+def _local_shape(parameter: Tensor) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def tensor_ranks() -> int:
