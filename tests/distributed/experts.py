@@ -17,7 +17,7 @@ import ds_optforge
 from ds_optforge.optimizer import groups_of
 from tests.distributed import tensor_parallel
 from tests.distributed.cases import base_optimizer, engine_config
-from tests.distributed.tensor_parallel import control, without_optimizer
+from tests.distributed.tensor_parallel import without_optimizer
 
 BATCH, LENGTH, VOCABULARY = 4, 8, 50
 INNER = 24  # rows of an expert's gate, and of its up projection
@@ -60,16 +60,12 @@ def tokens_of(step: int) -> Tensor:
 
 def one_process(params: Mapping[str, Any] | None, steps: int) -> dict[str, Tensor]:
     """The parameters after ``steps`` in plain PyTorch, as AutoEP names them; ``params`` None for torch.optim.AdamW."""
-    model = mixture()
-    optimizer = control(model) if params is None else ds_optforge.build_optimizer(model, {**params, **APART})
-    for step in range(steps):
-        tokens = tokens_of(step)
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    wanted = None if params is None else {**params, **APART}
+    alone = tensor_parallel.trained_alone(
+        mixture(), wanted, steps, lambda model, step: model(tokens_of(step), labels=tokens_of(step)).loss
+    )
     found = {}
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach().clone()
+    for name, weight in alone.items():
         if name.endswith("experts.gate_up_proj"):
             prefix = name.removesuffix("gate_up_proj")
             found[f"{prefix}w1"], found[f"{prefix}w3"] = weight.split(INNER, dim=1)
@@ -134,13 +130,8 @@ def grouped_control(parameters: Any) -> torch.optim.Optimizer:
 
 
 def train(engine: Any, steps: int, first: int = 0) -> None:
-    """Each data rank takes its rows of the global batch, on all its tensor ranks alike."""
-    data_ranks, data_rank = groups._get_data_parallel_world_size(), groups._get_data_parallel_rank()
-    rows = BATCH // data_ranks
-    for step in range(first, first + steps):
-        tokens = tokens_of(step)[data_rank * rows : (data_rank + 1) * rows]
-        engine.backward(engine(tokens, labels=tokens).loss)
-        engine.step()
+    """`tensor_parallel.train`, on this model's tokens."""
+    tensor_parallel.train(engine, steps, first, tokens_of)
 
 
 def whole_parameters(model: nn.Module) -> dict[str, Tensor]:

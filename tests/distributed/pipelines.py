@@ -271,7 +271,7 @@ def save(config: dict[str, Any], stages: int, kind: str, folder: str) -> dict[st
     try:
         advance(engine, 0, HALF)
         ds_optforge.save_checkpoint(engine, f"{folder}/portable", {"next": HALF})
-        engine.save_checkpoint(f"{folder}/engine")
+        engine.save_checkpoint(f"{folder}/engine", client_state={"next": HALF})
         return {"losses": advance(engine, HALF, HALF), "parameters": parameters(engine)}
     finally:
         engine.destroy()

@@ -1,7 +1,7 @@
 """What ranks run under tensor parallelism: AutoTP on a small Llama of transformers, and layers in the manner of Megatron."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -18,7 +18,7 @@ from tests.distributed.cases import engine_config
 BATCH, LENGTH, VOCABULARY = 4, 8, 64
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
+def llama() -> LlamaForCausalLM:
     """A Llama with grouped key and value heads, in float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -29,7 +29,7 @@ def llama(tied: bool = False) -> LlamaForCausalLM:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=LENGTH,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config)
 
@@ -42,11 +42,22 @@ def tokens_of(step: int) -> Tensor:
 
 def one_process(params: Mapping[str, Any] | None, steps: int) -> dict[str, Tensor]:
     """The parameters after ``steps`` in plain PyTorch; ``params`` None for torch.optim.AdamW."""
-    model = llama()
+    return trained_alone(llama(), params, steps, next_token_loss)
+
+
+def next_token_loss(model: nn.Module, step: int) -> Tensor:
+    """The loss of a language model of transformers on the global batch of a step."""
+    loss: Tensor = model(tokens_of(step), labels=tokens_of(step)).loss
+    return loss
+
+
+def trained_alone(
+    model: nn.Module, params: Mapping[str, Any] | None, steps: int, loss_of: Callable[[nn.Module, int], Tensor]
+) -> dict[str, Tensor]:
+    """The parameters of ``model`` after ``steps`` in plain PyTorch; ``params`` None for torch.optim.AdamW."""
     optimizer = control(model) if params is None else ds_optforge.build_optimizer(model, dict(params))
     for step in range(steps):
-        tokens = tokens_of(step)
-        model(tokens, labels=tokens).loss.backward()
+        loss_of(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -93,12 +104,11 @@ def without_optimizer(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "optimizer"} | {"zero_allow_untested_optimizer": True}
 
 
-def train(engine: Any, steps: int, first: int = 0) -> None:
-    """Each data rank takes its rows of the global batch, on all its tensor ranks alike."""
+def train(engine: Any, steps: int, first: int = 0, batch: Callable[[int], Tensor] = tokens_of) -> None:
+    """Each data rank takes its rows of the global batch of a step, on all its tensor ranks alike."""
     data_ranks, data_rank = groups._get_data_parallel_world_size(), groups._get_data_parallel_rank()
-    rows = BATCH // data_ranks
     for step in range(first, first + steps):
-        tokens = tokens_of(step)[data_rank * rows : (data_rank + 1) * rows]
+        tokens = batch(step).chunk(data_ranks)[data_rank]
         engine.backward(engine(tokens, labels=tokens).loss)
         engine.step()
 
@@ -255,13 +265,7 @@ def megatron(tensor_ranks: int, stage: int, params: Mapping[str, Any] | None, st
 def megatron_in_one_process(params: Mapping[str, Any] | None, steps: int) -> dict[str, Tensor]:
     """The parameters of `MegatronNet` after ``steps`` in plain PyTorch."""
     torch.manual_seed(0)
-    model = MegatronNet()
-    optimizer = control(model) if params is None else ds_optforge.build_optimizer(model, dict(params))
-    for step in range(steps):
-        model(tokens_of(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return trained_alone(MegatronNet(), params, steps, lambda model, step: model(tokens_of(step)))
 
 
 def save_portable(tensor_ranks: int, stage: int, params: Mapping[str, Any], folder: str, **extra: Any) -> dict[str, Tensor]:
@@ -368,10 +372,4 @@ def fused(stage: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor
 def fused_in_one_process(params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
     """The parameters of `FusedNet` after ``steps`` in plain PyTorch."""
     torch.manual_seed(0)
-    model = FusedNet()
-    optimizer = ds_optforge.build_optimizer(model, dict(params))
-    for step in range(steps):
-        model(tokens_of(step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return trained_alone(FusedNet(), params, steps, lambda model, step: model(tokens_of(step)))

@@ -8,8 +8,9 @@ import torch
 
 from ds_optforge import CheckpointError
 from ds_optforge.checkpoint.convert import convert, export
-from tests.distributed import checkpoints, pipelines
+from tests.distributed import pipelines
 from tests.distributed.conftest import Pools
+from tests.distributed.test_convert import assert_equal
 from tests.distributed.test_pipeline import RULES, TOLERANCE
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -54,14 +55,7 @@ def test_a_converted_checkpoint_is_what_would_have_been_saved(run: str, pools: P
     """Bit for bit, and it can be exported."""
     kind, config = RUNS[run]
     pools[4].run(pipelines.save, config, 2, kind, str(tmp_path))
-    convert(tmp_path / "engine", tmp_path / "converted")
-    converted, saved = (checkpoints.logical_tensors(tmp_path / name) for name in ("converted", "portable"))
-    assert converted.keys() == saved.keys()
-    for name, tensor in saved.items():
-        assert torch.equal(converted[name], tensor), name
-    manifests = [checkpoints.Checkpoint(tmp_path / name).manifest for name in ("converted", "portable")]
-    for key in ("shapes", "groups", "block_cuts", "loss_scale", "scheduler"):
-        assert manifests[0][key] == manifests[1][key], key
+    assert_equal(tmp_path)
     export(tmp_path / "converted", tmp_path / "exported")
 
 

@@ -23,6 +23,7 @@ import ds_optforge
 from tests import models
 from tests.distributed import cases, checkpoints, pipelines, tensor_parallel
 from tests.distributed.pool import Pool, RankFailure
+from tests.distributed.tensor_parallel import difference
 from tests.oracles import EXACT
 
 ADAMW = {"lr": 3e-3, "eps": 1e-5}
@@ -124,11 +125,6 @@ def train_adamw(config: dict[str, Any]) -> list[float]:
         engine.destroy()
 
 
-def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative error of a parameter."""
-    return max(((found[name] - value).norm() / value.norm()).item() for name, value in expected.items())
-
-
 def trained(config: dict[str, Any], pool: Pool, folder: Path, **options: Any) -> float:
     results = pool.run(cases.train, config, STEPS, timeout_s=LIMIT, **options)
     return max(difference(result["parameters"], one_process()[1]) for result in results)
@@ -162,7 +158,7 @@ def _gathered(stage: int) -> dict[str, Any]:
 def autotp(stage: int, pool: Pool, folder: Path) -> float:
     expected = tensor_parallel.one_process(MUON, STEPS)
     return max(
-        tensor_parallel.difference(found, expected)
+        difference(found, expected)
         for found in pool.run(tensor_parallel.autotp, 2, stage, MUON, STEPS, timeout_s=LIMIT, **_gathered(stage))
     )
 
@@ -170,7 +166,7 @@ def autotp(stage: int, pool: Pool, folder: Path) -> float:
 def megatron(stage: int, pool: Pool, folder: Path) -> float:
     expected = tensor_parallel.megatron_in_one_process(MUON, STEPS)
     return max(
-        tensor_parallel.difference(found, expected)
+        difference(found, expected)
         for found in pool.run(tensor_parallel.megatron, 2, stage, MUON, STEPS, timeout_s=LIMIT, **_gathered(stage))
     )
 
