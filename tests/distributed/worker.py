@@ -83,8 +83,9 @@ class CleanSlate:
     def _freeze_imported(self) -> None:
         """Spare every later collection the objects of imported modules: 200,000 after the first engine."""
         if len(sys.modules) > self.modules:
+            gc.unfreeze()  # what a nursery has frozen is in no list of objects, and DeepSpeed's caches are among it
             gc.collect()
-            self.caches += [
+            self.caches = [
                 thing
                 for thing in gc.get_objects()
                 if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("deepspeed.")
