@@ -55,7 +55,8 @@ class CleanSlate:
     def __init__(self) -> None:
         self.caches: list[functools._lru_cache_wrapper[Any]] = []
         self.modules = 0
-        self._freeze_imported()
+        self._thaw()
+        self._freeze()
         self.environment = dict(os.environ)
         self.directory = os.getcwd()
         self.linear = torch.nn.functional.linear
@@ -65,6 +66,9 @@ class CleanSlate:
 
     def restore(self) -> None:
         """Undo what a job left behind. The process group must still be there, and is not touched."""
+        imported = len(sys.modules) > self.modules
+        if imported:
+            self._thaw()
         self._close_zero_init()
         zero3_hooks.FWD_MODULE_STACK.clear()
         for cache in self.caches:
@@ -78,20 +82,27 @@ class CleanSlate:
         os.environ.update(self.environment)
         os.chdir(self.directory)
         torch.set_default_dtype(torch.float32)
-        self._freeze_imported()
+        if imported:
+            self._freeze()
 
-    def _freeze_imported(self) -> None:
-        """Spare every later collection the objects of imported modules: 200,000 after the first engine."""
-        if len(sys.modules) > self.modules:
-            gc.unfreeze()  # what a nursery has frozen is in no list of objects, and DeepSpeed's caches are among it
-            gc.collect()
-            self.caches = [
-                thing
-                for thing in gc.get_objects()
-                if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("deepspeed.")
-            ]
-            gc.freeze()
-            self.modules = len(sys.modules)
+    def _thaw(self) -> None:
+        """Look at every object: what is frozen is in no list of objects, and DeepSpeed's caches are among it."""
+        gc.unfreeze()
+        self.caches = [
+            thing
+            for thing in gc.get_objects()
+            if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("deepspeed.")
+        ]
+
+    def _freeze(self) -> None:
+        """Spare every later collection the objects of imported modules: 200,000 after the first engine.
+
+        Only after a job's engine has gone: one that is frozen is never found again, and its process groups' threads
+        never rest.
+        """
+        gc.collect()
+        gc.freeze()
+        self.modules = len(sys.modules)
 
     def _close_zero_init(self) -> None:
         if zero_init.top_level_context is not None:
