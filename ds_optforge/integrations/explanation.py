@@ -137,7 +137,8 @@ def _matrices(route: Route) -> str:
     shapes = [(len(list(same)), *shape) for shape, same in groupby((rows, cols) for _, rows, cols in route.matrices)]
     shown = shapes if len(shapes) <= 3 else shapes[:2]
     more = len(route.matrices) - sum(count for count, *_ in shown)
-    return " + ".join(f"{count} of {rows}x{cols}" for count, rows, cols in shown) + (f" + {more}" if more else "") or "-"
+    text = " + ".join(f"{count} of {rows}x{cols}" for count, rows, cols in shown) + (f" + {more}" if more else "")
+    return text + (" (in, out)" if text and route.transposed else "") or "-"
 
 
 def _uncut(rows: Sequence[Row]) -> Iterator[str]:

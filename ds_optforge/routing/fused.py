@@ -1,7 +1,7 @@
 """The matrices that a weight joins, as far as its module and the model's configuration tell: for ``"auto"``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,8 +120,16 @@ def _query_key_value(name: str, number: _Numbers, heads: int, outputs: int) -> F
         return Fused(("q", "k", "v"), (outputs // 3,) * 3, (heads,) * 3, outputs // (3 * heads))
     if not name.startswith("Falcon"):
         return None
-    if number.flag("new_decoder_architecture"):
-        return None  # per group the q of its heads, k, v: parts of unequal size by turns
+    groups = number("num_kv_heads")
+    if number.flag("new_decoder_architecture"):  # of each group the q of its heads, k, v
+        size = outputs // (heads + 2 * groups) if groups else 0
+        found = _listed(
+            ("q", "k", "v"),
+            (heads * size, size * (groups or 0), size * (groups or 0)),
+            outputs,
+            (heads, groups or 0, groups or 0),
+        )
+        return replace(found, block=size) if found else None
     if number.flag("multi_query"):
         size = outputs // (heads + 2)
         return _listed(("q", "k", "v"), (heads * size, size, size), outputs, (heads, 1, 1))

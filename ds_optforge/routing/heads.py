@@ -41,8 +41,10 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
             continue
         if isinstance(module, nn.Linear) and _NAME.match(last):
             yield module.weight, f"output: its name is '{last}'"
-        elif _CONTAINER.match(last) and not _ATTENTION.match(last) and (output := _last_output(module)):
-            yield output, f"output: the last layer of '{last}'"
+        elif _CONTAINER.match(last) and not _ATTENTION.match(last):
+            output = _last_output(module)
+            if output is not None:
+                yield output, f"output: the last layer of '{last}'"
     last = _last_layer(model)
     if last is not None and (linear := _only_linear(last)):
         yield linear.weight, "output: the last layer"

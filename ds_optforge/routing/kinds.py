@@ -45,7 +45,7 @@ _TABLE = re.compile(
     r"relative|position|(^|_)pos_?(emb|enc)|(^|_)(latents?|query_tokens|quer(y|ies)_embed|codebooks?|codevectors|embed(ding)?s?)$"
 )
 _TOKEN = re.compile(r"(^|_)(cls|class|mask|dist|distillation|reg|register)_?(tokens?|embeddings?)$")
-_BIAS = re.compile(r"(^|_)bias(_[a-z0-9]+)?$")
+_BIAS = re.compile(r"(^|_)bias(_[a-z0-9]+)*$")
 _SCALE = re.compile(r"(^|_)(layer_?scale|scales?|gamma|temperature|A_log|dt|time_[a-z]+)(_?\d+)?$")
 _LINEAR = re.compile("Linear|^Conv1D$")
 _ROUTER = re.compile("Router|TopKGate|MoEGate")
@@ -122,6 +122,8 @@ def _matrix(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tens
     linear = leaf == "weight" and (isinstance(module, nn.Linear) or _LINEAR.search(name) is not None)
     if _ROUTER.search(name) or "router" in own or (linear and _chooses_experts(own, parent)):
         return Kind("router", elementwise=True)
+    if linear and own.endswith("gate") and full_shape(parameter)[0] == 1:
+        return Kind("gate", "scalar")
     if linear and own == "dt_proj":
         return Kind("time step of a state-space model", elementwise=True)
     if linear:
@@ -133,8 +135,8 @@ def _matrix(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tens
         return replace(_HIDDEN, why="projection of attention")
     if len(full_shape(parameter)) > 2 and ("Expert" in name or own == "experts"):
         stored = bool(getattr(module, "is_transposed", name in _STORED_IN_OUT))
-        return replace(_HIDDEN, why="experts, stored (in, out)" if stored else "experts", transposed=stored)
-    return _named(leaf)
+        return replace(_HIDDEN, why="experts", transposed=stored)
+    return _named(leaf, len(full_shape(parameter)))
 
 
 def _chooses_experts(own: str, parent: nn.Module | None) -> bool:
@@ -144,11 +146,11 @@ def _chooses_experts(own: str, parent: nn.Module | None) -> bool:
     return hasattr(parent, "experts") or _ROUTER.search(type(parent).__name__) is not None
 
 
-def _named(leaf: str) -> Kind:
+def _named(leaf: str, dimensions: int) -> Kind:
     """Recognise a parameter that no known module holds by its name."""
     if _TOKEN.search(leaf):
         return Kind("class or mask token", "scalar")
-    if _TABLE.search(leaf):
+    if dimensions > 1 and _TABLE.search(leaf):
         return Kind("table of positions, latents or codes", "embedding")
     if _SCALE.search(leaf):
         return Kind("scale", "scalar")
