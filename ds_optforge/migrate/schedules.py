@@ -1,0 +1,80 @@
+"""Learning-rate schedules of DeepSpeed and of the HF Trainer, as "params" of an OptForgeSchedule section."""
+
+from pathlib import Path
+from typing import Any
+
+from ds_optforge.errors import ConfigError
+from ds_optforge.migrate.documents import Fields, did_you_mean
+from ds_optforge.migrate.source import AUTO, Given, Reason, Schedule
+
+_WARMUP = {"warmup_num_steps", "warmup_type", "last_batch_iteration"}
+_KEYS: dict[str, set[str]] = {
+    "WarmupLR": {*_WARMUP, "warmup_min_lr", "warmup_max_lr"},
+    "WarmupDecayLR": {*_WARMUP, "warmup_min_lr", "warmup_max_lr", "total_num_steps"},
+    "WarmupCosineLR": {*_WARMUP, "warmup_min_ratio", "cos_min_ratio", "total_num_steps"},
+}
+_CURVES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+def of_deepspeed(section: Any, file: Path) -> Schedule:
+    """Return the schedule that a "scheduler" section of DeepSpeed asks for.
+
+    Raises:
+        ConfigError: a scheduler that OptForgeSchedule has no curve for, or bad "params".
+    """
+    if not isinstance(section, dict):
+        raise ConfigError(f'{file}: scheduler: got {section!r}; allowed: an object {{"type": ..., "params": ...}}')
+    kind = section.get("type")
+    if kind not in _KEYS:
+        hint = did_you_mean(str(kind), _KEYS)
+        raise ConfigError(
+            f"{file}: scheduler.type: got {kind!r}; {hint}allowed: {', '.join(_KEYS)}, or no such section (OptForgeSchedule "
+            "has no other curve)"
+        )
+    fields = Fields(Fields(section, file, "scheduler.").section("params"), file, "scheduler.params.")
+    fields.refuse_unknown(_KEYS[kind])
+    values = {"warmup_num_steps": fields.number("warmup_num_steps", 1000, auto=True, low=1)}
+    if "total_num_steps" in _KEYS[kind]:
+        if fields.values.get("total_num_steps") is None:
+            raise ConfigError(f"{file}: scheduler.params.total_num_steps: missing; allowed: a number, as '{kind}' needs it")
+        values["total_num_steps"] = fields.number("total_num_steps", None, auto=True, low=1)
+    if kind == "WarmupCosineLR":
+        values["final_lr_fraction"] = fields.number("cos_min_ratio", 0.0001)
+    name = _CURVES[kind]
+    return Schedule(
+        {"name": name, **{key: given.value for key, given in values.items()}},
+        (
+            Reason("scheduler.params.name", name, f"from scheduler.type, {kind}"),
+            *(Reason(f"scheduler.params.{key}", given.value, f"from {given.origin}") for key, given in values.items()),
+        ),
+        tuple(_not_carried(kind, fields)),
+        _written_rate(kind, fields),
+    )
+
+
+def _not_carried(kind: str, fields: Fields) -> list[str]:
+    lines = []
+    if fields.values.get("warmup_type", "log") != "linear":
+        lines.append("scheduler.params.warmup_type log (DeepSpeed's default): the warm-up is linear, and as long")
+    for key in ("warmup_min_lr", "warmup_min_ratio"):
+        given = fields.values.get(key, 0)
+        if given not in (0, AUTO):
+            lines.append(f"scheduler.params.{key} {given}: the warm-up begins with one step's share of the rate")
+    if fields.values.get("last_batch_iteration", -1) != -1:
+        lines.append("scheduler.params.last_batch_iteration: a run begins at its first step, or where its checkpoint is")
+    return lines
+
+
+def _written_rate(kind: str, fields: Fields) -> Given | None:
+    """WarmupLR and WarmupDecayLR write their own rate into every group; the latter 0.001 where nothing is said."""
+    if kind == "WarmupCosineLR":
+        return None
+    given = fields.values.get("warmup_max_lr")
+    if isinstance(given, list):
+        raise fields.refuse(
+            "warmup_max_lr", "a number (a list has a rate for each parameter group, of which OptForge makes others)"
+        )
+    if given is None and kind == "WarmupLR":
+        return None
+    rate = fields.number("warmup_max_lr", 0.001, auto=True)
+    return None if rate.value == AUTO else rate._replace(origin=f"{rate.origin} ({kind} writes it over optimizer.params.lr)")
