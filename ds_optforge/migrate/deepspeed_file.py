@@ -107,7 +107,7 @@ def _muon(fields: Fields, written: Given | None) -> OptimizerSettings:
     method = fields.values.get("ns_method", "gram")
     if method not in ("gram", "standard"):
         raise fields.refuse("ns_method", "gram, standard")
-    origin = "optimizer.params.ns_method" if "ns_method" in fields.values else "DeepSpeed's default"
+    origin = "optimizer.params.ns_method" if "ns_method" in fields.values else "the default of DeepSpeed"
     return OptimizerSettings(
         "muon",
         lr=rate("muon_lr", 0.02),

@@ -61,7 +61,7 @@ def find(named: str, beside: Path) -> Path:
 
 def did_you_mean(key: str, known: Collection[str]) -> str:
     """Return 'did you mean ...? ' for a near miss, or nothing."""
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     return f"did you mean '{close[0]}'? " if close else ""
 
 
@@ -78,9 +78,26 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], file: Path, path: str = "", default_of: str = "DeepSpeed") -> None:
         self.values, self.file, self.path, self._default_of = values, file, path, default_of
 
-    def refuse(self, key: str, allowed: str) -> ConfigError:
+    def refuse(self, key: str, allowed: str, hint: str = "") -> ConfigError:
         """Return the error about the value of a key."""
-        return ConfigError(f"{self.file}: {self.path}{key}: got {self.values.get(key)!r}; allowed: {allowed}")
+        return ConfigError(f"{self.file}: {self.path}{key}: got {self.values.get(key)!r}; {hint}allowed: {allowed}")
+
+    def refuse_near_misses(self, read: Collection[str], others: Collection[str]) -> None:
+        """Refuse keys that are almost one of those that are ``read``, in a file that may hold any keys beside them.
+
+        Args:
+            read: keys that count.
+            others: keys that are something else, however alike.
+
+        Raises:
+            ConfigError: the first such key.
+        """
+        for key in self.values:
+            close = [] if key in read or key in others else difflib.get_close_matches(key, read, n=1, cutoff=0.9)
+            if close:
+                raise ConfigError(
+                    f"{self.file}: {self.path}{key}: unknown key; did you mean '{close[0]}'? allowed: that, or none"
+                )
 
     def refuse_unknown(self, known: Collection[str]) -> None:
         """Refuse keys that are not known.
@@ -108,7 +125,7 @@ class Fields:
 
     def _given(self, key: str, default: Any) -> Given:
         if self.values.get(key) is None:
-            return Given(default, f"{self._default_of}'s default")
+            return Given(default, f"the default of {self._default_of}")
         return Given(self.values[key], f"{self.path}{key}")
 
     def number(self, key: str, default: Any, auto: bool = False, low: float = 0.0) -> Given:
@@ -140,6 +157,17 @@ class Fields:
         if len(numbers) != 2 or not all(number is not None and 0 <= number < 1 for number in numbers):
             raise self.refuse(key, "a list of two numbers from 0 to 1")
         return found._replace(value=numbers)
+
+    def choice(self, key: str, default: str, allowed: Collection[str]) -> Given:
+        """Return one of the ``allowed`` strings.
+
+        Raises:
+            ConfigError: anything else, with what it resembles.
+        """
+        found = self._given(key, default)
+        if found.value not in allowed:
+            raise self.refuse(key, f"{', '.join(allowed)}", did_you_mean(str(found.value), allowed))
+        return found
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false.

@@ -2,16 +2,58 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_optforge.errors import ConfigError
-from ds_optforge.migrate import deepspeed_file
+from ds_optforge.migrate import accelerate_file, axolotl, deepspeed_file, llama_factory, trainer
 from ds_optforge.migrate.documents import load
 from ds_optforge.migrate.source import Source
 
-_DEEPSPEED = (
-    "optimizer", "scheduler", "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu",
-)  # fmt: skip
+
+class Kind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        name: of the kind.
+        needs: keys of which it always has one.
+        marks: keys of which it has one too, which another kind has not; () for none.
+        read: reads it.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    marks: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Path], Source]
+
+
+# The first that fits is taken.
+KINDS = (
+    Kind(
+        "the YAML of accelerate launch",
+        ("deepspeed_config", "distributed_type", "compute_environment"),
+        (),
+        accelerate_file.read,
+    ),
+    Kind("the YAML of Axolotl", ("base_model",), ("micro_batch_size", "datasets", "sequence_len"), axolotl.read),
+    Kind(
+        "the YAML of LLaMA-Factory",
+        ("model_name_or_path",),
+        ("finetuning_type", "template", "stage", "cutoff_len"),
+        llama_factory.read,
+    ),
+    Kind(
+        "a DeepSpeed configuration",
+        ("zero_optimization", "optimizer", "train_batch_size", "train_micro_batch_size_per_gpu"),
+        (),
+        deepspeed_file.read,
+    ),
+    Kind(
+        "TrainingArguments",
+        ("output_dir", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type"),
+        (),
+        trainer.read,
+    ),
+)
 
 
 def read(path: Path) -> Source:
@@ -21,14 +63,14 @@ def read(path: Path) -> Source:
         ConfigError: a file that cannot be read, or is of no known kind, or has bad values.
     """
     values = load(path)
-    for matches, reader in _KINDS:
-        if matches(values):
-            return reader(values, path)
+    for kind in KINDS:
+        if _has_one(values, kind.needs) and (not kind.marks or _has_one(values, kind.marks)):
+            return kind.read(values, path)
+    kinds = "; ".join(f"{kind.name} ({', '.join(kind.needs)})" for kind in KINDS)
     raise ConfigError(
-        f"{path}: got an object with the keys {', '.join(sorted(values)) or 'of nothing'}; allowed: a DeepSpeed configuration"
+        f"{path}: got an object with the keys {', '.join(values) or '(none)'}; allowed, by a key of theirs: {kinds}"
     )
 
 
-_KINDS: tuple[tuple[Callable[[Mapping[str, Any]], bool], Callable[[Mapping[str, Any], Path], Source]], ...] = (
-    (lambda values: any(key in values for key in _DEEPSPEED), deepspeed_file.read),
-)
+def _has_one(values: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
+    return any(key in values for key in keys)

@@ -19,6 +19,7 @@ class Recipe(NamedTuple):
         momentum: of the matrices.
         nesterov: whether it looks ahead.
         why: of momentum and nesterov, with the source.
+        lora: what becomes of LoRA's factors; None leaves them to their shape.
     """
 
     rate: float
@@ -26,6 +27,7 @@ class Recipe(NamedTuple):
     momentum: float
     nesterov: bool
     why: str
+    lora: str | None = None
 
 
 _JORDAN = "Muon's own value (Jordan et al. 2024, kellerjordan.github.io/posts/muon)"
@@ -36,8 +38,8 @@ RECIPES: dict[Purpose, Recipe] = {
         rest_rate=1.0,
         momentum=0.9,
         nesterov=False,
-        why="gentle, because Muon on weights that AdamW has trained forgets more the stronger its updates are (arXiv "
-        "2605.10468); the value with which NeMo RL fine-tunes such models (its guide to Muon)",
+        why="gentle: another optimizer than that of the pre-training harms, the more the stronger its updates are (arXiv "
+        "2605.10468); NVIDIA's NeMo RL fine-tunes AdamW-trained models with this value (its guide to Muon)",
     ),
     "lora": Recipe(rate=1.0, rest_rate=1.0, momentum=0.95, nesterov=True, why=_JORDAN),
 }
@@ -76,6 +78,12 @@ class Mapped:
         target[last] = value
         self.reasons.append(Reason(f"optimizer.params.{key}", value, why))
 
+    def explain(self, key: str, value: Any = None, first: str = "") -> None:
+        """Give a key's reason another value and a beginning; without a value, remove it."""
+        path = f"optimizer.params.{key}"
+        changed = [Reason(path, value, f"{first}: {each.why}") if each.path == path else each for each in self.reasons]
+        self.reasons = [each for each in changed if value is not None or each.path != path]
+
 
 def optimizer_params(settings: OptimizerSettings, purpose: Purpose, rule: str) -> Mapped:
     """Return the "params" of an OptForge section that continues ``settings``.
@@ -107,6 +115,8 @@ def optimizer_params(settings: OptimizerSettings, purpose: Purpose, rule: str) -
         _from_lion(mapped, settings, RECIPES[purpose])
     else:
         _from_muon(mapped, settings)
+    if purpose == "lora" and rule in MATRIX_RULES:
+        _lora(mapped, RECIPES[purpose])
     if settings.state_8bit and "state_dtype" not in mapped.params and rule != "adamw_8bit":
         mapped.put("state_dtype", "8bit", "the source's optimizer keeps its state in 8 bits")
     return mapped
@@ -185,6 +195,16 @@ def _from_muon(mapped: Mapped, settings: OptimizerSettings) -> None:
         "gradient_clipping acts on the gradient; DeepSpeed's Muon clips the orthogonalized update (its issue 8439), and so "
         "takes smaller steps: if the first losses are unsteady, lower the rate"
     )
+
+
+def _lora(mapped: Mapped, recipe: Recipe) -> None:
+    if recipe.lora is not None:
+        mapped.put("lora", recipe.lora, "the factors of an adapter, orthogonalized at their own aspect")
+    else:
+        mapped.not_carried.append(
+            "LoRA's factors are thinner than max_aspect_ratio allows Muon, so the adamw section trains them as before; other "
+            "trained matrices get Muon"
+        )
 
 
 def _momentum_and_scale(mapped: Mapped, recipe: Recipe) -> None:

@@ -1,5 +1,6 @@
 """Learning-rate schedules of DeepSpeed and of the HF Trainer, as "params" of an OptForgeSchedule section."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,76 @@ def _written_rate(kind: str, fields: Fields) -> Given | None:
         return None
     rate = fields.number("warmup_max_lr", 0.001, auto=True)
     return None if rate.value == AUTO else rate._replace(origin=f"{rate.origin} ({kind} writes it over optimizer.params.lr)")
+
+
+# Of the HF Trainer. What stands for none of ours multiplies each group's own rate, so the Trainer may go on building it.
+_TRAINERS = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"} | {
+    "cosine_with_min_lr": "cosine",
+    "cosine_warmup_with_min_lr": "cosine",
+    "warmup_stable_decay": "wsd",
+}
+_LEFT_TO_TRAINER = ("cosine_with_restarts", "polynomial", "inverse_sqrt")
+# Arguments of these that OptForgeSchedule has too; others, such as num_cycles, only the Trainer's function has.
+_ARGUMENTS = {
+    "cosine_with_min_lr": {"min_lr", "min_lr_rate"},
+    "cosine_warmup_with_min_lr": {"min_lr", "min_lr_rate"},
+    "warmup_stable_decay": {"num_decay_steps", "min_lr_ratio", "decay_type"},
+}
+
+
+def of_trainer(fields: Fields, key: str = "lr_scheduler_type", default: str = "linear") -> Schedule:
+    """Return the schedule that TrainingArguments ask for; its lengths are "auto", which the Trainer fills.
+
+    Args:
+        fields: the arguments.
+        key: that names the schedule.
+        default: of it.
+
+    Raises:
+        ConfigError: a schedule that neither OptForgeSchedule has nor the Trainer can keep, or bad arguments.
+    """
+    kind = fields.choice(key, default, (*_TRAINERS, *_LEFT_TO_TRAINER))
+    given = _arguments(fields)
+    if kind.value in _LEFT_TO_TRAINER or not given.keys() <= _ARGUMENTS.get(kind.value, set()):
+        named = f"{key} {kind.value}" + (f" with {', '.join(given)}" if given else "")
+        why = f"{named} is no curve of OptForgeSchedule: the Trainer goes on building it, and every group's rate follows it"
+        return Schedule(None, (Reason("scheduler", None, why),))
+    params: dict[str, Any] = {"name": _TRAINERS[kind.value]}
+    if kind.value != "constant":
+        params["warmup_num_steps"] = AUTO
+    if not kind.value.startswith("constant"):
+        params["total_num_steps"] = AUTO
+    floor = _floor(fields, given)
+    if floor:
+        params["final_lr_fraction"] = floor
+    if kind.value == "warmup_stable_decay":
+        params["cooldown_num_steps"] = given.get("num_decay_steps")
+        params["cooldown_shape"] = given.get("decay_type", "cosine")
+    elif kind.value in _ARGUMENTS and not floor:
+        raise fields.refuse("lr_scheduler_kwargs", "min_lr or min_lr_rate in it, as this schedule needs one")
+    reasons = {name: f"from {kind.origin}, {kind.value}" for name in params} | {
+        "warmup_num_steps": "your file's warm-up, which the Trainer fills in as a number of steps",
+        "total_num_steps": "the steps of the run, which the Trainer counts",
+    }
+    return Schedule(params, tuple(Reason(f"scheduler.params.{name}", params[name], reasons[name]) for name in params))
+
+
+def _floor(fields: Fields, given: dict[str, Any]) -> float:
+    """The rate at the end, as a fraction of the first."""
+    inside = Fields(given, fields.file, "lr_scheduler_kwargs.", "TrainingArguments")
+    if "min_lr" in given:
+        lr = fields.number("learning_rate", 5e-5).value
+        return float(f"{inside.number('min_lr', 0.0).value / lr:.6g}") if lr else 0.0
+    return float(inside.number("min_lr_rate" if "min_lr_rate" in given else "min_lr_ratio", 0.0).value)
+
+
+def _arguments(fields: Fields) -> dict[str, Any]:
+    """lr_scheduler_kwargs, which may be JSON in a string."""
+    found = fields.values.get("lr_scheduler_kwargs")
+    try:
+        found = json.loads(found) if isinstance(found, str) else found
+    except ValueError:
+        found = 0
+    if found is not None and not isinstance(found, dict):
+        raise fields.refuse("lr_scheduler_kwargs", "an object")
+    return found or {}

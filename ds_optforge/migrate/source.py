@@ -1,5 +1,6 @@
 """What a file of the user says, in one form whatever kind it is: the readers make it, mapping and writing use it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ class Given(NamedTuple):
     origin: str
 
 
-_MOMENTUM, _METHOD = Given(0.95, "DeepSpeed's default"), Given("gram", "DeepSpeed's default")
+_MOMENTUM, _METHOD = Given(0.95, "the default of DeepSpeed"), Given("gram", "the default of DeepSpeed")
 
 
 class Reason(NamedTuple):
@@ -85,7 +86,7 @@ class Source:
         reasons: for values of ``config`` that no DeepSpeed file of the user has.
         not_carried: a line for each setting that the result cannot have.
         purpose: what the file says that it trains for, if it does.
-        fills: whether the framework puts the file's own ``learning_rate`` and ``weight_decay`` in the place of "auto".
+        fills: what the framework puts in the place of "auto", as (key of the file, its value there), by key of "params".
         own_keys: lines to change in the user's own file, as (key, value); a value of None removes the key.
         steps: what else to do, a paragraph each; may hold a code block. ``{out}`` stands for the name of the new file.
     """
@@ -98,6 +99,6 @@ class Source:
     reasons: tuple[Reason, ...] = ()
     not_carried: tuple[str, ...] = ()
     purpose: Purpose | None = None
-    fills: bool = False
+    fills: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     own_keys: tuple[tuple[str, Any], ...] = ()
-    steps: tuple[str, ...] = field(default=())
+    steps: tuple[str, ...] = ()

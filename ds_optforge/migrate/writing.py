@@ -62,26 +62,19 @@ def result_of(source: Source, purpose: Purpose, rule: str) -> Result:
 
 
 def _left_to_framework(mapped: Mapped, source: Source) -> list[tuple[str, Any]]:
-    """Let the framework fill rate and decay from the user's file, in which a number has to be the same; return the changes."""
+    """Let the framework fill in what the user's file says, which a number would have to repeat; return the changes of it."""
     changes = []
-    for key, own in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
-        if key not in mapped.params:
+    for key, (own, given) in source.fills.items():
+        value = mapped.params.get(key)
+        if value is None or value == AUTO:
             continue
-        value = mapped.params[key]
-        given = getattr(source.optimizer, key)
-        if value != given.value or given.origin != own:
+        if value != given:
             changes.append((own, value))
         mapped.params[key] = AUTO
-        mapped.reasons = [
-            Reason(reason.path, AUTO, f"{own} of your file, {value:g}: {reason.why}")
-            if reason.path == f"optimizer.params.{key}"
-            else reason
-            for reason in mapped.reasons
-        ]
-        beside = mapped.params.get("adamw", {})
-        if beside.get(key) == value:  # inherited
-            del beside[key]
-            mapped.reasons = [reason for reason in mapped.reasons if reason.path != f"optimizer.params.adamw.{key}"]
+        mapped.explain(key, AUTO, f"the Trainer fills in {own}, {value:g}")
+        if mapped.params.get("adamw", {}).get(key) == value:  # inherited
+            del mapped.params["adamw"][key]
+            mapped.explain(f"adamw.{key}")
     return changes
 
 
@@ -112,9 +105,10 @@ def explanation(source: Source, result: Result, from_file: Path, out: str, purpo
     """
     parts = [f"# {out}, from {from_file}\n\n{from_file} is {source.kind}. Purpose: {purpose} ({said}).\n"]
     lines = [f"- `{reason.path}` is `{json.dumps(reason.value)}`: {reason.why}." for reason in result.reasons]
-    kept = ", ".join(f"`{key}`" for key in result.config if key not in ("optimizer", "scheduler"))
-    if kept and source.config_file:
-        lines.append(f"- {kept}: as in {source.config_file}.")
+    made = {reason.path.partition(".")[0] for reason in source.reasons}
+    kept = ", ".join(f"`{key}`" for key in result.config if key not in ("optimizer", "scheduler", *made))
+    if kept:
+        lines.append(f"- {kept}: as in {source.config_file or from_file}.")
     parts.append("## Why each value\n\n" + "\n".join(lines) + "\n")
     if result.not_carried:
         parts.append("## Not carried over\n\n" + "\n".join(f"- {line}." for line in result.not_carried) + "\n")
