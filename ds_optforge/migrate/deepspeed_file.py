@@ -48,7 +48,7 @@ def read(values: Mapping[str, Any], file: Path) -> Source:
         schedule=schedule,
         not_carried=not_carried,
         steps=(
-            "Use {out} as the configuration, and call it before the engine is built: `ds_optforge.register(model)`, or "
+            "Use {out} as the configuration, and call `ds_optforge.register(model)` before the engine is built; or call "
             '`ds_optforge.initialize(model=model, config="{out}")` in place of `deepspeed.initialize`.',
         ),
     )

@@ -192,6 +192,10 @@ def _from_muon(mapped: Mapped, settings: OptimizerSettings) -> None:
         mapped.put("adamw.lr", settings.rest_lr.value, f"from {settings.rest_lr.origin}")
     _betas_and_eps(mapped, settings)
     mapped.not_carried.append(
+        "which weights are matrices: DeepSpeed's Muon takes every weight of two dimensions or more without embed or lm_head in "
+        "its name; `ds-optforge explain` prints which ones OptForge takes"
+    )
+    mapped.not_carried.append(
         "gradient_clipping acts on the gradient; DeepSpeed's Muon clips the orthogonalized update (its issue 8439), and so "
         "takes smaller steps: if the first losses are unsteady, lower the rate"
     )

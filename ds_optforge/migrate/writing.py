@@ -104,7 +104,7 @@ def explanation(source: Source, result: Result, from_file: Path, out: str, purpo
         said: who chose the purpose.
     """
     parts = [f"# {out}, from {from_file}\n\n{from_file} is {source.kind}. Purpose: {purpose} ({said}).\n"]
-    lines = [f"- `{reason.path}` is `{json.dumps(reason.value)}`: {reason.why}." for reason in result.reasons]
+    lines = [f"- `{reason.path}` is {_shown(reason.value)}: {reason.why}." for reason in result.reasons]
     made = {reason.path.partition(".")[0] for reason in source.reasons}
     kept = ", ".join(f"`{key}`" for key in result.config if key not in ("optimizer", "scheduler", *made))
     if kept:
@@ -118,6 +118,10 @@ def explanation(source: Source, result: Result, from_file: Path, out: str, purpo
         steps.insert(0, f"In {from_file}:\n\n```\n{changed}\n```")
     parts.append("## To do\n\n" + "\n\n".join(steps) + "\n")
     return "\n".join(parts)
+
+
+def _shown(value: Any) -> str:
+    return "left out" if value is None else f"`{json.dumps(value)}`"
 
 
 def _line(key: str, value: Any) -> str:
