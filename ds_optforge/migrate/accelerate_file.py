@@ -74,6 +74,7 @@ def read(values: Mapping[str, Any], file: Path) -> Source:
     else:
         optimizer, not_carried = _of_the_script(), ()
     return Source(
+        file=file,
         kind="a file for accelerate launch",
         config=config,
         config_file=config_file,

@@ -35,12 +35,14 @@ def init(from_file: Path, purpose: Purpose | None, rule: str, out: Path | None) 
     said = "--purpose" if purpose else "the file says so" if source.purpose else "the default of --purpose"
     result = result_of(source, chosen, rule)
     name = str(out or NEW_FILE)
-    explained = explanation(source, result, from_file, name, chosen, said)
+    explained = explanation(source, result, name, chosen, said)
     if out is None or reasons_file is None:
         return f"{difference(source, result, name)}\n{explained}"
     try:
         reasons_file.write_text(explained, encoding="utf-8")
         out.write_text(text_of(result.config), encoding="utf-8")
     except OSError as error:
+        for path in (reasons_file, out):
+            path.unlink(missing_ok=True)
         raise ConfigError(f"--out: got '{out}' ({error.strerror}); allowed: a file that can be written") from None
     return f"{out}, {reasons_file}: written\n\n{explained}"

@@ -41,6 +41,7 @@ def read(values: Mapping[str, Any], file: Path) -> Source:
     schedule = of_deepspeed(values["scheduler"], file) if values.get("scheduler") is not None else None
     optimizer, not_carried = read_optimizer(values, file, schedule)
     return Source(
+        file=file,
         kind="a DeepSpeed configuration",
         config=dict(values),
         config_file=file,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ds_optforge.errors import ConfigError
+from ds_optforge.migrate.documents import did_you_mean
 from ds_optforge.migrate.source import AUTO, Given, OptimizerSettings, Purpose, Reason
 
 
@@ -101,7 +102,7 @@ def optimizer_params(settings: OptimizerSettings, purpose: Purpose, rule: str) -
     if rule not in allowed:
         raise ConfigError(
             f"--rule: got '{rule}', to whose learning rate no bridge is known from that of {settings.family}; "
-            f"allowed: {', '.join(allowed)}"
+            f"{did_you_mean(rule, allowed)}allowed: {', '.join(allowed)}"
         )
     mapped = Mapped({"name": rule})
     mapped.reasons.append(

@@ -94,6 +94,11 @@ _ARGUMENTS = {
     "cosine_warmup_with_min_lr": {"min_lr", "min_lr_rate"},
     "warmup_stable_decay": {"num_decay_steps", "min_lr_ratio", "decay_type"},
 }
+_NEEDS = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
 
 
 def of_trainer(fields: Fields, key: str = "lr_scheduler_type", default: str = "linear") -> Schedule:
@@ -118,14 +123,15 @@ def of_trainer(fields: Fields, key: str = "lr_scheduler_type", default: str = "l
         params["warmup_num_steps"] = AUTO
     if not kind.value.startswith("constant"):
         params["total_num_steps"] = AUTO
+    needs = _NEEDS.get(kind.value, ())
+    if needs and not any(name in given for name in needs):
+        raise fields.refuse("lr_scheduler_kwargs", f"{' or '.join(needs)} in it, as this schedule needs it")
     floor = _floor(fields, given)
     if floor:
         params["final_lr_fraction"] = floor
     if kind.value == "warmup_stable_decay":
-        params["cooldown_num_steps"] = given.get("num_decay_steps")
+        params["cooldown_num_steps"] = given["num_decay_steps"]
         params["cooldown_shape"] = given.get("decay_type", "cosine")
-    elif kind.value in _ARGUMENTS and not floor:
-        raise fields.refuse("lr_scheduler_kwargs", "min_lr or min_lr_rate in it, as this schedule needs one")
     reasons = {name: f"from {kind.origin}, {kind.value}" for name in params} | {
         "warmup_num_steps": "your file's warm-up, which the Trainer fills in as a number of steps",
         "total_num_steps": "the steps of the run, which the Trainer counts",

@@ -78,6 +78,7 @@ class Source:
     """Everything that one of the readers found.
 
     Attributes:
+        file: of the user.
         kind: of the file, in words.
         config: the DeepSpeed configuration that it uses, as it is, or the one that stands for its settings.
         config_file: the file of ``config``; None where there is none.
@@ -91,6 +92,7 @@ class Source:
         steps: what else to do, a paragraph each; may hold a code block. ``{out}`` stands for the name of the new file.
     """
 
+    file: Path
     kind: str
     config: dict[str, Any]
     config_file: Path | None

@@ -25,7 +25,10 @@ _READ = (
 )  # fmt: skip
 _OTHERS = ("adam_beta3", "adam_epsilon2", "tf32", "bf16_full_eval", "fp16_full_eval", "per_device_eval_batch_size")
 
-_REGISTER = "Before the Trainer is made: `import ds_optforge` and `ds_optforge.register(model)`."
+_REGISTER = (
+    "In your script, before the Trainer is made: `import ds_optforge` and `ds_optforge.register(model)`. Start it with "
+    "`deepspeed`, `torchrun` or `accelerate launch`."
+)
 _RATES = "The Trainer logs the rate of the first parameter group only; the optimizer's other groups move along the same curve."
 
 
@@ -73,12 +76,15 @@ def read_arguments(fields: Fields, dialect: Dialect) -> Source:
     scheduler = config.get("scheduler")
     schedule = of_deepspeed(scheduler, where) if scheduler is not None else of_trainer(fields, *dialect.scheduler)
     not_carried = [f"{key}: {_UNREAD[key]}" for key in _UNREAD if fields.values.get(key)]
+    sharded = [key for key in ("fsdp", "fsdp_config") if fields.values.get(key)]
+    not_carried += [f"{key}: ZeRO shards in its place" for key in sharded]
     if "optimizer" in config:
         optimizer, lines = read_optimizer(_filled(config, fields), where, schedule)
         not_carried += lines
     else:
         optimizer = _settings(fields, dialect)
     return Source(
+        file=fields.file,
         kind=dialect.kind,
         config=config,
         config_file=config_file,
@@ -90,7 +96,7 @@ def read_arguments(fields: Fields, dialect: Dialect) -> Source:
             "lr": ("learning_rate", fields.number("learning_rate", 5e-5).value),
             "weight_decay": ("weight_decay", fields.number("weight_decay", 0.0).value),
         },
-        own_keys=(("deepspeed", "{out}"),),
+        own_keys=(("deepspeed", "{out}"), *((key, None) for key in sharded)),
     )
 
 

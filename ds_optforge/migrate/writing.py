@@ -3,7 +3,6 @@
 import difflib
 import json
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_optforge.config.deepspeed import check
@@ -11,7 +10,8 @@ from ds_optforge.errors import ConfigError
 from ds_optforge.migrate.mapping import Mapped, optimizer_params
 from ds_optforge.migrate.source import AUTO, Purpose, Reason, Source
 
-_NUMBERS = re.compile(r"\[\s+([\d\s.,eE+-]+?)\s+\]")
+# With line breaks, which no string in JSON has.
+_NUMBERS = re.compile(r"\[\n\s*([\d\s.,eE+-]+?)\n\s*\]")
 
 
 class Result(NamedTuple):
@@ -51,7 +51,7 @@ def result_of(source: Source, purpose: Purpose, rule: str) -> Result:
         check(config, filled=False)
     except ConfigError as error:
         raise ConfigError(
-            f"{source.config_file or source.kind}: what it asks for cannot be trained with OptForge:\n{error}"
+            f"{source.config_file or source.file}: what it asks for cannot be trained with OptForge:\n{error}"
         ) from None
     return Result(
         config,
@@ -92,30 +92,29 @@ def difference(source: Source, result: Result, out: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def explanation(source: Source, result: Result, from_file: Path, out: str, purpose: Purpose, said: str) -> str:
+def explanation(source: Source, result: Result, out: str, purpose: Purpose, said: str) -> str:
     """Return the reasons for all values, what is not carried over, and what else to do, as Markdown.
 
     Args:
         source: what was read.
         result: what is written.
-        from_file: of the user.
         out: name of the new file.
         purpose: of the run.
         said: who chose the purpose.
     """
-    parts = [f"# {out}, from {from_file}\n\n{from_file} is {source.kind}. Purpose: {purpose} ({said}).\n"]
+    parts = [f"# {out}, from {source.file}\n\n{source.file} is {source.kind}. Purpose: {purpose} ({said}).\n"]
     lines = [f"- `{reason.path}` is {_shown(reason.value)}: {reason.why}." for reason in result.reasons]
     made = {reason.path.partition(".")[0] for reason in source.reasons}
     kept = ", ".join(f"`{key}`" for key in result.config if key not in ("optimizer", "scheduler", *made))
     if kept:
-        lines.append(f"- {kept}: as in {source.config_file or from_file}.")
+        lines.append(f"- {kept}: as in {source.config_file or source.file}.")
     parts.append("## Why each value\n\n" + "\n".join(lines) + "\n")
     if result.not_carried:
         parts.append("## Not carried over\n\n" + "\n".join(f"- {line}." for line in result.not_carried) + "\n")
     steps = [step.replace("{out}", out) for step in source.steps]
     if result.own_keys:
         changed = "\n".join(_line(key, value).replace("{out}", out) for key, value in result.own_keys)
-        steps.insert(0, f"In {from_file}:\n\n```\n{changed}\n```")
+        steps.insert(0, f"In {source.file}:\n\n```\n{changed}\n```")
     parts.append("## To do\n\n" + "\n\n".join(steps) + "\n")
     return "\n".join(parts)
 

@@ -121,6 +121,7 @@ class TestTrainingArguments:
                 "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 50, decay_type: linear}",
                 {"name": "wsd", **FILLED, "cooldown_num_steps": 50, "cooldown_shape": "linear"},
             ),
+            ("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0}", {"name": "cosine", **FILLED}),
             ("lr_scheduler_type: polynomial", None),
             ("lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}", None),
         ],
@@ -130,6 +131,18 @@ class TestTrainingArguments:
         found = init.text("args.yaml", f"output_dir: x\nlearning_rate: 1e-4\n{lines}\n")
         assert found.get("scheduler", {}).get("params") == expected
         assert ("the Trainer goes on building it" in init.reasons) == (expected is None)
+
+    def test_zero_takes_the_place_of_fsdp(self, init: Init) -> None:
+        init.text("args.yaml", "output_dir: x\nfsdp: full_shard\n")
+        assert "(remove fsdp)" in init.to_do
+        assert "fsdp: ZeRO shards in its place" in init.left
+
+    def test_every_schedule_of_transformers_is_known_or_refused(self, init: Init) -> None:
+        """Those that are no curve of the step alone cannot be kept beside an optimizer that DeepSpeed builds."""
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'hf')")
+        said = init.refused("args.yaml", "output_dir: x\nlr_scheduler_type: none\n")
+        names = {kind.value for kind in transformers.SchedulerType}
+        assert names - set(said.partition("allowed: ")[2].strip().split(", ")) <= {"reduce_lr_on_plateau", "greedy"}
 
     def test_8_bit_state_stays(self, init: Init) -> None:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra '8bit')")
@@ -146,7 +159,8 @@ class TestTrainingArguments:
             ("lr_scheduler_type: cosin", "lr_scheduler_type: got 'cosin'; did you mean 'cosine'? allowed: "),
             ("lr_scheduler_type: reduce_lr_on_plateau", "lr_scheduler_type: got 'reduce_lr_on_plateau'; allowed: linear, "),
             ("lr_scheduler_kwargs: '{'", "lr_scheduler_kwargs: got '{'; allowed: an object"),
-            ("lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: got None; allowed: min_lr or min_lr_rate"),
+            ("lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs: got None; allowed: min_lr or min_lr_rate in it"),
+            ("lr_scheduler_type: warmup_stable_decay", "lr_scheduler_kwargs: got None; allowed: num_decay_steps in it"),
             ("deepspeed: none.json", "names 'none.json', which is neither in the current folder nor beside it"),
         ],
     )
