@@ -29,6 +29,7 @@ import ds_optforge
 
 ds_optforge.register(model)
 ```"""
+_GROUPS = "parameter groups of your script's optimizer: OptForge makes its own, in which norms and biases have no decay"
 _REAL = """In your script, in place of the AdamW, with its own learning rate and decay:
 
 ```python
@@ -72,7 +73,7 @@ def read(values: Mapping[str, Any], file: Path) -> Source:
     if "optimizer" in config:
         optimizer, not_carried = read_optimizer(config, config_file or file, schedule)
     else:
-        optimizer, not_carried = _of_the_script(), ()
+        optimizer, not_carried = _of_the_script(), (_GROUPS,)
     return Source(
         file=file,
         kind="a file for accelerate launch",

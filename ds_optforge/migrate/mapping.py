@@ -233,4 +233,6 @@ def _decay(mapped: Mapped, decay: Given, factor: float) -> None:
     if not decay.value:
         return
     value = times(decay, factor, "weight_decay")
-    mapped.put("weight_decay", value, f"from {decay.origin}: it is times the rate, so a step decays the weights as before")
+    divided = "" if factor == 1.0 else f", divided by {1 / factor:g}"
+    why = f"from {decay.origin}{divided}: it is times the rate, so a step decays the weights as before"
+    mapped.put("weight_decay", value, why)

@@ -186,6 +186,7 @@ class TestAccelerate:
             "bf16": {"enabled": True},
             **sections(params, None),
         }
+        assert "parameter groups of your script's optimizer" in init.left
         assert "remove mixed_precision, which is in new.json now" in init.to_do
         lines = ("deepspeed_config_file: new.json", "deepspeed_multinode_launcher: standard", "zero3_init_flag: true")
         assert "```yaml\ndeepspeed_config:\n  " + "\n  ".join(lines) + "\n```" in init.to_do

@@ -21,6 +21,7 @@ def test_rates_are_multiplied_and_decays_divided(init: Init) -> None:
     params = init({"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": GIVEN}})["optimizer"]["params"]
     assert (params["lr"], params["weight_decay"]) == (1.2e-3, 0.025)
     assert params["adamw"] == {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.05}
+    assert "`optimizer.params.weight_decay` is `0.025`: from optimizer.params.weight_decay, divided by 4" in init.reasons
     assert "`optimizer.params.lr` is `0.0012`: from optimizer.params.lr, 4 times as large" in init.reasons
 
 
