@@ -54,10 +54,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.json; default: the current one")
     command.set_defaults(run=_configs, config=None)
+    _add_init(commands)
     _add_convert(commands)
     _add_experiments(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
+
+
+def _add_init(commands: Any) -> None:
+    command = commands.add_parser("init", help="write the OptForge configuration that continues what you have")
+    command.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a DeepSpeed configuration, TrainingArguments (JSON or YAML), or the YAML of accelerate launch, Axolotl or "
+        "LLaMA-Factory; which one is recognised by its content",
+    )
+    command.add_argument(
+        "--purpose",
+        choices=("pretrain", "finetune", "lora"),
+        help="what the run is for: from scratch, all weights of a model that AdamW has trained, or LoRA on one; default: what "
+        "FILE says, else pretrain",
+    )
+    command.add_argument("--rule", default="muon", help="of the model's matrices; default: muon")
+    command.add_argument("--out", type=Path, help="the new file, and its reasons in OUT.reasons.md; default: print a diff")
+    command.set_defaults(run=_init, config=None)
 
 
 def _add_convert(commands: Any) -> None:
@@ -145,6 +168,13 @@ def _check(options: argparse.Namespace) -> int:
     check(config, filled=False)
     left_open = ", ".join(autos_of(config))
     print(f"{options.config}: valid" + (f", once Accelerate or the HF Trainer has filled {left_open}" if left_open else ""))
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from ds_optforge.migrate.command import init
+
+    print(init(options.source, options.purpose, options.rule, options.out), end="")
     return 0
 
 
