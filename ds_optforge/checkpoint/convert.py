@@ -1,7 +1,7 @@
 """``ds-optforge convert``: a portable checkpoint from one that ``engine.save_checkpoint`` wrote, without ranks or a model.
 
-It reads checkpoints of OptForge, whose state says where everything lies (`OptForge.state_dict`), of DeepSpeed's built-in
-Muon and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
+It reads checkpoints of OptForge, whose state says where everything lies (`OptForge.state_dict`), of Adam and DeepSpeed's
+built-in Muon under DeepSpeed, and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -42,14 +42,16 @@ def convert(source: Path, out: Path) -> None:
     if source.is_file():
         found, manifest = incumbents.from_torch(source)
     else:
-        stages, found = open_checkpoint(source), Found()
+        stages, found, foreign = open_checkpoint(source), Found(), {}
         for checkpoint in stages:
             if "optforge" in checkpoint.optimizer(0):
                 _read_optforge(checkpoint, found)
+            elif len(stages) > 1:
+                raise CheckpointError(f"{checkpoint.folder}: is a pipeline's of another optimizer; allowed: OptForge's")
             else:
-                incumbents.read_deepspeed_muon(checkpoint, found)
+                foreign = {incumbents.FOREIGN: incumbents.read_deepspeed(checkpoint, found)}
         _read_untrained(stages[0], found)
-        manifest = _manifest(stages)
+        manifest = _manifest(stages) | foreign
     manifest |= {"shapes": found.shapes, "groups": found.groups, "block_cuts": found.block_cuts}
     whole = list(_whole(found.chunks, source))
     _refuse_other_copies(whole, found.copies, source)
@@ -60,8 +62,9 @@ def convert(source: Path, out: Path) -> None:
 def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
     checkpoint, model = stages[0], stages[0].model
     scheduler = model.get("lr_scheduler")
-    if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count likewise under another name
-        scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
+    if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count from -1, under another name
+        taken = model["global_steps"] - model["skipped_steps"]
+        scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", taken - 1) + 1}
     return {
         "counters": {key: model[key] for key in COUNTERS},
         "loss_scale": checkpoint.loss_scale,
