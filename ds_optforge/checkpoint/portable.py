@@ -17,12 +17,12 @@ from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.incumbents import FOREIGN
 from ds_optforge.checkpoint.live import LiveEngine, Stepped, rank
 from ds_optforge.checkpoint.logical import Loading, State, absmax_of
+from ds_optforge.checkpoint.positions import problem_of, set_position
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
 from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge
 from ds_optforge.rules.registry import rule_settings
-from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import (
     refresh_weights,
@@ -110,7 +110,9 @@ def _differences(live: LiveEngine, checkpoint: Checkpoint, strict: bool) -> list
         for name, shape in shapes.items()
         if name in saved and saved[name] != shape
     ]
-    problems += _other_scheduler(live, checkpoint.manifest["scheduler"])
+    scheduler, manifest = getattr(live.engine, "lr_scheduler", None), checkpoint.manifest
+    if problem := problem_of(scheduler, manifest["scheduler"], _same_groups(live, manifest)):
+        problems.append(problem)
     if strict:
         problems += _missing_rules(checkpoint)
     if problems or not strict:
@@ -158,14 +160,8 @@ def _missing_rules(checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def _other_scheduler(live: LiveEngine, saved: Mapping[str, Any] | None) -> list[str]:
-    scheduler = getattr(live.engine, "lr_scheduler", None)
-    if scheduler is None or saved is None:
-        return []
-    needed = {"last_epoch"} if isinstance(scheduler, OptForgeSchedule) else set(scheduler.state_dict())
-    if needed <= saved.keys():
-        return []
-    return [f"scheduler: got a state of {sorted(saved)}; allowed: {sorted(needed)}, which {type(scheduler).__name__} reads"]
+def _same_groups(live: LiveEngine, manifest: Mapping[str, Any]) -> bool:
+    return bool(manifest["groups"].keys() == live.groups.keys())
 
 
 def _few(names: set[str]) -> str:
@@ -238,7 +234,7 @@ def _restore_engine(live: LiveEngine, manifest: Mapping[str, Any], fresh: set[st
     set_loss_scale(live.wrapper, manifest["loss_scale"])
     scheduler = getattr(live.engine, "lr_scheduler", None)
     if scheduler is not None and manifest["scheduler"] is not None:
-        scheduler.load_state_dict(manifest["scheduler"])
+        set_position(scheduler, manifest["scheduler"], _same_groups(live, manifest))
 
 
 @contextmanager

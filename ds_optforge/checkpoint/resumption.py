@@ -72,7 +72,7 @@ def resumption_of(
     return f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
 
 
-def averages_of(rule: Rule) -> list[str]:
+def averages_of(rule: Rule | type[Rule]) -> list[str]:
     """The names of a rule's moving averages of the gradient."""
     return [buffer.name for buffer in rule.buffers if buffer.gradient_average]
 

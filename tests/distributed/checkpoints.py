@@ -253,7 +253,8 @@ def adamw_engine(config: dict[str, Any], how: str = "groups", **model_options: A
 
     Args:
         how: what torch's AdamW is given: "groups" (vectors without decay, then the rest), "named" (the same with their names),
-            or "all" in the model's order; "section" takes the optimizer section of ``config``.
+            or "all" in the model's order; "ramp" is "groups" with a scheduler that is torch's. "section" takes the optimizer
+            section of ``config``.
     """
     model = models.build(**model_options)
     if how == "section":
@@ -265,7 +266,14 @@ def adamw_engine(config: dict[str, Any], how: str = "groups", **model_options: A
         members = [[item for item in trained if (item[1].ndim < 2) == small] for small in (True, False)]
         listed = members if how == "named" else [[parameter for _, parameter in items] for items in members]
         given = [{"params": listed[0], "weight_decay": 0.0}, {"params": listed[1]}]
-    return deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(given, **ADAMW))[0]
+    optimizer = torch.optim.AdamW(given, **ADAMW)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp) if how == "ramp" else None
+    return deepspeed.initialize(model=model, config=config, optimizer=optimizer, lr_scheduler=scheduler)[0]
+
+
+def ramp(step: int) -> float:
+    """The Trainer's own warm-up, a LambdaLR."""
+    return (step + 1) / 20
 
 
 def run_adamw(config: dict[str, Any], folder: str, how: str = "groups", **model_options: Any) -> dict[str, Any]:
@@ -297,6 +305,22 @@ def go_on_from_adamw(config: dict[str, Any], folder: str, copy: str | None = Non
         after = full_parameters(engine.module)
         losses += run_steps(engine, HALF + 1, HALF - 1)
         return {"losses": losses, "after": after, "last": full_parameters(engine.module), "rates": rates}
+    finally:
+        engine.destroy()
+
+
+def rates_from_adamw(config: dict[str, Any], folder: str) -> list[list[float]]:
+    """The rates of each group after what was converted has been loaded, and a step later, with a scheduler that is torch's."""
+    model = models.build()
+    optimizer = ds_optforge.build_optimizer(model, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+    given = {key: value for key, value in config.items() if key != "optimizer"}
+    engine = ds_optforge.initialize(model=model, config=given, optimizer=optimizer, lr_scheduler=scheduler)[0]
+    try:
+        ds_optforge.load_checkpoint(engine, folder)
+        found = [[group["lr"] for group in optimizer.param_groups]]
+        run_steps(engine, HALF, 1)
+        return [*found, [group["lr"] for group in optimizer.param_groups]]
     finally:
         engine.destroy()
 

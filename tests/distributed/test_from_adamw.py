@@ -138,6 +138,15 @@ def test_deepspeeds_call_says_what_to_do_with_such_a_checkpoint(stage: int, pool
     assert messages[-1] == ""
 
 
+def test_torchs_scheduler_goes_on_for_other_groups(pools: Pools, tmp_path: Path) -> None:
+    """As the Trainer's: two groups before, four after, each with a rate of its own."""
+    pools[2].run(checkpoints.run_adamw, of_adamw(2), str(tmp_path / "theirs"), "ramp")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    rates = pools[2].run(checkpoints.rates_from_adamw, cases.engine_config(2, MUON), str(tmp_path / "ours"))[0]
+    for step, found in enumerate(rates, HALF):
+        assert sorted(found) == pytest.approx([rate * (step + 1) / 20 for rate in (0.003, 0.003, 0.003, 0.005)])
+
+
 # ---------------------------------------------------------------------------------------- refused
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ds_optforge import CheckpointError
-from ds_optforge.checkpoint.convert import convert, export
+from ds_optforge.checkpoint.convert import convert
+from ds_optforge.checkpoint.export import export
 from tests.distributed import pipelines
 from tests.distributed.conftest import Pools
 from tests.distributed.test_convert import assert_equal
