@@ -28,6 +28,7 @@ _BESIDE = (
     *(CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "chat_template.*", "*processor_config.json"),
 )
+_PEFT = (".base_layer.", ".lora_", ".modules_to_save.")
 
 
 class Source(Protocol):
@@ -111,7 +112,7 @@ def _plain_names(names: list[str]) -> dict[str, str]:
     plain = {name: name.replace("_orig_mod.", "") for name in names}
     while plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: inner.removeprefix("module.") for name, inner in plain.items()}
-    if peft := [name for name in names if ".base_layer." in name or ".lora_" in name or ".modules_to_save." in name]:
+    if peft := [name for name in names if any(part in f".{name}" for part in _PEFT)]:
         logger.warning(
             "%d names are of PEFT's adapters, as '%s', which from_pretrained of the model does not read: save the merged model "
             "(merge_and_unload) or the adapters (save_pretrained) from PEFT",

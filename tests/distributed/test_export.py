@@ -95,3 +95,22 @@ def test_large_models_get_shards_and_their_index(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors.index.json", *files}
     with safe_open(tmp_path / "model" / files[1], "pt") as file:
         assert file.get_tensor("layers.2.weight")[99, -1] == 2.0
+
+
+class Wrapped(torch.nn.Module):
+    """As DDP wraps a model, with one layer that is compiled and one of PEFT's adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.ModuleDict({"_orig_mod": torch.nn.Linear(3, 2), "lora_A": torch.nn.Linear(2, 2, bias=False)})
+
+
+def test_prefixes_of_wrappers_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Wrapped()
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    export(tmp_path / "run.pt", tmp_path / "model")
+    assert names_in(tmp_path / "model") == {"weight", "bias", "lora_A.weight"}
+    assert "1 names are of PEFT's adapters, as 'module.lora_A.weight'" in caplog.text

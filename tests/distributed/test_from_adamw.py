@@ -89,6 +89,7 @@ def test_muon_takes_over_from_adamw(saved: int, resumed: int, pools: Pools, tmp_
 THEIRS: dict[str, dict[str, Any]] = {
     "torch_adam": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}},
     "Adam": {"type": "Adam", "params": {**ADAMW, "torch_adam": True}},
+    "FusedAdam": {"type": "AdamW", "params": ADAMW},
     "CPUAdam": {"type": "AdamW", "params": ADAMW},
 }
 WARMUP = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 3e-3, "warmup_num_steps": 20}}
@@ -98,7 +99,7 @@ OURS = {"type": "OptForgeSchedule", "params": {"name": "cosine", "warmup_num_ste
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
     "optimizer",
-    ["torch_adam", "Adam", pytest.param("CPUAdam", marks=pytest.mark.slow)],  # the last compiles it
+    ["torch_adam", "Adam", "FusedAdam", pytest.param("CPUAdam", marks=pytest.mark.slow)],  # the last compiles it
 )
 def test_deepspeeds_own_adams_and_their_place_on_the_schedule(optimizer: str, stage: int, pools: Pools, tmp_path: Path) -> None:
     """The sixth step of a linear warm-up over twenty has the rate 6 / 20."""

@@ -83,7 +83,7 @@ def test_a_pipeline_checkpoint_without_one_of_its_files_is_refused(pools: Pools,
 
 
 def test_another_rule_takes_what_it_can_on_all_stages_alike(pools: Pools, tmp_path: Path) -> None:
-    """``strict=False`` from Muon to NorMuon: the matrices start afresh, also for a stage that has none of them."""
+    """``strict=False`` from Muon to NorMuon: the matrices keep their momentum, also for a stage that has none of them."""
     one, other = (pipelines.configuration(1, RULES[rule], **SCHEDULE) for rule in ("muon", "normuon"))
     pools[3].run(pipelines.save, one, 3, "plain", str(tmp_path))
     options = {"kind": "plain", "folder": str(tmp_path / "portable"), "strict": False}
