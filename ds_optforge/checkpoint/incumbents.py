@@ -129,10 +129,9 @@ def _names_unsharded(checkpoint: EngineCheckpoint) -> list[list[str]]:
     if all("param_names" in group for group in groups):
         return [list(group["param_names"]) for group in groups]
     buffers = set(checkpoint.model["buffer_names"])
-    first_names = {address(value): name for name, value in reversed(module.items()) if isinstance(value, Tensor)}
-    names = [
-        name for name, value in module.items() if name not in buffers and value.numel() and first_names[address(value)] == name
-    ]
+    weights = {n: v for n, v in module.items() if n not in buffers and isinstance(v, Tensor) and v.numel()}
+    first_names = {address(weight): name for name, weight in reversed(weights.items())}  # of tied weights
+    names = [name for name, weight in weights.items() if first_names[address(weight)] == name]
     held = sum(tensor.numel() for tensor in checkpoint.slices(0))
     states = checkpoint.optimizer(0)["state"]
     indices = [index for group in groups for index in group["params"]]

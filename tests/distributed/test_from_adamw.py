@@ -46,6 +46,26 @@ def test_weights_and_both_moments_are_converted(engine: str, pools: Pools, tmp_p
     assert {group["step"] for group in manifest["groups"].values()} == {HALF}
 
 
+@pytest.mark.parametrize("how", ["all", "named", "section"])
+def test_masters_of_bf16_without_zero_are_converted(how: str, pools: Pools, tmp_path: Path) -> None:
+    """A float32 copy of each parameter, or (FusedAdam) of the whole group in one tensor."""
+    config = {**of_adamw(0), "bf16": {"enabled": True}}
+    if how == "section":
+        config["optimizer"] = {"type": "AdamW", "params": ADAMW}
+    theirs = pools[2].run(checkpoints.run_adamw, config, str(tmp_path / "theirs"), how, tied=True)[0]
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    tensors = checkpoints.logical_tensors(tmp_path / "ours")
+    for name, weight in theirs["saved"].items():
+        found = tensors[f"model/{name}"].view(weight.shape)
+        assert found.dtype == torch.float32
+        assert torch.equal(found.bfloat16().float(), weight), name
+        assert not torch.equal(found, weight), name
+        assert buffers_of(name, tensors) == set(MOMENTS), name
+    ours = cases.engine_config(0, SAME, bf16={"enabled": True})
+    found = pools[2].run(checkpoints.go_on_from_adamw, ours, str(tmp_path / "ours"), tied=True)[0]
+    assert found["losses"] == pytest.approx(theirs["losses"], rel=1e-2)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_all_adamw_run_goes_on_as_adamw_would_have(stage: int, pools: Pools, tmp_path: Path) -> None:
     how = "groups" if stage else "named"
