@@ -85,13 +85,22 @@ def _add_init(commands: Any) -> None:
 
 def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="make a portable checkpoint of one that engine.save_checkpoint wrote")
-    command.add_argument("source", type=Path, help="its folder; or a file of torch.optim.Muon")
+    command.add_argument(
+        "source", type=Path, help="its folder (of OptForge, Adam, AdamW, DeepSpeed's Muon); or a file of torch"
+    )
     command.add_argument("out", type=Path, help="a new folder")
     command.set_defaults(run=_convert, config=None)
 
-    command = commands.add_parser("export", help="write the weights of a portable checkpoint as a Hugging Face model's")
-    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert'")
+    command = commands.add_parser("export", help="write a checkpoint as the folder of a Hugging Face model")
+    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert', or what 'convert' takes")
     command.add_argument("out", type=Path, help="a new folder")
+    command.add_argument(
+        "--config",
+        dest="model_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="with config.json and perhaps a tokenizer, to copy; default: the checkpoint's folder, or the one that it is in",
+    )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the trained parameters")
     command.set_defaults(run=_export, config=None)
 
@@ -189,9 +198,10 @@ def _convert(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from ds_optforge.checkpoint.convert import export
+    from ds_optforge.checkpoint.export import export
 
-    export(options.source, options.out, getattr(torch, options.dtype) if options.dtype else None)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    export(options.source, options.out, dtype, options.model_folder)
     print(f"{options.out}: written")
     return 0
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
@@ -13,8 +14,11 @@ from accelerate.utils import DummyOptim, DummyScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -269,3 +273,42 @@ def train_llama(
     }
     engine.destroy()
     return result
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def language_model(kind: str) -> PreTrainedModel:
+    """A tiny Llama, or a tiny GPT-2, whose embedding and head are one weight."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+
+
+def prompt() -> torch.Tensor:
+    """Tokens of which `save_language_model` and its test compute logits."""
+    return torch.arange(24).view(2, 12) % 61
+
+
+def save_language_model(config: dict[str, Any], kind: str, folder: str, ours: bool = True) -> torch.Tensor:
+    """Train, and save in both ways, with config.json beside the tags of the engine; the logits of `prompt` at that moment."""
+    model = language_model(kind)
+    if ours:
+        engine = ds_optforge.initialize(model=model, config=config)[0]
+    else:
+        engine = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(model.parameters(), lr=3e-3))[0]
+    tokens = prompt()
+    for _ in range(3):
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    engine.save_checkpoint(f"{folder}/engine")
+    if ours:
+        ds_optforge.save_checkpoint(engine, f"{folder}/portable")
+    model.config.save_pretrained(f"{folder}/engine")
+    engine.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = engine(input_ids=tokens).logits.float()
+    engine.destroy()
+    return logits
