@@ -211,7 +211,8 @@ def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Re
 
 def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]) -> None:
     """Log, once for each group, what does not go on as it was saved."""
-    for name, found in dict(resumptions).items():
+    by_group = dict(sorted(resumptions, key=lambda item: isinstance(item[1], str)))  # a reason of any sub-group counts
+    for name, found in by_group.items():
         if isinstance(found, str):
             logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, found)
         elif found.note:
