@@ -11,6 +11,9 @@ from ds_optforge.validation import Section
 Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
 ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
 
+# Which factors of an adapter's change B A a matrix rule takes.
+Lora: TypeAlias = Literal["both", "b_only", "adamw"]
+
 # With fewer whole rows on a rank, shard_local is row normalisation rather than Muon.
 THIN_ROWS = 32
 
@@ -98,3 +101,6 @@ class CommonSettings(Section):
     sharding: ShardingSettings = ShardingSettings()
     telemetry: TelemetrySettings | None = Field(None, description='numbers about every k-th step: {"every": 10}')
     max_aspect_ratio: Annotated[float, Field(ge=1)] = Field(10.0, description="a longer, thinner matrix falls back to adamw")
+    lora: Lora | None = Field(
+        None, description="the factors of LoRA adapters that the rule takes, whatever their aspect ratio; null: both, if any"
+    )

@@ -12,6 +12,7 @@ from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import Role
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.geometry import is_vector, matrices_in
+from ds_optforge.routing.lora import left_to_adamw, refuse_without_adapters
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.steppable import refuse_unsteppable
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
@@ -87,6 +88,8 @@ def route(
     fused = any(config.common.overrides[i].split or config.common.overrides[i].heads for i in matched)
     longest = config.common.max_aspect_ratio
     thin = any(max(rows, cols) > longest * min(rows, cols) or min(rows, cols) == 1 for _, rows, cols in found)
+    if tags.adapter:
+        thin = bool(left_to_adamw(tags.adapter, config.common.lora)) or any(1 in matrix[1:] for matrix in found)
     try:
         settings = config.settings(role, matched, thin and not (certain or fused), own, place.rpartition(".")[0])
     except ConfigError as error:
@@ -160,6 +163,7 @@ def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
     parameters = [parameter for parameter in model.parameters() if not tags_of(parameter).placeholder]
     names = ParameterNames(map(parameter_name, parameters))
     names.refuse_unmatched(config.common.overrides)
+    refuse_without_adapters(names.all, config.common.lora, "optimizer.params.lora")
     return [route(parameter, config, names=names) for parameter in parameters if parameter.requires_grad]
 
 

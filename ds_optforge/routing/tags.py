@@ -8,11 +8,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ds_optforge.errors import ConfigError
+from ds_optforge.routing.lora import Part, adapter_parts
 from ds_optforge.zero.pipeline import PLACEHOLDERS, Stage, enter_pipeline, is_pipeline, last_layer
 from ds_optforge.zero.shards import NAME, full_shape
 
 _ROLE, _MATRIX, _TRANSPOSED = "optforge_role", "optforge_matrix", "optforge_transposed"
-_STAGE = "optforge_stage"
+_STAGE, _ADAPTER = "optforge_stage", "optforge_adapter"
 _HEAD_NAMES = {"lm_head", "head", "unembed", "unembedding", "embed_out", "output", "output_layer"}
 
 # The models that were tagged and still exist, in the order in which they were.
@@ -29,6 +30,7 @@ class Tags:
         matrix: (rows, cols) of each of its matrices; None if the shape decides.
         transposed: whether it is stored (in, out).
         stage: the stage of the pipeline that trains it; None without a pipeline.
+        adapter: what it is of an adapter; None for other parameters.
     """
 
     name: str | None
@@ -36,6 +38,7 @@ class Tags:
     matrix: tuple[int, int] | None
     transposed: bool
     stage: Stage | None
+    adapter: Part | None = None
 
     @property
     def placeholder(self) -> bool:
@@ -51,6 +54,7 @@ def tags_of(parameter: Tensor) -> Tags:
         getattr(parameter, _MATRIX, None),
         getattr(parameter, _TRANSPOSED, False),
         getattr(parameter, _STAGE, None),
+        getattr(parameter, _ADAPTER, None),
     )
 
 
@@ -73,6 +77,10 @@ def tag(model: nn.Module) -> None:
             setattr(module.weight, _TRANSPOSED, module.transposed)
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a Linear stored (in, out)
             setattr(module.weight, _TRANSPOSED, True)
+    for parameter, part in adapter_parts(model):
+        setattr(parameter, _ADAPTER, part)
+        if part == "embedding":
+            setattr(parameter, _ROLE, "embedding")
 
 
 def tag_new(parameters: Iterable[Tensor]) -> None:
