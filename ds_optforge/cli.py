@@ -4,6 +4,7 @@ The parser is built without torch, which takes seconds to import: each command i
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from ds_optforge import __version__, shipped_configs
 from ds_optforge.errors import CheckpointError, ConfigError
 from ds_optforge.forecast.catalog import MODEL_SHAPES
 
-_MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json"
+_MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json, or of its folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help="print which rule each parameter of a model gets")
     command.add_argument("--config", required=True, help="a DeepSpeed configuration file")
     command.add_argument("--model", default="gpt2", help=f"{_MODELS}; default: gpt2")
+    command.add_argument("--full", action="store_true", help="a row for each parameter, also where layers are alike")
+    command.add_argument("--json", action="store_true", help="print JSON rather than a table")
     command.set_defaults(run=_explain)
 
     command = commands.add_parser("check", help="validate a DeepSpeed configuration file")
@@ -124,9 +127,13 @@ def _configs(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     from ds_optforge.forecast.skeletons import load
-    from ds_optforge.integrations.plain import explain
+    from ds_optforge.integrations.explanation import explained, table_of
 
-    print(explain(load(options.model), options.config))
+    rows, warnings = explained(load(options.model), options.config, options.full)
+    if options.json:
+        print(json.dumps({"parameters": [row.plain() for row in rows], "warnings": warnings}, indent=2))
+    else:
+        print(table_of(rows, warnings), end="")
     return 0
 
 

@@ -37,9 +37,9 @@ def test_check_accepts_the_shipped_configurations(name: str, capsys: pytest.Capt
 def test_explain_prints_the_routing_of_the_shipped_configurations(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--config", str(CONFIGS / name), "--model", "gpt2"]) == 0
     rows = table_rows(capsys.readouterr().out)
-    assert rows["layers.0.mlp.up.weight"][1:3] == ["matrix", RULES[name]]
+    assert rows["layers.0-11.mlp.up.weight"][1:3] == ["matrix", RULES[name]]
     assert rows["token_embedding.weight"][1:3] == ["embedding", "adamw"]
-    assert rows["layers.0.mlp_norm.weight"][1:3] == ["scalar", "adamw"]
+    assert rows["layers.0-11.mlp_norm.weight"][1:3] == ["scalar", "adamw"]
 
 
 def test_explain_and_plan_mean_the_same_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            ("gpt5 --world-size 8 --stage 3", "model: got 'gpt5'; allowed: gpt2, gpt2-medium"),
+            ("gpt5 --world-size 8 --stage 3", "model: got 'gpt5' (did you mean 'gpt2'?); allowed: gpt2, gpt2-medium"),
             ("gpt2 --world-size 0 --stage 3", "world size: got 0; allowed: at least 1"),
             ("gpt2 --world-size 8 --stage 4", "stage: got 4; allowed: 1, 2, 3"),
             ("gpt2 --world-size 8 --stage 3 --link-gbps 0", "link gbps: got 0; allowed: a positive number"),

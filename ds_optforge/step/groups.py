@@ -55,7 +55,7 @@ class Groups:
         self._names = ParameterNames(tags.name or place for tags, place in tagged if not tags.placeholder)
         routed, entries, names = route_all(self.stage, lambda: self._all_routed(given, placed), self._names)
         names.refuse_unmatched(config.common.overrides)
-        refuse_without_adapters(names.all, config.common.lora, "optimizer.params.lora")
+        refuse_without_adapters(names.all, config.common.lora)
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
