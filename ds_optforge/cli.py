@@ -54,21 +54,53 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.json; default: the current one")
     command.set_defaults(run=_configs, config=None)
+    _add_init(commands)
     _add_convert(commands)
     _add_experiments(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
 
 
+def _add_init(commands: Any) -> None:
+    command = commands.add_parser("init", help="write the OptForge configuration that continues what you have")
+    command.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a DeepSpeed configuration, TrainingArguments (JSON or YAML), or the YAML of accelerate launch, Axolotl or "
+        "LLaMA-Factory; which one is recognised by its content",
+    )
+    command.add_argument(
+        "--purpose",
+        choices=("pretrain", "finetune", "lora"),
+        help="what the run is for: from scratch, all weights of a model that AdamW has trained, or LoRA on one; default: what "
+        "FILE says, else pretrain",
+    )
+    command.add_argument("--rule", default="muon", help="of the model's matrices; default: muon")
+    command.add_argument("--out", type=Path, help="the new file, and its reasons in OUT.reasons.md; default: print a diff")
+    command.set_defaults(run=_init, config=None)
+
+
 def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="make a portable checkpoint of one that engine.save_checkpoint wrote")
-    command.add_argument("source", type=Path, help="its folder; or a file of torch.optim.Muon")
+    command.add_argument(
+        "source", type=Path, help="its folder (of OptForge, Adam, AdamW, DeepSpeed's Muon); or a file of torch"
+    )
     command.add_argument("out", type=Path, help="a new folder")
     command.set_defaults(run=_convert, config=None)
 
-    command = commands.add_parser("export", help="write the weights of a portable checkpoint as a Hugging Face model's")
-    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert'")
+    command = commands.add_parser("export", help="write a checkpoint as the folder of a Hugging Face model")
+    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert', or what 'convert' takes")
     command.add_argument("out", type=Path, help="a new folder")
+    command.add_argument(
+        "--config",
+        dest="model_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="with config.json and perhaps a tokenizer, to copy; default: the checkpoint's folder, or the one that it is in",
+    )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the trained parameters")
     command.set_defaults(run=_export, config=None)
 
@@ -148,6 +180,13 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
+def _init(options: argparse.Namespace) -> int:
+    from ds_optforge.migrate.command import init
+
+    print(init(options.source, options.purpose, options.rule, options.out), end="")
+    return 0
+
+
 def _convert(options: argparse.Namespace) -> int:
     from ds_optforge.checkpoint.convert import convert
 
@@ -159,9 +198,10 @@ def _convert(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from ds_optforge.checkpoint.convert import export
+    from ds_optforge.checkpoint.export import export
 
-    export(options.source, options.out, getattr(torch, options.dtype) if options.dtype else None)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    export(options.source, options.out, dtype, options.model_folder)
     print(f"{options.out}: written")
     return 0
 

@@ -26,6 +26,13 @@ logger = logging.getLogger("ds_optforge")
 # Attributes beside torch's that a copy has.
 _COPIED = ("_groups", "_schedule_check", "_warned", "_allocated", "_training_weights", "_telemetry")
 
+# What to do with a checkpoint of another optimizer; the end of messages.
+OTHER_OPTIMIZERS_CHECKPOINT = (
+    "Two ways out: 'ds-optforge convert FOLDER OUT', then ds_optforge.load_checkpoint(engine, OUT), which keeps the moments "
+    "and the position; or engine.load_checkpoint(FOLDER, load_optimizer_states=False, load_lr_scheduler_states=False), which "
+    "takes the weights alone"
+)
+
 
 class OptForge(torch.optim.Optimizer):
     """Optimizer with every rule of ds_optforge, in any mix by role, in plain PyTorch and on every stage of DeepSpeed's ZeRO.
@@ -259,6 +266,11 @@ class OptForge(torch.optim.Optimizer):
         self._refuse_other_routes(state_dict)
         found = [group.get(GROUP) for group in state_dict["param_groups"]]
         expected = [group[GROUP] for group in self.param_groups]
+        if found != expected and not any(found):
+            raise ConfigError(
+                f"the checkpoint holds {len(found)} parameter groups of another optimizer, with the settings "
+                f"{_settings_of(state_dict)}; allowed: OptForge's, {expected}. {OTHER_OPTIMIZERS_CHECKPOINT}"
+            )
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
         self._refuse_other_formats(state_dict)
@@ -333,6 +345,11 @@ class OptForge(torch.optim.Optimizer):
                     device = torch.device("cpu") if key == "step" else tensor.device
                     source = state[key] if state[key].dtype == value.dtype else value
                     state[key] = source.to(device)
+
+
+def _settings_of(state_dict: Mapping[str, Any]) -> list[str]:
+    """What the groups of a saved optimizer say of it."""
+    return sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
 
 
 def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:

@@ -165,9 +165,14 @@ def test_the_gates_of_recurrent_networks() -> None:
 
 def blocks(family: str, name: str, **config: Any) -> Sequence[int]:
     """The rows of each matrix of one weight of a family."""
+    return [rows for rows, _ in stepped(family, name, **config)]
+
+
+def stepped(family: str, name: str, **config: Any) -> Sequence[tuple[int, int]]:
+    """The stored (rows, cols) of each matrix of one weight of a family."""
     routes = routes_of(families.build(family), OptimizerConfig({**families.CONFIG, **config}))
     (found,) = (route for route in routes if route.name == name)
-    return [rows for _, rows, _ in found.matrices]
+    return list(found.stepped)
 
 
 class TestAuto:
@@ -206,6 +211,12 @@ class TestAuto:
         name = "transformer.h.0.self_attention.query_key_value.weight"
         assert blocks("Falcon 40B", name, heads="auto") == [64] * 144
 
+    def test_parts_that_are_no_ranges(self) -> None:
+        """GPT-2's q, k and v are columns; GPT-NeoX's take turns, as do gate and up of gpt-oss, a bank of columns."""
+        assert stepped("GPT-2", "transformer.h.0.attn.c_attn.weight", split="auto") == [(768, 768)] * 3
+        assert stepped("GPT-NeoX 20B", "gpt_neox.layers.0.attention.query_key_value.weight", split="auto") == [(6144, 6144)] * 3
+        assert stepped("gpt-oss 20B", "model.layers.0.mlp.experts.gate_up_proj", split="auto") == [(2880, 2880)] * 64
+
     def test_an_override_asks_for_some(self) -> None:
         overrides = [{"match": "qkv", "split": "auto"}]
         assert blocks("Phi-3 mini", self.QKV, overrides=overrides) == [3072] * 3
@@ -219,8 +230,8 @@ class TestAuto:
         ("family", "match", "key", "why"),
         [
             ("Llama 3 8B", "down_proj", "split", "neither its module nor the model's configuration tells what it joins"),
-            ("GPT-2", "c_attn", "split", "q, k, v are columns of a weight that is stored (in, out)"),
-            ("GPT-NeoX 20B", "query_key_value", "split", "q, k, v by turns are no ranges of rows"),
+            ("GPT-2", "c_attn", "heads", "q, k, v are no ranges of rows"),
+            ("Falcon 40B", "query_key_value", "split", "q, k, v by turns are no ranges of rows"),
             ("Phi-3 mini", "gate_up_proj", "heads", "gate, up have no heads"),
         ],
     )

@@ -44,7 +44,7 @@ class Row:
             "shape": list(route.shape),
             "role": route.role,
             "rule": settings.rule,
-            "matrices": [[rows, cols] for _, rows, cols in route.matrices],
+            "matrices": [[rows, cols] for rows, cols in route.stepped],
             "stored": "in_out" if route.transposed else "out_in",
             "scale": scale_of(route),
             "state_dtype": settings.state_dtype,
@@ -61,7 +61,7 @@ def scale_of(route: Route) -> float | None:
         return None
     rule = route.settings.build()
     assert isinstance(rule, MatrixRule)
-    _, rows, cols = route.matrices[0]
+    rows, cols = next(route.stepped)
     return rule.rms(rows, cols, route.transposed) * math.sqrt(max(rows, cols))
 
 
@@ -134,9 +134,9 @@ def _cells(row: Row) -> Iterator[str]:
 
 def _matrices(route: Route) -> str:
     """Return the numbers and shapes of the matrices, as they follow each other."""
-    shapes = [(len(list(same)), *shape) for shape, same in groupby((rows, cols) for _, rows, cols in route.matrices)]
+    shapes = [(len(list(same)), *shape) for shape, same in groupby(route.stepped)]
     shown = shapes if len(shapes) <= 3 else shapes[:2]
-    more = len(route.matrices) - sum(count for count, *_ in shown)
+    more = sum(1 for _ in route.stepped) - sum(count for count, *_ in shown)
     text = " + ".join(f"{count} of {rows}x{cols}" for count, rows, cols in shown) + (f" + {more}" if more else "")
     return text + (" (in, out)" if text and route.transposed else "") or "-"
 
@@ -152,7 +152,7 @@ def _folded(routes: Sequence[Route]) -> Iterator[Row]:
     """Yield one row for the routes that differ only in the numbers in their names, in the order of the first of them."""
     alike: dict[Any, list[Route]] = {}
     for route in routes:
-        matrices = tuple((rows, cols) for _, rows, cols in route.matrices)
+        matrices = tuple(route.stepped)
         key = (_NUMBER.sub("#", route.name), route.shape, route.role, route.settings, matrices, route.why, route.transposed)
         alike.setdefault(repr(key), []).append(route)
     for found in alike.values():

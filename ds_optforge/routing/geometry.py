@@ -10,6 +10,7 @@ from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.fused import Fused
 from ds_optforge.routing.tags import tags_of
+from ds_optforge.zero.partition import Joined
 from ds_optforge.zero.shards import full_shape
 
 
@@ -20,11 +21,13 @@ class Geometry:
     Attributes:
         matrices: (start in the flattened parameter, rows, cols) of each. A vector counts as one row.
         transposed: whether they are stored (in, out).
+        joins: the matrices that each of them joins though they are no ranges of it; None if it is one itself.
         cut: whether ``split`` or ``heads`` made them.
     """
 
     matrices: tuple[tuple[int, int, int], ...]
     transposed: bool
+    joins: Joined | None
     cut: bool
 
 
@@ -65,13 +68,14 @@ def geometry_of(parameter: Tensor, name: str, config: OptimizerConfig, matched: 
     stored = _asked("stored", config, matched)
     transposed = kind.transposed if stored is None else stored.value == "in_out" and not is_vector(parameter)
     blocks = _blocks(rows, transposed, kind.fused, name, config, matched)
+    joins = None if blocks else _joined(cols if transposed else rows, transposed, kind.fused, name, config, matched)
     matrices = []
     for bank in range(0, shape.numel(), rows * cols):
         start = bank
         for block in blocks or [rows]:
             matrices.append((start, block, cols))
             start += block * cols
-    return Geometry(tuple(matrices), transposed, blocks is not None)
+    return Geometry(tuple(matrices), transposed, joins, blocks is not None or joins is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +111,39 @@ def _blocks(
             found = automatic(fused, rows, transposed, blocks)
             if found is not None:
                 blocks = found
-            elif asked.override is not None:
+            elif asked.override is not None and not (key == "split" and _turns(fused, transposed)):
                 raise ConfigError(f"{where}: got 'auto', but {_why_not(fused, transposed)}; allowed: numbers, or no '{key}'")
             continue
         if transposed:
-            raise ConfigError(f"{where} cuts rows, but this weight is stored (in, out)")
+            if key == "split" and len(set(value)) == 1:
+                continue  # equal parts of the columns: see `_joined`
+            raise ConfigError(f"{where} cuts rows, but this weight is stored (in, out); allowed: a split into equal parts")
         blocks = cut(blocks or [rows], value, where)
     return blocks
+
+
+def _joined(
+    outputs: int, transposed: bool, fused: Fused | None, name: str, config: OptimizerConfig, matched: Sequence[int]
+) -> Joined | None:
+    """Return the matrices that a ``split`` finds in one that has these ``outputs``, if they are no ranges of it."""
+    asked = _asked("split", config, matched)
+    if asked is None:
+        return None
+    if asked.value == "auto":
+        return _turns(fused, transposed)
+    if not transposed:
+        return None
+    if sum(asked.value) != outputs:
+        found = f"got {list(asked.value)}, {sum(asked.value)} outputs"
+        raise ConfigError(f"{asked.where(name, 'split')}: {found}; allowed: parts of its {outputs} columns")
+    return Joined(len(asked.value), asked.value[0])
+
+
+def _turns(fused: Fused | None, transposed: bool) -> Joined | None:
+    """Return the equal parts of a weight that are no ranges of it, since they take turns or are columns; None for any other."""
+    if fused is None or len(set(fused.parts)) > 1 or len(fused.parts) == 1 or not (fused.block or transposed):
+        return None
+    return Joined(len(fused.parts), fused.block or fused.parts[0])
 
 
 def _parts_of(fused: Fused | None, rows: int, transposed: bool, blocks: Sequence[int] | None) -> list[int] | None:
@@ -139,17 +169,14 @@ def uncut(fused: Fused | None, found: Geometry) -> str:
     """Return what a parameter joins though it is not cut, with the key that would cut it; empty if there is nothing."""
     if fused is None or len(fused.parts) == 1 or found.cut:
         return ""
-    if found.transposed:
-        return f"{fused}, as columns of a weight that is stored (in, out)"
-    return f'{fused}, which "heads": "auto" cuts by head' if fused.block else f'{fused}, which "split": "auto" cuts'
+    unequal = len(set(fused.parts)) > 1 and (fused.block or found.transposed)
+    return f'{fused}, which "heads": "auto" cuts by head' if unequal else f'{fused}, which "split": "auto" cuts'
 
 
 def _why_not(fused: Fused | None, transposed: bool) -> str:
     if fused is None:
         return "neither its module nor the model's configuration tells what it joins"
-    if transposed:
-        return f"{fused} are columns of a weight that is stored (in, out)"
-    if fused.block:
+    if fused.block or (transposed and max(fused.heads) > 1):
         return f"{fused} are no ranges of rows"
     return "it joins no matrices" if len(fused.parts) == 1 else f"{fused} have no heads, or another split than asked for"
 

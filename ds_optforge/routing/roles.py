@@ -1,7 +1,7 @@
 """Decides which rule each parameter gets, from its tags, its shape and the configuration."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from ds_optforge.routing.lora import refuse_without_adapters, takes
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.steppable import refuse_unsteppable
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
+from ds_optforge.rules.base import MatrixRule
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.zero.layout import LayoutError
+from ds_optforge.zero.partition import Joined, part_shape
 from ds_optforge.zero.shards import full_shape, shard_of
 
 logger = logging.getLogger("ds_optforge")
@@ -48,6 +50,7 @@ class Route:
         group: identifier of the parameter group: a function of the configuration alone.
         why: the reason for the role and the rule, for people.
         fused: what the parameter joins and could be cut into, though it is not; empty if there is nothing.
+        joins: the matrices that each of ``matrices`` joins though they are no ranges of it; None if it is one itself.
     """
 
     name: str
@@ -60,6 +63,14 @@ class Route:
     group: str
     why: str = ""
     fused: str = ""
+    joins: Joined | None = None
+
+    @property
+    def stepped(self) -> Iterator[tuple[int, int]]:
+        """(rows, cols) of each matrix that is orthogonalized, in order."""
+        for _, rows, cols in self.matrices:
+            shape = part_shape(rows, cols, self.transposed, self.joins)
+            yield from [shape] * (self.joins.parts if self.joins else 1)
 
 
 def route(
@@ -101,13 +112,15 @@ def route(
     matrices = found.matrices if settings.needs_matrix() else ()
     if matrices:
         _refuse_as_matrix(parameter, name, settings.rule)
-        _refuse_shards(parameter, name, matrices, found.transposed)
+        _refuse_shards(parameter, name, found)
+        _refuse_joined(found, name, settings, config)
+    joins = found.joins if matrices else None
     group = ".".join([role, settings.rule, *(f"override{i}" for i in matched)])
     if settings.state_dtype == "8bit" and (role == "scalar" or shape.numel() < _SMALLEST_8BIT):
         settings = settings.model_copy(update={"state_dtype": "float32"})
         group += ".float32"
     why, fused = named or _why(kind, role, left), uncut(kind.fused, found) if matrices else ""
-    return Route(name, tuple(shape), shape.numel(), role, settings, matrices, found.transposed, group, why, fused)
+    return Route(name, tuple(shape), shape.numel(), role, settings, matrices, found.transposed, group, why, fused, joins)
 
 
 def _why(kind: Kind, role: Role, left: str) -> str:
@@ -133,14 +146,36 @@ def _left_to_adamw(kind: Kind, found: Geometry, common: CommonSettings) -> str:
     return ""
 
 
-def _refuse_shards(parameter: Tensor, name: str, matrices: Sequence[tuple[int, int, int]], transposed: bool) -> None:
+def _refuse_shards(parameter: Tensor, name: str, found: Geometry) -> None:
     """Raise ConfigError for matrices that tensor parallelism has cut so that they cannot be put together."""
-    shard = shard_of(parameter) if matrices else None
+    shard = shard_of(parameter)
     if shard is not None:
+        if found.joins:
+            raise ConfigError(
+                f"{name}: split finds matrices that are no ranges of rows, under tensor parallelism; allowed: no split"
+            )
         try:
-            shard.local(matrices, transposed, name)
+            shard.local(found.matrices, found.transposed, name)
         except LayoutError as error:
             raise ConfigError(str(error)) from None
+
+
+def _refuse_joined(found: Geometry, name: str, settings: RuleSettings, config: OptimizerConfig) -> None:
+    """Raise ConfigError for matrices that are no ranges of their weight where a rule or a mode needs ranges."""
+    if found.joins is None:
+        return
+    rule = settings.builds
+    assert issubclass(rule, MatrixRule)
+    if rule.sums or any(statistic.per == "matrix" for statistic in rule.statistics):
+        problem = f"rule '{settings.rule}', which keeps numbers of whole matrices"
+    elif config.common.sharding.mode != "gather":
+        problem = f"sharding.mode '{config.common.sharding.mode}'"
+    else:
+        return
+    raise ConfigError(
+        f"{name}: split finds {found.joins.parts} matrices that are no ranges of it: got {problem}; allowed: no split of this "
+        "weight, or another rule, or mode 'gather'"
+    )
 
 
 def _refuse_as_matrix(parameter: Tensor, name: str, rule: str) -> None:
@@ -177,7 +212,8 @@ def _role(parameter: Tensor, config: OptimizerConfig, matched: Sequence[int], us
 def routing_table(routes: Iterable[Route]) -> str:
     """Return a text with a line per route, the same on every rank with the same model and configuration."""
     return "\n".join(
-        f"{r.name} {'x'.join(map(str, r.shape))} {r.role} {r.settings.rule} {len(r.matrices)} {r.settings!r}" for r in routes
+        f"{r.name} {'x'.join(map(str, r.shape))} {r.role} {r.settings.rule} {len(r.matrices)} {r.joins or ''} {r.settings!r}"
+        for r in routes
     )
 
 
