@@ -82,6 +82,18 @@ def test_whole_layers_that_are_trained_beside_the_adapters_keep_their_roles() ->
     assert found["lm_head.modules_to_save"] == "unembedding.adamw"
 
 
+def test_a_classifier_that_peft_trains_whole_is_an_output() -> None:
+    config = transformers.LlamaConfig(vocab_size=50, num_hidden_layers=1, num_labels=20, pad_token_id=0, **SHAPE)
+    lora = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj"])
+    model = peft.get_peft_model(transformers.LlamaForSequenceClassification(config), lora)
+    assert routed(model)["score.modules_to_save"] == "unembedding.adamw"
+
+
+def test_the_factors_beside_an_output_are_factors() -> None:
+    found = routed(llama(target_modules=["lm_head"]))
+    assert found == {"lm_head.lora_A": "matrix.muon", "lm_head.lora_B": "matrix.muon"}
+
+
 def test_fused_adapters_of_experts_are_left_to_adamw() -> None:
     """PEFT keeps those of four experts in one pair of factors, B's column by column."""
     config = transformers.MixtralConfig(vocab_size=50, num_hidden_layers=1, num_local_experts=4, **SHAPE)

@@ -67,7 +67,7 @@ def kinds_of(model: nn.Module) -> Iterator[tuple[nn.Parameter, Kind]]:
             if known is None or (kind.role == "embedding" and known.role != "embedding"):
                 found[id(parameter)] = (parameter, kind)
     for weight, kind in found.values():
-        why = heads.get(id(weight)) if kind.role != "embedding" else None
+        why = heads.get(id(weight)) if kind.role != "embedding" and kind.factor is None else None
         yield weight, Kind(why, "unembedding", transposed=kind.transposed) if why else kind
 
 

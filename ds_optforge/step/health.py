@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule
+from ds_optforge.zero.partition import part_shape
 
 logger = logging.getLogger("ds_optforge")
 
@@ -60,12 +61,14 @@ def expected(rule: ElementwiseRule | MatrixRule, routes: Sequence[Route], sample
         return Expected(elements, largest=elements * rule.update_at_most**2)
     elements, smallest, largest, defect, sampled = 0, 0.0, 0.0, 0.0, 0
     for route in routes:
-        for start, rows, cols in route.matrices:
+        for start, stored_rows, stored_cols in route.matrices:
+            rows, cols = part_shape(stored_rows, stored_cols, route.transposed, route.joins)
             bounds = rule.healthy(rows, cols)
             if bounds is None:
                 continue
-            square = rows * cols * rule.rms(rows, cols, route.transposed) ** 2
-            elements += rows * cols
+            numel = stored_rows * stored_cols
+            square = numel * rule.rms(rows, cols, route.transposed) ** 2
+            elements += numel
             smallest += square * bounds.smallest**2
             largest += square * bounds.largest**2
             if (route.name, start) in sample:
