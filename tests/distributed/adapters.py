@@ -207,6 +207,44 @@ def loaded(folder: str, merge: bool) -> Tensor:
     return logits
 
 
+def tune(config: dict[str, Any], steps: int, adapt: bool) -> list[float]:
+    """Losses, the mean over ranks, on one batch that a model of AdamW has never seen."""
+    model = base()
+    optimizer = build_optimizer(model, {"name": "adamw", "lr": 3e-3})
+    for step in range(20):
+        model(input_ids=batch(step), labels=batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    config["scheduler"]["params"]["total_num_steps"] = steps
+    config["train_batch_size"] = 8
+    engine = ds_optforge.initialize(model=get_peft_model(model, lora()) if adapt else model, config=config)[0]
+    try:
+        losses = torch.tensor(run(engine, [99] * steps))
+        dist.all_reduce(losses)
+        return [loss / dist.get_world_size() for loss in losses.tolist()]
+    finally:
+        engine.destroy()
+
+
+def run_page(snippet: str, others: bool) -> list[float]:
+    """The text of the docs, on the base or on a model with two adapters, and this rank's losses."""
+    names: dict[str, Any] = {"ds_optforge": ds_optforge, "model": two_adapters() if others else base()}
+    exec(snippet, names)
+    engine = names["engine"]
+    try:
+        size = engine.train_micro_batch_size_per_gpu()
+        tokens = batch(0).repeat(size // 8, 1)
+        losses = []
+        for _ in range(4):
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+    finally:
+        engine.destroy()
+
+
 # ------------------------------------------------------------------------------------------ HF Trainer
 
 

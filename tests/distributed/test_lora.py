@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_optforge import shipped_configs
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
@@ -26,7 +27,9 @@ adapters = pytest.importorskip("tests.distributed.adapters", reason="peft is not
 STEPS = 6
 MUON = {**cases.MUON, **EXACT}
 ORDER = ("default", "default", "other", "default", "other", "other")
-PAGE = Path(__file__).parents[2] / "docs" / "finetuning.md"
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+SNIPPETS = dict(re.findall(r"<!-- snippet: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 
 
 @cache
@@ -106,15 +109,35 @@ def test_a_portable_checkpoint_of_an_adapted_model_resumes_on_another_stage(pool
         assert_same(result["resumed"], result["uninterrupted"])
 
 
+def test_a_checkpoint_of_factors_that_adamw_trained_resumes_as_such_or_is_refused(pools: Pools, tmp_path: Path) -> None:
+    """As those of version 0.1, which took nearly all factors for too thin."""
+    before, now = (cases.engine_config(2, {**MUON, **lora}) for lora in ({"lora": "adamw"}, {}))
+    for result in pools[2].run(adapters.save_and_resume, before, before, str(tmp_path / "same")):
+        assert_same(result["resumed"], result["uninterrupted"])
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(adapters.save_and_resume, before, now, str(tmp_path / "other"))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    assert "parameter groups: got ['matrix.adamw']; allowed: this run's, ['matrix.muon']" in failure.value.messages[0]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_trained_adapter_is_saved_as_peft_saves_it(stage: int, pools: Pools, tmp_path: Path) -> None:
     """By the snippet of docs/finetuning.md; loaded by PEFT, beside the weights and merged into them."""
-    (snippet,) = re.findall(r"<!-- snippet: save -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    logits = pools[2].run(adapters.save_adapter, cases.engine_config(stage, MUON), str(tmp_path), snippet)
+    logits = pools[2].run(adapters.save_adapter, cases.engine_config(stage, MUON), str(tmp_path), SNIPPETS["save"])
     for merge in (False, True):
         found = adapters.loaded(str(tmp_path), merge)
         for expected in logits:
             torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["train", "switch"])
+def test_the_pages_snippets_train(name: str, pools: Pools, tmp_path: Path) -> None:
+    """In a folder with the configuration that `ds-optforge configs` writes."""
+    assert PAGE.count("```python") == len(SNIPPETS) == 3
+    path = shipped_configs.write("muon_lora_zero2", tmp_path)
+    snippet = SNIPPETS[name].replace(path.name, str(path))
+    for losses in pools[2].run(adapters.run_page, snippet, name == "switch"):
+        assert losses[-1] < losses[0]
 
 
 def test_without_adapters_the_key_is_refused(pools: Pools) -> None:
