@@ -31,7 +31,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "autoep_tensor": "AutoEP beside AutoTP",
         "autoep_object": "AutoEP with an optimizer object (a function of the parameters is exact)",
         "autoep_engine_checkpoints": "AutoEP: `engine.save_checkpoint` and `load_checkpoint`",
-        "autoep_checkpoints": "AutoEP above `autoep_size` 1: portable checkpoints, `convert`",
+        "autoep_checkpoints": "AutoEP: portable checkpoints across ranks, stages and `autoep_size`",
         "ulysses": "Sequence parallelism (Ulysses, `DistributedAttention`), by `mpu`",
         "mesh": "Sequence parallelism by `mesh_param` or `data_parallel_size`",
     },

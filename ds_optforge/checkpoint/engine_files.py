@@ -48,6 +48,11 @@ class Found:
     groups: dict[str, Any] = field(default_factory=dict)
     block_cuts: dict[str, list[int]] = field(default_factory=dict)
 
+    def add_members(self, group: str, rule: str, step: int, members: Iterable[str]) -> None:
+        """Enter parameters of another optimizer into a group of the manifest, which the first call for it makes."""
+        made = {"rule": rule, "step": step, "scalars": {}, "hyperparameters": {}, "members": []}
+        self.groups.setdefault(group, made)["members"] += members
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineCheckpoint:

@@ -4,7 +4,7 @@ Their moving averages are the same as ours, so training resumes with them. The g
 ``torch0``), and the manifest says whose they are (`FOREIGN`), so that `load_checkpoint` compares parameters and not groups.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,13 +16,14 @@ from torch import Tensor
 from ds_optforge.checkpoint.chunks import flat_chunk
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, load
 from ds_optforge.checkpoint.logical import buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.unsharded import MOMENTS, read_unsharded
 from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, cuts_of_parameters
 from ds_optforge.zero.placement import Placement
 
 FOREIGN = "optimizer"  # the manifest's entry that names another optimizer than OptForge; ours have none
 
-_MOMENTUM, _MOMENTS = "momentum_buffer", ("exp_avg", "exp_avg_sq")
+_MOMENTUM = "momentum_buffer"
 _TORCH_FILE = '{"model": model.state_dict(), "optimizer": a state dict, or a list of them}'
 
 
@@ -47,7 +48,7 @@ def read_deepspeed(checkpoint: EngineCheckpoint, found: Found) -> str:
     elif muon:
         raise CheckpointError(f"{checkpoint.folder}: was saved by DeepSpeed's Muon on ZeRO stage 0; allowed: 1, 2, 3")
     else:
-        _read_unsharded(checkpoint, found)
+        read_unsharded(checkpoint, found)
     return "DeepSpeed's Muon" if muon else "Adam"
 
 
@@ -64,7 +65,7 @@ def _refuse_other_than_adam(checkpoint: EngineCheckpoint) -> None:
             raise CheckpointError(f"{folder}: was saved by an Adam with {option}; allowed: without it")
     if not keys:
         raise CheckpointError(f"{folder}: was saved before its run took a step; allowed: after one")
-    if keys != set(_MOMENTS):
+    if keys != set(MOMENTS):
         raise CheckpointError(f"{folder}: holds the state {sorted(keys)} of another optimizer; {allowed}")
 
 
@@ -84,72 +85,12 @@ def _read_slices(whole: "_Slice", found: Found) -> None:
         buffers = [key for key, value in state.items() if isinstance(value, Tensor) and value.numel() >= tensor.numel()]
         found.chunks += chunks_of(whole.placement(shard), [tensor], [state], buffers, ())
     step = step or int(whole.group.get("step", 0)) or _steps_taken(whole.checkpoint)
-    _add_group(found, whole.group_number, "muon" if whole.group.get("use_muon") else "adamw", step, whole.shapes)
+    rule = "muon" if whole.group.get("use_muon") else "adamw"
+    found.add_members(f"deepspeed{whole.group_number}", rule, step, whole.shapes)
 
 
 def _steps_taken(checkpoint: EngineCheckpoint) -> int:
     return int(checkpoint.model["global_steps"]) - int(checkpoint.model["skipped_steps"])
-
-
-def _add_group(found: Found, number: int, rule: str, step: int, members: Iterable[str]) -> None:
-    """Enter a parameter group of DeepSpeed's run, or one more sub-group of it."""
-    made = _group(rule, step, ())
-    found.groups.setdefault(f"deepspeed{number}", made)["members"] += list(members)
-
-
-def _read_unsharded(checkpoint: EngineCheckpoint, found: Found) -> None:
-    """Add what Adam saved without ZeRO: a state per parameter, or (FP16_Optimizer) one per group."""
-    model, optimizer, masters = checkpoint.model["module"], checkpoint.optimizer(0), checkpoint.slices(0)
-    for number, (group, names) in enumerate(zip(optimizer["param_groups"], _names_unsharded(checkpoint), strict=True)):
-        states = [optimizer["state"].get(index, {}) for index in group["params"]]
-        numels = [model[name].numel() for name in names]
-        weights = [masters[index] for index in group["params"]] if masters else [model[name] for name in names]
-        flat = len(states) == 1 and weights[0].numel() == sum(numels)  # the parameters of the group, one behind the other
-        starts = accumulate(numels, initial=0) if flat else [0] * len(names)
-        for place, (name, numel, start) in enumerate(zip(names, numels, starts, strict=False)):
-            weight, state = weights[0 if flat else place], states[0 if flat else place]
-            values = {weight_name(name): weight, **{buffer_name(name, key): state[key] for key in _MOMENTS if key in state}}
-            for key, value in values.items():
-                if not flat and value.numel() != numel:
-                    raise CheckpointError(
-                        f"{checkpoint.folder}: holds {value.numel()} elements for '{key}'; allowed: {numel}, as '{name}' has"
-                    )
-                found.chunks.append(flat_chunk(key, numel, 0, value.reshape(-1).narrow(0, start, numel)))
-            if not state:  # it has had no gradient, which counts as zeros under ZeRO
-                zeros = torch.zeros(numel)
-                found.chunks += [flat_chunk(buffer_name(name, key), numel, 0, zeros) for key in _MOMENTS]
-        found.shapes |= {name: list(model[name].shape) for name in names}
-        step = max((int(state["step"]) for state in states if "step" in state), default=int(group.get("step", 0)))
-        _add_group(found, number, "adamw", step, names)
-
-
-def _names_unsharded(checkpoint: EngineCheckpoint) -> list[list[str]]:
-    """The names of each group's parameters, which the optimizer knows if it was given them; else there must be one group."""
-    groups, module = checkpoint.optimizer(0)["param_groups"], checkpoint.model["module"]
-    if all("param_names" in group for group in groups):
-        return [list(group["param_names"]) for group in groups]
-    buffers = set(checkpoint.model["buffer_names"])
-    weights = {n: v for n, v in module.items() if n not in buffers and isinstance(v, Tensor) and v.numel()}
-    first_names = {address(weight): name for name, weight in reversed(weights.items())}  # of tied weights
-    names = [name for name, weight in weights.items() if first_names[address(weight)] == name]
-    held = sum(tensor.numel() for tensor in checkpoint.slices(0))
-    states = checkpoint.optimizer(0)["state"]
-    indices = [index for group in groups for index in group["params"]]
-    shapes = [states[index]["exp_avg"].shape if index in states else None for index in indices]
-    own = [module[name].shape for name in names]
-    one_each = len(shapes) == len(own) and all(shape in (None, known) for shape, known in zip(shapes, own, strict=True))
-    together = len(indices) == 1 and held == sum(shape.numel() for shape in own)
-    if len(groups) == 1 and (one_each or together):
-        return [names]
-    raise CheckpointError(
-        f"{checkpoint.folder}: its optimizer does not name its {len(indices)} parameters in {len(groups)} groups, which cannot "
-        f"be told apart on ZeRO stage 0; allowed: one group of all {len(names)} parameters in the model's order, an optimizer "
-        "that was made of model.named_parameters() (torch 2.6 or later), or ZeRO stage 1, 2 or 3"
-    )
-
-
-def _group(rule: str, step: int, members: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    return {"rule": rule, "step": step, "scalars": {}, "hyperparameters": {}, "members": list(members)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +203,7 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == model[name].shape and key != "step":
                     found.chunks.append(flat_chunk(buffer_name(name, key), value.numel(), 0, value.reshape(-1)))
-        found.groups[f"torch{number}"] = _group(rule, step, members)
+        found.add_members(f"torch{number}", rule, step, members)
         steps = max(steps, step)
     for group in found.groups.values():  # torch.optim.Muon counts no steps
         group["step"] = group["step"] or max(steps, 1)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, weight_name
+from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, logical_group, weight_name
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.random_states import random_states
 from ds_optforge.checkpoint.shards import Shards, shards_of
@@ -38,7 +38,7 @@ class Stepped:
 
     @property
     def name(self) -> str:
-        return str(self.group[GROUP])
+        return logical_group(str(self.group[GROUP]))
 
     @property
     def buffers(self) -> list[str]:
@@ -98,11 +98,11 @@ class LiveEngine:
         for stepped in self.stepped if self.shards.of else ():
             if stepped.members.settings.state_dtype == "8bit":
                 raise CheckpointError(
-                    f"parameter group '{stepped.name}': got 8-bit state, whose blocks tensor parallelism cuts; allowed: "
+                    f"parameter group '{stepped.name}': got 8-bit state, whose blocks model parallelism cuts; allowed: "
                     "state_dtype float32 or bfloat16 (engine.save_checkpoint saves the others)"
                 )
             for route in stepped.members.routes if statistics_of(stepped.members.rule) else ():
-                if route.name in self.shards.of and len(route.matrices) > 1:
+                if route.name in self.shards.of and route.name not in self.shards.experts and len(route.matrices) > 1:
                     raise CheckpointError(
                         f"'{route.name}': got row statistics of a fused weight that tensor parallelism cuts; allowed: no "
                         "split (engine.save_checkpoint saves the others)"
@@ -142,6 +142,7 @@ class LiveEngine:
 
     def _own_shapes(self) -> dict[str, list[int]]:
         shapes = {name: list(full_shape(parameter)) for name, parameter in self._named_parameters()}
+        shapes |= {name: list(self.shards.of[name].whole) for name in self.shards.experts}
         return shapes | {name: list(buffer.shape) for name, buffer in _persistent_buffers(self.module)}
 
     def chunks(self) -> list[Chunk]:

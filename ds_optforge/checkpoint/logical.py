@@ -4,6 +4,7 @@ All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one)
 buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
 """
 
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -44,6 +45,11 @@ def add_members(
         "members": [],
     }
     groups.setdefault(name, made)["members"] += members
+
+
+def logical_group(name: str) -> str:
+    """The name of a parameter group in a checkpoint: of experts without the number of ranks that share them out."""
+    return re.sub(r"\.ep_size_\d+$", ".experts", name)
 
 
 def weight_name(parameter: str) -> str:
@@ -108,7 +114,8 @@ def chunks_of(
             kept = placement.held_values(parameter, per, places[per])
             if kept is not None and statistic in states[kept.tensor]:
                 values = view(states[kept.tensor][statistic], kept)
-                yield flat_chunk(buffer_name(name, statistic), placement.values(parameter, per), kept.within.start, values)
+                start, count = shards.values(name, kept.within, placement.values(parameter, per))
+                yield flat_chunk(buffer_name(name, statistic), count, start, values)
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:
@@ -190,7 +197,8 @@ class Loading:
                 kept = placement.held_values(parameter, statistic.per, found)
                 if kept is not None and (key := saved(name, statistic.name)) is not None:
                     values = view(states[kept.tensor][statistic.name], kept)
-                    self.requests.append(Request(key, kept.within.start, values))
+                    start, _ = self._shards.values(name, kept.within, placement.values(parameter, statistic.per))
+                    self.requests.append(Request(key, start, values))
 
     def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held, key: str) -> None:
         name = slices.placement.layout.names[parameter]

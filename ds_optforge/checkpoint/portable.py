@@ -16,7 +16,7 @@ from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.incumbents import FOREIGN
 from ds_optforge.checkpoint.live import LiveEngine, Stepped, rank
-from ds_optforge.checkpoint.logical import Loading, State, absmax_of
+from ds_optforge.checkpoint.logical import Loading, State, absmax_of, logical_group
 from ds_optforge.checkpoint.positions import problem_of, set_position
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
 from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
@@ -117,7 +117,7 @@ def _differences(live: LiveEngine, checkpoint: Checkpoint, strict: bool) -> list
         problems += _missing_rules(checkpoint)
     if problems or not strict:
         return [f"{checkpoint.folder}: {problem}" for problem in problems]
-    found = {name: sorted(group["members"]) for name, group in checkpoint.manifest["groups"].items()}
+    found = {name: sorted(group["members"]) for name, group in _saved_groups(checkpoint.manifest).items()}
     own = {name: sorted(group["members"]) for name, group in live.groups.items()}
     if FOREIGN in checkpoint.manifest:  # whose groups are none of ours
         problems += _other_trained(*(set(chain.from_iterable(groups.values())) for groups in (found, own)))
@@ -161,7 +161,11 @@ def _missing_rules(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _same_groups(live: LiveEngine, manifest: Mapping[str, Any]) -> bool:
-    return bool(manifest["groups"].keys() == live.groups.keys())
+    return bool(_saved_groups(manifest).keys() == live.groups.keys())
+
+
+def _saved_groups(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {logical_group(name): group for name, group in manifest["groups"].items()}
 
 
 def _few(names: set[str]) -> str:
@@ -207,7 +211,8 @@ def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Re
 
 def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]) -> None:
     """Log, once for each group, what does not go on as it was saved."""
-    for name, found in dict(resumptions).items():
+    by_group = dict(sorted(resumptions, key=lambda item: isinstance(item[1], str)))  # a reason of any sub-group counts
+    for name, found in by_group.items():
         if isinstance(found, str):
             logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, found)
         elif found.note:
@@ -225,9 +230,11 @@ def _allocate(optimizer: OptForge, stepped: Stepped, resumption: Resumption, loa
 
 
 def _restore_engine(live: LiveEngine, manifest: Mapping[str, Any], fresh: set[str]) -> None:
+    groups = _saved_groups(manifest)
     for group in live.optimizer.param_groups:
-        saved = manifest["groups"].get(group[GROUP])
-        if saved is not None and group[GROUP] not in fresh:
+        name = logical_group(group[GROUP])
+        saved = groups.get(name)
+        if saved is not None and name not in fresh:
             values = saved["hyperparameters"].items()
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values})
     set_counters(live.engine, manifest["counters"])

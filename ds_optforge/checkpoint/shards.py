@@ -1,6 +1,7 @@
-"""Shards of tensor parallelism in a checkpoint, which knows whole parameters only.
+"""Shards of tensor and expert parallelism in a checkpoint, which knows whole parameters only.
 
-A checkpoint of a run with tensor parallelism is like one of any other run: its logical tensors are those of whole parameters.
+A checkpoint of a run with such parallelism is like one of any other run: its logical tensors are those of whole parameters. The
+experts that a rank has of a bank are a range of the whole.
 A range of a shard of rows is a range of the whole. Of a shard of columns it is a range of each row, so that the tensor ranks
 exchange columns for rows before they write, and read whole rows of which they keep their columns.
 """
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
 from ds_optforge.errors import CheckpointError
+from ds_optforge.zero.layout import LayoutError
 from ds_optforge.zero.partition import Range
-from ds_optforge.zero.shards import Shard, shard_of, tensor_group, tensor_rank
+from ds_optforge.zero.shards import Shard, experts_of, shard_of, tensor_group, tensor_rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,12 +26,23 @@ class Shards:
     """The shards that this rank has of the model's parameters.
 
     Attributes:
-        of: by name, the shard of each parameter that tensor parallelism cuts.
+        of: by name, the shard of each parameter that tensor or expert parallelism cuts.
         rank: number of this tensor rank.
+        experts: by name, the number of this rank's shard of each bank of experts.
     """
 
     of: Mapping[str, Shard]
     rank: int
+    experts: Mapping[str, int]
+
+    def values(self, parameter: str, within: Range, numel: int) -> tuple[int, int]:
+        """Return (start, values) in the whole, of a statistic of which this rank counts ``numel`` values of a parameter.
+
+        Experts alone have values of their own on each rank; tensor ranks count those of whole matrices.
+        """
+        if parameter not in self.experts:
+            return within.start, numel
+        return self.experts[parameter] * numel + within.start, self.of[parameter].count * numel
 
     def whole_chunks(self, parameter: str, chunk: Chunk) -> Iterator[Chunk]:
         """Turn a chunk of this rank's shard into chunks of the whole parameter. Collective over the tensor ranks.
@@ -46,7 +59,7 @@ class Shards:
         numel, values = torch.Size(shard.whole).numel(), chunk.values
         held = Range(chunk.offsets[0], chunk.shape[0])
         if shard.dim == 0:
-            for start, within in self._ranges(shard, held):
+            for start, within in self._ranges(parameter, held):
                 yield flat_chunk(chunk.name, numel, start, values.narrow(0, within.start - held.start, within.numel))
             return
         cols = shard.whole[1]
@@ -62,15 +75,16 @@ class Shards:
             if found.numel():
                 yield flat_chunk(chunk.name, numel, (middle.start // width + first) * cols, found)
 
-    def _ranges(self, shard: Shard, held: Range) -> Iterator[tuple[int, Range]]:
+    def _ranges(self, parameter: str, held: Range) -> Iterator[tuple[int, Range]]:
         """Yield (start in the whole parameter, elements of the shard) of each range of ``held``, in a shard of rows."""
+        shard, rank = self.of[parameter], self.experts.get(parameter, self.rank)
         row = torch.Size(shard.whole[1:]).numel()
         parts = [rows * row for rows in shard.parts or shard.whole[:1]]
         for before, part in zip(accumulate(parts, initial=0), parts, strict=False):
             begin, numel = before // shard.count, part // shard.count
             low, high = max(held.start, begin), min(held.end, begin + numel)
             if low < high:
-                yield before + self.rank * numel + low - begin, Range(low, high - low)
+                yield before + rank * numel + low - begin, Range(low, high - low)
 
     def _columns_for_rows(self, values: Tensor, width: int, count: int) -> tuple[int, Tensor]:
         """Exchange some columns of all these rows for all columns of some rows, with the other tensor ranks.
@@ -105,7 +119,7 @@ class Shards:
             return [Request(key, start, values)], None
         held = Range(start, values.numel())
         if shard.dim == 0:
-            ranges = self._ranges(shard, held)
+            ranges = self._ranges(parameter, held)
             return [Request(key, at, values.narrow(0, r.start - start, r.numel)) for at, r in ranges], None
         cols = shard.whole[1]
         width = cols // shard.count
@@ -126,7 +140,7 @@ def _whole_rows(held: Range, width: int) -> Range:
     return Range(first, end - first) if first <= end else Range(held.end, 0)
 
 
-WHOLE = Shards({}, 0)
+WHOLE = Shards({}, 0, {})
 
 
 def shards_of(named: Sequence[tuple[str, Tensor]]) -> Shards:
@@ -135,6 +149,10 @@ def shards_of(named: Sequence[tuple[str, Tensor]]) -> Shards:
     Raises:
         CheckpointError: a parameter whose whole cannot be put together from its shards.
     """
+    try:
+        banks = {name: bank for name, parameter in named if (bank := experts_of(name, parameter)) is not None}
+    except LayoutError as error:
+        raise CheckpointError(f"{error} (engine.save_checkpoint saves the others)") from None
     found = {name: shard for name, parameter in named if (shard := shard_of(parameter)) is not None}
     for name, shard in found.items():
         if shard.problem or (shard.dim == 1 and len(shard.whole) != 2):
@@ -143,4 +161,5 @@ def shards_of(named: Sequence[tuple[str, Tensor]]) -> Shards:
                 f"'{name}': tensor parallelism cuts it into {what}; allowed: even ranges of rows or columns "
                 "(engine.save_checkpoint saves the others)"
             )
-    return Shards(found, tensor_rank()) if found else WHOLE
+    experts = {name: bank for name, (bank, _) in banks.items()}
+    return Shards(found | experts, tensor_rank() if found else 0, {name: number for name, (_, number) in banks.items()})

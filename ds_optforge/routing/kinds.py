@@ -92,7 +92,9 @@ def _kind(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tensor
     if part is not None:
         return _factor(part)
     kind = _matrix(modules, path, leaf, parameter)
-    fused = fused_in(modules, path, leaf, full_shape(parameter), kind.transposed) if kind.hidden else None
+    shape = full_shape(parameter)
+    known = kind.hidden and len(shape) > 1  # FSDP flattens weights
+    fused = fused_in(modules, path, leaf, shape, kind.transposed) if known else None
     return replace(kind, fused=fused) if fused else kind
 
 

@@ -86,8 +86,8 @@ def model_parallelism(engine: Any) -> str:
     Returns:
         A phrase for messages; "" for data parallelism alone, and for tensor parallelism that `shards` can read.
     """
-    if any(map(expert_parallel, engine.module.parameters())):
-        return "experts that are shared out over ranks (ep_size > 1)"
+    if any(map(expert_parallel, engine.module.parameters())) and getattr(engine, "mp_world_size", 1) > 1:
+        return "experts that are shared out over ranks (ep_size > 1) beside other parallelism"
     if getattr(engine, "pipeline_parallelism", False):  # where mp_world_size counts the stages too
         sharded = require_attribute(require_attribute(engine, "grid"), "get_slice_parallel_world_size")() > 1
         return "tensor parallelism beside a pipeline" if sharded else ""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.layout import Binding, LayoutError
+from ds_optforge.zero.layout import Binding, LayoutError, expert_group_name
 from ds_optforge.zero.versions import found_deepspeed, versions
 
 # A dict that AutoTP leaves on each parameter of the layers it replaced; older DeepSpeed leaves only tensor_model_parallel.
@@ -114,6 +114,34 @@ def _of_autotp(found: dict[str, Any], dim: int, count: int) -> Shard:
     elif len(set(sizes)) > 1:
         problem = f"shards of {list(sizes)} {'columns' if dim else 'rows'}"
     return Shard(whole, dim, count, tuple(sum(part) for part in widths or ()), problem)
+
+
+def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
+    """Read which of a bank's experts this rank has, as a shard and its number; None for what ranks do not share out.
+
+    Args:
+        name: qualified name of the parameter.
+        parameter: of an engine with expert parallelism, AutoEP's.
+
+    Raises:
+        LayoutError: experts that are no banks, or tensor parallelism beside them.
+    """
+    group_name = expert_group_name(parameter)
+    if not group_name:
+        return None
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_parallel_group(group_name)
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
+    if count == 1:
+        return None
+    shape = _local_shape(parameter)
+    if len(shape) < 3 or shard_of(parameter) is not None:
+        raise LayoutError(
+            f"'{name}': got experts that {count} ranks share out under the same names (ep_size > 1); allowed: AutoEP's banks "
+            "of experts, without tensor parallelism beside them"
+        )
+    return Shard((shape[0] * count, *shape[1:]), 0, count), rank
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -253,15 +253,15 @@ def adamw_engine(config: dict[str, Any], how: str = "groups", **model_options: A
 
     Args:
         how: what torch's AdamW is given: "groups" (vectors without decay, then the rest), "named" (the same with their names),
-            or "all" in the model's order; "ramp" is "groups" with a scheduler that is torch's. "section" takes the optimizer
-            section of ``config``.
+            or "all" in the model's order, frozen ones too; "ramp" is "groups" with a scheduler that is torch's. "section"
+            takes the optimizer section of ``config``.
     """
     model = models.build(**model_options)
     if how == "section":
         return deepspeed.initialize(model=model, config=config)[0]
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if how == "all":
-        given: Any = [parameter for _, parameter in trained]
+        given: Any = list(model.parameters())
     else:
         members = [[item for item in trained if (item[1].ndim < 2) == small] for small in (True, False)]
         listed = members if how == "named" else [[parameter for _, parameter in items] for items in members]

@@ -112,26 +112,38 @@ def test_deepspeed_initialize_with_an_optimizer_object_ends_in_the_first_step(st
 
 
 @pytest.mark.compatibility("autoep_engine_checkpoints", verdict="exact")
-@pytest.mark.compatibility("autoep_checkpoints", verdict="refused")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_engine_checkpoints_resume_to_the_bit_and_others_are_refused(stage: int, pools: Pools, tmp_path: Path) -> None:
+def test_engine_checkpoints_resume_to_the_bit_and_convert_refuses_them(stage: int, pools: Pools, tmp_path: Path) -> None:
     config = experts.autoep_config(2, stage, NORMUON)
-    for same, refusal in pools[2].run(experts.save_and_resume, config, NORMUON, str(tmp_path)):
-        assert same
-        assert refusal.startswith("got experts that are shared out over ranks")
+    assert pools[2].run(experts.save_and_resume, config, NORMUON, str(tmp_path)) == [(True, "")] * 2
     with pytest.raises(CheckpointError, match=r"_model_states\.pt: holds (an expert|one of 2 ranks' experts)"):
         convert(tmp_path / "engine", tmp_path / "converted")
-    assert {path.name for path in tmp_path.iterdir()} == {"engine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"engine", "portable"}
 
 
-@pytest.mark.compatibility("autoep", verdict="exact")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_where_every_rank_holds_all_experts_portable_checkpoints_resume_on_other_ranks(
-    stage: int, pools: Pools, tmp_path: Path
+@pytest.mark.compatibility("autoep_checkpoints", verdict="exact")
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ((2, 1, 2), (4, 1, 3)),
+        ((2, 1, 3), (4, 1, 2)),
+        ((2, 2, 2), (4, 4, 3)),
+        ((4, 4, 3), (2, 2, 2)),
+        ((4, 2, 0), (2, 1, 3)),
+        ((2, 1, 1), (4, 2, 0)),
+    ],
+    ids=lambda place: "{} ranks, autoep_size {}, stage {}".format(*place),
+)
+def test_portable_checkpoints_resume_on_other_ranks_stages_and_shares_of_experts(
+    saved: tuple[int, int, int], resumed: tuple[int, int, int], pools: Pools, tmp_path: Path
 ) -> None:
-    saved = pools[2].run(experts.save_and_resume, experts.autoep_config(1, stage, NORMUON), NORMUON, str(tmp_path))
-    assert saved == [(True, "")] * 2
-    whole = pools[2].run(experts.autoep, 1, stage, NORMUON, 4)[0]
-    other = experts.autoep_config(1, {2: 3, 3: 2}[stage], NORMUON)
-    for found in pools[4].run(experts.resume_portable, other, NORMUON, str(tmp_path)):
-        assert tensor_parallel.difference(found, whole) < TOLERANCE
+    """NorMuon, whose row statistics of a bank are shared out with its experts."""
+    ranks, share, stage = saved
+    found = pools[ranks].run(experts.save_and_resume, experts.autoep_config(share, stage, NORMUON), NORMUON, str(tmp_path))
+    assert found == [(True, "")] * ranks
+    whole = pools[ranks].run(experts.autoep, share, stage, NORMUON, 4)[0]
+    ranks, share, stage = resumed
+    for after in pools[ranks].run(
+        experts.resume_portable, experts.autoep_config(share, stage, NORMUON), NORMUON, str(tmp_path)
+    ):
+        assert tensor_parallel.difference(after, whole) < TOLERANCE

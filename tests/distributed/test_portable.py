@@ -180,4 +180,4 @@ def test_rates_and_random_states_arrive(pools: Pools, tmp_path: Path) -> None:
 def test_experts_shared_out_over_ranks_are_refused(pools: Pools, tmp_path: Path) -> None:
     with pytest.raises(RankFailure) as failure:
         pools[2].run(checkpoints.save_mixture, cases.engine_config(2, cases.MUON), str(tmp_path / "saved"))
-    assert "experts that are shared out over ranks (ep_size > 1)" in failure.value.messages[0]
+    assert "ranks share out under the same names (ep_size > 1)" in failure.value.messages[0]
