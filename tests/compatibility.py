@@ -16,6 +16,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "deepspeed": "DeepSpeed, JSON and `register` or `initialize`",
         "accelerate": "Accelerate",
         "trainer": "Hugging Face Trainer",
+        "peft": "PEFT: LoRA, DoRA, LoRA of embeddings, QLoRA (bitsandbytes' 4 bits)",
     },
     "Parallelism": {
         "data": "Data parallelism, 1 to 4 ranks",

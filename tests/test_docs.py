@@ -15,6 +15,7 @@ from tests.layers import linears, matrix, set_gradients
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "optimizers.md").read_text(encoding="utf-8")
+TELEMETRY = (DOCS / "telemetry.md").read_text(encoding="utf-8")
 GENERATOR: dict[str, Any] = runpy.run_path(str(DOCS / "field_tables.py"))
 MADE: dict[str, str] = GENERATOR["tables"]()
 RULES: dict[str, type[RuleSettings]] = GENERATOR["RULES"]
@@ -26,10 +27,11 @@ def numbers(text: str) -> list[float]:
 
 
 def test_the_page_has_every_table() -> None:
-    assert set(GENERATOR["committed"](PAGE)) == set(MADE) - {"rule_names"}
+    assert set(GENERATOR["committed"](PAGE)) == set(MADE) - {"rule_names", "healthy"}
+    assert set(GENERATOR["committed"](TELEMETRY)) == {"healthy"}
 
 
-@pytest.mark.parametrize("name", [name for name in MADE if name not in ("coefficients", "rule_names")])
+@pytest.mark.parametrize("name", [name for name in MADE if name not in ("coefficients", "healthy", "rule_names")])
 def test_fields_and_defaults_are_those_of_the_models(name: str) -> None:
     assert GENERATOR["committed"](PAGE)[name] == MADE[name], STALE
 
@@ -39,6 +41,10 @@ def test_singular_values_are_those_of_the_coefficient_sets() -> None:
     committed = GENERATOR["committed"](PAGE)["coefficients"]
     assert re.sub(r"\d+\.\d+", "", committed) == re.sub(r"\d+\.\d+", "", MADE["coefficients"]), STALE
     assert numbers(committed) == pytest.approx(numbers(MADE["coefficients"]), abs=0.015), STALE
+
+
+def test_healthy_ranges_are_those_that_telemetry_warns_by() -> None:
+    assert GENERATOR["committed"](TELEMETRY)["healthy"] == MADE["healthy"], STALE
 
 
 def test_a_changed_default_would_be_noticed() -> None:

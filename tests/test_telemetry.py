@@ -1,6 +1,9 @@
 """What a recorded step says, against the same numbers computed from weights and gradients here."""
 
+import logging
 import math
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from ds_optforge import ConfigError, OptForge, build_optimizer
 from ds_optforge.rules import rule_names
+from ds_optforge.step.health import PATIENCE
 from ds_optforge.step.telemetry import SAMPLE
 from tests import models, oracles
 from tests.layers import linears, matrix, set_gradients, snapshot
@@ -216,6 +220,93 @@ class TestWhen:
             take_steps(model, optimizer, steps=4)
             weights.append([parameter.detach() for parameter in model.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def rank_one(step: int, rows: int = 32, cols: int = 48) -> Tensor:
+    """The same direction in every step."""
+    return torch.outer(matrix(rows, 1, seed=7).flatten(), matrix(cols, 1, seed=8).flatten())
+
+
+def noise(step: int, rows: int = 32, cols: int = 48) -> Tensor:
+    return matrix(rows, cols, seed=step)
+
+
+def growing(step: int) -> Tensor:
+    return 1.5**step * noise(0)
+
+
+class TestHealth:
+    """A warning where a number is outside of its range for `PATIENCE` records."""
+
+    @staticmethod
+    def warnings(
+        caplog: pytest.LogCaptureFixture,
+        gradients: Sequence[Callable[[int], Tensor]],
+        params: dict[str, Any] = MUON,
+        weights: Sequence[Tensor] = (matrix(32, 48),),
+    ) -> list[str]:
+        """What is warned of in steps with these gradients of the first of the weights; every step is recorded."""
+        model = linears(*weights)
+        optimizer = watched(model, params)
+        with caplog.at_level(logging.WARNING, logger="ds_optforge"):
+            for step, gradient in enumerate(gradients):
+                next(model.parameters()).grad = gradient(step).to(weights[0].dtype)
+                optimizer.step()
+        return [record.getMessage() for record in caplog.records]
+
+    @pytest.mark.parametrize("scale", ["shape", "match_rms_adamw", "spectral", "none"])
+    @pytest.mark.parametrize("name", ["muon", "normuon"])
+    def test_none_on_ordinary_gradients(self, name: str, scale: str, caplog: pytest.LogCaptureFixture) -> None:
+        params = {"name": name, "lr": LR, "weight_decay": 1.0, "orthogonalization": {"scale": scale}, "adamw": {"lr": 1e-3}}
+        assert self.warnings(caplog, [noise] * (PATIENCE + 1), params) == []
+
+    @pytest.mark.parametrize("params", [ADAMW, CAUTIOUS, {"name": "lion"}, {"name": "sgd"}, {"name": "schedule_free_adamw"}])
+    def test_none_of_an_elementwise_rule_on_ordinary_gradients(
+        self, params: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert self.warnings(caplog, [noise] * (PATIENCE + 1), params) == []
+
+    def test_a_momentum_of_one_direction_is_warned_of_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It names the group, the number and its value, the range and the page. sqrt(31 / 32) = 0.984."""
+        error, size = sorted(self.warnings(caplog, [rank_one] * (2 * PATIENCE + 2), {**MUON, "weight_decay": 0.0}))
+        assert re.fullmatch(
+            r"matrix\.muon: orthogonality_error is 0\.98\d in step 20, and has been outside of its healthy range "
+            r"\(here 0 to 0\.[56]\d*\) for 20 records; docs/telemetry\.md says what to do",
+            error,
+        )
+        assert size.startswith("matrix.muon: update_rms is ")
+
+    def test_the_records_are_in_a_row(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Between them the momentum of noise is a larger one."""
+        loud = [lambda step: 1e6 * noise(step)] * 2
+        few = [rank_one] * (PATIENCE - 1)
+        model_of_one_step = {**MUON, "momentum": 0.0, "weight_decay": 0.0}
+        assert self.warnings(caplog, [*few, *loud, *few], model_of_one_step) == []
+        assert len(self.warnings(caplog, [*few, rank_one], model_of_one_step)) == 2
+
+    def test_updates_that_bfloat16_weights_swallow_are_too_small(self, caplog: pytest.LogCaptureFixture) -> None:
+        """1e-6 a step, beside weights of 1."""
+        params = {**MUON, "lr": 1e-5, "weight_decay": 0.0}
+        (found,) = self.warnings(caplog, [noise] * PATIENCE, params, [torch.ones(32, 48, dtype=torch.bfloat16)])
+        assert found.startswith("matrix.muon: update_rms is 0 in step 20")
+
+    def test_matrices_without_gradients_are_in_the_size_of_the_groups_update(self, caplog: pytest.LogCaptureFixture) -> None:
+        """One of four alike has one: half of the group's root mean square."""
+        weights = [matrix(32, 48, seed=seed) for seed in range(4)]
+        (found,) = self.warnings(caplog, [noise] * PATIENCE, {**MUON, "weight_decay": 0.0}, weights)
+        assert found.startswith("matrix.muon: update_rms is ")
+
+    def test_adamws_updates_are_too_large_while_gradients_grow(self, caplog: pytest.LogCaptureFixture) -> None:
+        """By half in each step: (0.5 / (1 - 0.5 / 1.5)) / sqrt(0.1 / (1 - 0.9 / 1.5^2)) = 1.84 times the rate."""
+        (found,) = self.warnings(caplog, [growing] * (PATIENCE + 9), {**ADAMW, "betas": [0.5, 0.9], "weight_decay": 0.0})
+        assert re.match(r"matrix\.adamw: update_rms is 0\.001[78]\d? in step \d+, .*\(here 0 to 0\.00101\)", found)
+
+    def test_a_large_decay_is_part_of_the_range(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A third of the weight in each step, far more than the update."""
+        assert self.warnings(caplog, [noise] * PATIENCE, {**MUON, "weight_decay": 16.0}) == []
+
+    def test_a_rule_that_says_nothing_is_never_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.warnings(caplog, [growing] * PATIENCE, {"name": "sgd", "lr": 1e-6}) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -43,6 +43,10 @@ class OptimizerConfig:
         self.main = self._resolve(self.common.name, [(path, self._top)])
         if self.common.adamw and not self.main.needs_matrix():
             raise ConfigError(f"{path}.adamw: got a section; allowed: none, '{self.main.rule}' takes every parameter itself")
+        if self.common.lora and not self.main.needs_matrix():
+            raise ConfigError(
+                f"{path}.lora: got '{self.common.lora}' with '{self.main.rule}', which is no matrix rule; allowed: none"
+            )
         for role in ROLES:
             self.settings(role)
         for index, override in enumerate(self.common.overrides):

@@ -11,6 +11,9 @@ from ds_optforge.validation import Section
 Role: TypeAlias = Literal["matrix", "embedding", "unembedding", "scalar"]
 ROLES: tuple[Role, ...] = ("matrix", "embedding", "unembedding", "scalar")
 
+# Which factors of an adapter's change B A a matrix rule takes.
+Lora: TypeAlias = Literal["both", "b_only", "adamw"]
+
 # With fewer whole rows on a rank, shard_local is row normalisation rather than Muon.
 THIN_ROWS = 32
 
@@ -115,4 +118,7 @@ class CommonSettings(Section):
     heads: Literal["auto"] | None = Field(None, description="auto: cut the projections of attention into their heads")
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(
         None, description="a longer, thinner matrix falls back to adamw; null: 10 for what is no known hidden linear map"
+    )
+    lora: Lora | None = Field(
+        None, description="the factors of LoRA adapters that the rule takes, whatever their aspect ratio; null: both, if any"
     )

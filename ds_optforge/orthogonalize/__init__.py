@@ -1,16 +1,19 @@
 """Newton-Schulz orthogonalization: coefficients (data) and the iteration (tensor math)."""
 
+from ds_optforge.orthogonalize.bounds import Healthy, healthy
 from ds_optforge.orthogonalize.coefficients import COEFFICIENT_SETS, CoefficientSet, coefficient_set
 from ds_optforge.orthogonalize.newton_schulz import Method, accurate_method, at_once, flops, orthogonalize, uses_gram
 
 __all__ = [
     "COEFFICIENT_SETS",
     "CoefficientSet",
+    "Healthy",
     "Method",
     "accurate_method",
     "at_once",
     "coefficient_set",
     "flops",
+    "healthy",
     "orthogonalize",
     "uses_gram",
 ]

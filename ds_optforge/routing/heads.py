@@ -15,6 +15,8 @@ _NAME = re.compile(
 )
 # Of a module whose last Linear is the output.
 _CONTAINER = re.compile(r"^(lm_head|heads?|classifier|cls|.+_(heads?|classifier|predictor))$")
+# PEFT's layers that are trained whole beside adapters: the copy of a layer has a name below the layer's.
+_TRAINED_WHOLE = re.compile(r"\.modules_to_save\.[^.]+$")
 _ATTENTION = re.compile(r"^(multi|attn|attention)_heads?$")
 
 
@@ -34,17 +36,17 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
     if isinstance(weight, Tensor):
         yield weight, "output embedding"
     for name, module in model.named_modules():
-        *path, last = name.split(".")
+        *path, own = _TRAINED_WHOLE.sub("", name).split(".")
         if is_pipeline(model):
             path = path[1:]  # the layer's number
         if any(part.isdigit() for part in path):
             continue
-        if isinstance(module, nn.Linear) and _NAME.match(last):
-            yield module.weight, f"output: its name is '{last}'"
-        elif _CONTAINER.match(last) and not _ATTENTION.match(last):
+        if isinstance(module, nn.Linear) and _NAME.match(own):
+            yield module.weight, f"output: its name is '{own}'"
+        elif _CONTAINER.match(own) and not _ATTENTION.match(own):
             output = _last_output(module)
             if output is not None:
-                yield output, f"output: the last layer of '{last}'"
+                yield output, f"output: the last layer of '{own}'"
     last = _last_layer(model)
     if last is not None and (linear := _only_linear(last)):
         yield linear.weight, "output: the last layer"

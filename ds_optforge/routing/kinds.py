@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ds_optforge.routing.fused import Fused, fused_in
 from ds_optforge.routing.heads import head_weights
+from ds_optforge.routing.lora import Factor, Part, adapter_part
 from ds_optforge.zero.layout import LayoutError
 from ds_optforge.zero.shards import full_shape, local_shape
 
@@ -28,6 +29,7 @@ class Kind:
         matrix: (rows, cols) of each of its matrices; None if the shape decides.
         transposed: whether it is stored (in, out).
         fused: the matrices that it joins; None if nothing is known of any.
+        factor: which factor of a LoRA adapter it is; None if it is none.
     """
 
     why: str
@@ -37,6 +39,7 @@ class Kind:
     matrix: tuple[int, int] | None = None
     transposed: bool = False
     fused: Fused | None = None
+    factor: Factor | None = None
 
 
 UNKNOWN = Kind("its shape")
@@ -65,15 +68,18 @@ def kinds_of(model: nn.Module) -> Iterator[tuple[nn.Parameter, Kind]]:
             if known is None or (kind.role == "embedding" and known.role != "embedding"):
                 found[id(parameter)] = (parameter, kind)
     for weight, kind in found.values():
-        why = heads.get(id(weight)) if kind.role != "embedding" else None
+        why = heads.get(id(weight)) if kind.role != "embedding" and kind.factor is None else None
         yield weight, Kind(why, "unembedding", transposed=kind.transposed) if why else kind
 
 
 def _kind(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tensor) -> Kind:
+    part = adapter_part(modules, path, leaf)
     path, leaf, magnitude = _original(modules, path, leaf)
     module = modules[path]
-    if magnitude:
+    if magnitude or part == "magnitude":
         return Kind("magnitude of a normalised weight", "scalar")
+    if part == "embedding":
+        return Kind("adapter of an embedding", "embedding")
     if getattr(parameter, "_no_weight_decay", False):
         return Kind("marked by the model as free of decay", "scalar")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (leaf == "weight" and type(module).__name__.endswith("Embedding")):
@@ -83,7 +89,9 @@ def _kind(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tensor
     if _BIAS.search(leaf) and not _TABLE.search(leaf):
         return Kind("bias", "scalar")
     if isinstance(module, nn.modules.conv._ConvNd):
-        return _convolution(module, parameter)
+        return _factor(part, _convolution(module, parameter))
+    if part is not None:
+        return _factor(part)
     kind = _matrix(modules, path, leaf, parameter)
     fused = _fused(modules, path, leaf, parameter, kind)
     return replace(kind, fused=fused) if fused else kind
@@ -97,6 +105,15 @@ def _fused(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tenso
     except LayoutError:  # tensor parallelism has cut it, and DeepSpeed does not know yet among how many ranks
         return None
     return fused_in(modules, path, leaf, shape, kind.transposed)
+
+
+def _factor(part: Part | None, kind: Kind = _HIDDEN) -> Kind:
+    """Return what a weight is that, without its place in an adapter, would be of that ``kind``."""
+    if part == "experts":
+        return replace(kind, why="fused adapters of experts", elementwise=True)
+    if part == "A" or part == "B":
+        return replace(kind, why=f"factor {part} of an adapter", factor=part)
+    return kind
 
 
 def _original(modules: dict[str, nn.Module], path: str, leaf: str) -> tuple[str, str, bool]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
-from ds_optforge.config.sections import Role
+from ds_optforge.config.sections import CommonSettings, Role
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.geometry import Geometry, geometry_of, is_vector, uncut
 from ds_optforge.routing.kinds import Kind
+from ds_optforge.routing.lora import refuse_without_adapters, takes
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.steppable import refuse_unsteppable
 from ds_optforge.routing.tags import parameter_name, tag, tags_of
@@ -103,7 +104,7 @@ def route(
     if use_muon is not None:
         own.setdefault("name", _rule_for_flag(config, use_muon))
     kind, found = tags.kind, geometry_of(parameter, name, config, matched)
-    left = "" if named or found.cut else _left_to_adamw(kind, found, config.common.max_aspect_ratio)
+    left = "" if named or found.cut else _left_to_adamw(kind, found, config.common)
     try:
         settings = config.settings(role, matched, bool(left), own, place.rpartition(".")[0])
     except ConfigError as error:
@@ -128,12 +129,15 @@ def _why(kind: Kind, role: Role, left: str) -> str:
     return "vector" if role == "scalar" and kind.role is None else kind.why
 
 
-def _left_to_adamw(kind: Kind, found: Geometry, longest: float | None) -> str:
+def _left_to_adamw(kind: Kind, found: Geometry, common: CommonSettings) -> str:
     """Return why a matrix rule leaves a matrix to adamw; empty if it does not."""
     if kind.elementwise:
         return kind.why
+    if kind.factor and not takes(kind.factor, common.lora):
+        return f"{kind.why}, lora: {common.lora}"
     if any(min(rows, cols) == 1 for _, rows, cols in found.matrices):
         return f"{kind.why} with one input or output"
+    longest = None if kind.factor else common.max_aspect_ratio
     limit = _LONGEST if longest is None else longest
     if (longest is not None or not kind.hidden) and any(
         max(rows, cols) > limit * min(rows, cols) for _, rows, cols in found.matrices
@@ -223,6 +227,7 @@ def routes_of(model: nn.Module, config: OptimizerConfig) -> list[Route]:
     parameters = [parameter for parameter in model.parameters() if not tags_of(parameter).placeholder]
     names = ParameterNames(map(parameter_name, parameters))
     names.refuse_unmatched(config.common.overrides)
+    refuse_without_adapters(names.all, config.common.lora)
     return [route(parameter, config, names=names) for parameter in parameters if parameter.requires_grad]
 
 

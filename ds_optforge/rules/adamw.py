@@ -31,6 +31,7 @@ class AdamW(ElementwiseRule):
         Buffer("exp_avg_sq", signed=False),
     )
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
+    update_at_most: ClassVar[float | None] = 1.0
 
     @property
     def in_place(self) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ds_optforge.orthogonalize import Healthy
+
 Tensors: TypeAlias = Sequence[Tensor]
 State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter, of its shape and dtype
 Sums: TypeAlias = Mapping[str, Tensors]  # by sum: one float32 tensor per parameter, which broadcasts with it
@@ -160,9 +162,16 @@ class Rule(ABC):
 
 
 class ElementwiseRule(Rule):
-    """A rule whose update of an element depends on that element alone."""
+    """A rule whose update of an element depends on that element alone.
+
+    Attributes:
+        update_at_most: the root mean square of a group's updates, without decay, over the learning rate, that steady training
+            does not exceed: telemetry warns above it. None where there is no such bound.
+    """
 
     __slots__ = ()
+
+    update_at_most: ClassVar[float | None] = None
 
     @property
     def in_place(self) -> bool:
@@ -241,6 +250,15 @@ class MatrixRule(Rule):
             cols: stored columns.
             transposed: whether the weight is stored (in, out).
         """
+
+    def healthy(self, rows: int, cols: int) -> Healthy | None:
+        """Return bounds for what `update` gives to ``batch.watch``, for ordinary momenta of one shape; None if none are known.
+
+        Args:
+            rows: stored rows.
+            cols: stored columns.
+        """
+        return None
 
     @abstractmethod
     def apply(

@@ -22,6 +22,7 @@ class Lion(ElementwiseRule):
     cautious: bool = False
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
+    update_at_most: ClassVar[float | None] = 1.0
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:
         """Update the parameters and the momentum in place; arguments as in `ElementwiseRule.step`."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Method, accurate_method, coefficient_set, flops, orthogonalize
+from ds_optforge.orthogonalize import Healthy, Method, accurate_method, coefficient_set, flops, healthy, orthogonalize
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative
@@ -58,6 +58,11 @@ class Orthogonalization:
     def scale_of(self, rows: int, cols: int, transposed: bool = False) -> float:
         """Return the factor of the orthogonal matrix of a weight stored as (rows, cols): (in, out) if ``transposed``."""
         return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
+
+    def healthy(self, rows: int, cols: int) -> Healthy:
+        """Return the bounds for ordinary momenta of shape (rows, cols): see `ds_optforge.orthogonalize.healthy`."""
+        chosen = coefficient_set(self.coefficients)
+        return healthy(chosen.sequence(self.steps), chosen.safety, min(rows, cols), torch.finfo(self.dtype).bits)
 
     def flops(self, rows: int, cols: int) -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix: see `ds_optforge.orthogonalize.flops`.
@@ -128,6 +133,10 @@ class Muon(MatrixRule):
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         """Return scale / sqrt(max(rows, cols)); arguments as in `MatrixRule.rms`."""
         return self.orthogonalization.scale_of(rows, cols, transposed) / math.sqrt(max(rows, cols))
+
+    def healthy(self, rows: int, cols: int) -> Healthy:
+        """Return the bounds for the orthogonal factors; arguments as in `MatrixRule.healthy`."""
+        return self.orthogonalization.healthy(rows, cols)
 
     def apply(
         self, parameters: Tensors, updates: Tensors, active: Tensor, state: State, sums: Sums, now: Hyperparameters

@@ -9,6 +9,7 @@ from torch import Tensor
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.refused import BUILT_LATER
 from ds_optforge.errors import ConfigError
+from ds_optforge.routing.lora import refuse_without_adapters
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
 from ds_optforge.routing.tags import replaced, tag_new, tags_of
@@ -54,6 +55,7 @@ class Groups:
         self._names = ParameterNames(tags.name or place for tags, place in tagged if not tags.placeholder)
         routed, entries, names = route_all(self.stage, lambda: self._all_routed(given, placed), self._names)
         names.refuse_unmatched(config.common.overrides)
+        refuse_without_adapters(names.all, config.common.lora)
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"

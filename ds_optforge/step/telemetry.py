@@ -1,7 +1,8 @@
 """Per-group statistics of every k-th step, for the whole model.
 
 Sums of squares are taken span by span while the step is processing a span, so that nothing of a slice's size is copied; one
-small all-reduce adds them up over the ranks. Other steps, and optimizers without the setting, do no extra work.
+small all-reduce adds them up over the ranks, and the first rank reads them to see whether they are healthy. Other steps, and
+optimizers without the setting, do no extra work.
 """
 
 import math
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
+from ds_optforge.step.health import EXPECTED, Expected, Health, expected, healthy_ranges
 from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
-from ds_optforge.zero.exchange import BucketExchange, sum_over_ranks
+from ds_optforge.zero.exchange import BucketExchange, on_first_rank, sum_over_ranks
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.pipeline import Stage, replicated, sum_over_stages
@@ -61,6 +63,8 @@ class Telemetry:
         parameters = chain.from_iterable(found.parameters for found in members.values())
         self._tensor_parallel = any(shard_of(parameter) for parameter in parameters)
         self._samples = {group: _sample(found.routes) for group, found in members.items()}
+        self._expected: dict[str, Expected] = {}  # computed for the first record
+        self._health = Health()
         self._monitor: Monitor | None = None
         self._last: dict[str, Any] = {}
         self._reduced: tuple[int, Tensor] | None = None  # read from the device when asked for
@@ -69,7 +73,7 @@ class Telemetry:
 
     def _begin(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._rates: dict[str, float] = {}
+        self._now: dict[str, Hyperparameters] = {}
         self._steps: dict[str, int] = {}
         self._covered = dict.fromkeys(self._members, 0)
         self._widest: Binding | None = None
@@ -78,14 +82,20 @@ class Telemetry:
     def last(self) -> dict[str, Any]:
         """The last record: {"step": n, "groups": {group: {name: value}}}; empty before the first."""
         if self._reduced is not None:
-            step, sums = self._reduced
-            groups = {
-                group: _numbers(dict(zip(_SUMS + _SCALES, row, strict=True)))
-                for group, row in zip(self._members, sums.tolist(), strict=True)
-                if row[0]  # else none of its parameters had a gradient
-            }
-            self._last, self._reduced = {"step": step, "groups": groups}, None
+            (step, sums), self._reduced = self._reduced, None
+            self._last = {"step": step, "groups": self._read(step, sums.tolist())}
         return self._last
+
+    def _read(self, step: int, rows: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
+        """Make a record of the sums of each group, and look at it on the first rank."""
+        groups = {}
+        for group, row in zip(self._members, rows, strict=True):
+            sums = dict(zip(_SUMS + _SCALES + EXPECTED, row, strict=True))
+            if sums["elements"]:  # else none of its parameters had a gradient
+                groups[group] = numbers = _numbers(sums)
+                if on_first_rank():
+                    self._health.look(step, group, numbers, healthy_ranges(numbers, sums))
+        return groups
 
     def send_to(self, monitor: Monitor) -> None:
         """Write every later record to DeepSpeed's ``monitor`` as well."""
@@ -124,7 +134,7 @@ class Telemetry:
             self._sums.pop(group, None)
         sums = watch.sums()
         self._sums[group] = self._sums[group] + sums if group in self._sums else sums
-        self._rates[group] = now["lr"]
+        self._now[group] = now
         self._covered[group] += len(watch.slices.binding.indices)
         # Experts are cut over fewer ranks than the rest; the elements that a rank holds of them count in the sum over all.
         if self._widest is None or watch.slices.binding.world_size > self._widest.world_size:
@@ -139,18 +149,25 @@ class Telemetry:
         nothing = torch.zeros(len(_SUMS), dtype=torch.float64)  # of a group that is skipped, or that other stages have
         sums = torch.stack([self._sums.get(group, nothing).to(binding.device) for group in self._members])
         sum_over_ranks(sums, binding)
-        scales = [_scales(members, self._rates.get(group, 0.0)) for group, members in self._members.items()]
-        sums = torch.cat([sums, torch.tensor(scales, dtype=torch.float64, device=binding.device)], dim=1)
+        known = torch.tensor([self._known(group) for group in self._members], dtype=torch.float64)
+        sums = torch.cat([sums, known.to(binding.device)], dim=1)
         if self._stage:
             sum_over_stages(sums, self._stage)
         self._reduced = (step, sums)
         self._begin()
-        self._write()
+        if on_first_rank() or (self._monitor and self._monitor.enabled):  # else read when asked for
+            self._write(self.last)
 
-    def _write(self) -> None:
+    def _known(self, group: str) -> tuple[float, ...]:
+        """Return `_SCALES` and `EXPECTED` of a group, which need nothing from the device."""
+        found, now = self._members[group], self._now.get(group, {"lr": 0.0})
+        if group not in self._expected:
+            self._expected[group] = expected(found.rule, found.routes, self._samples[group])
+        return *_scales(found, now["lr"]), *self._expected[group].sums(now)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
         if self._monitor is None or not self._monitor.enabled:
             return
-        record = self.last
         self._monitor.write_events(
             [
                 (f"OptForge/{group}/{name}", value, record["step"])

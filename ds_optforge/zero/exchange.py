@@ -344,6 +344,11 @@ def sum_over_ranks(values: Tensor, binding: Binding) -> None:
         dist.all_reduce(values, group=binding.process_group)
 
 
+def on_first_rank() -> bool:
+    """Return whether this is the first rank of all, or there are no others."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def any_rank(found: bool, binding: Binding) -> bool:
     """Return whether any rank of the binding's process group has ``found`` something. Collective."""
     if binding.process_group is None or binding.world_size == 1:

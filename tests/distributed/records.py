@@ -1,5 +1,6 @@
 """What the ranks of a pool run for the tests of telemetry. Every function returns plain data."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,32 @@ def train_with_own_interval(config: dict[str, Any]) -> None:
     if dist.get_rank() == 1:
         config["optimizer"]["params"]["telemetry"] = {"every": 3}
     cases.run_steps(cases.build_engine(config, {}), 0, 1)
+
+
+def train_on_one_token(config: dict[str, Any], steps: int) -> list[str]:
+    """What is warned of on this rank where every gradient is of one token, the same one: a momentum of one direction."""
+    heard = _Heard()
+    logger = logging.getLogger("ds_optforge")
+    engine = ds_optforge.initialize(model=OneScalar(), config=config)[0]
+    logger.addHandler(heard)
+    try:
+        token = torch.tensor([3])
+        for _ in range(steps):
+            engine.backward(engine(token, token))
+            engine.step()
+    finally:
+        logger.removeHandler(heard)
+        engine.destroy()
+    return heard.messages
+
+
+class _Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def spoil_padding(engine: Any) -> None:

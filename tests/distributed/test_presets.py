@@ -10,11 +10,13 @@ from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+TUNING = {"muon_finetune_zero3", "muon_lora_zero2"}  # with the small rates of a trained model: see below
+from_scratch = pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in TUNING], ids=lambda path: path.stem)
 every_preset = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
 @pytest.mark.promise("choose-by-name", "client-optimizer")
-@every_preset
+@from_scratch
 def test_preset_learns(path: Path, pools: Pools) -> None:
     """From 5.55 nats per byte (uniform) to below 4.2 in 10 steps; the same on both ranks."""
     config = json.loads(path.read_text())
@@ -22,6 +24,16 @@ def test_preset_learns(path: Path, pools: Pools) -> None:
     assert first == second
     assert first[0] == pytest.approx(5.55, abs=0.1)
     assert first[-1] < 4.2
+
+
+@pytest.mark.parametrize("name", sorted(TUNING))
+def test_a_preset_for_trained_models_goes_on_from_one(name: str, pools: Pools, tmp_path: Path) -> None:
+    """Of a small Llama that AdamW has trained on other tokens: all weights, or adapters."""
+    adapters = pytest.importorskip("tests.distributed.adapters", reason="peft is not installed (extra 'test')")
+    config = json.loads((CONFIGS[0].parent / f"{name}.json").read_text())
+    first, second = pools[2].run(adapters.tune, config, steps=20, adapt="lora" in name)
+    assert first == second
+    assert first[-1] < first[0]
 
 
 @every_preset

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ds_optforge import build_optimizer
+from ds_optforge.step.health import PATIENCE
 from tests import models
 from tests.distributed import cases, records
 from tests.distributed.conftest import Pools
@@ -83,6 +84,18 @@ def test_one_all_reduce_in_a_recorded_step_and_none_in_others(stage: int, mode: 
         counts = zip(with_it["all_reduces"], without["all_reduces"], strict=True)
         assert [recorded - usual for recorded, usual in counts] == [0, 1, 0, 1]
         assert without["telemetry"] == {}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_first_rank_warns_of_what_is_not_healthy(stage: int, pools: Pools) -> None:
+    """A momentum of one direction in matrices of 24: sqrt(23 / 24) = 0.98 is far from orthogonal."""
+    config = cases.engine_config(stage, watched({**MUON, "weight_decay": 0.0}, every=1))
+    first, second = pools[2].run(records.train_on_one_token, config, PATIENCE + 2)
+    assert sorted(message.partition(" is ")[0] for message in first) == [
+        "matrix.muon: orthogonality_error",
+        "matrix.muon: update_rms",
+    ]
+    assert second == []
 
 
 def test_ranks_that_disagree_on_it_are_told(pools: Pools) -> None:
