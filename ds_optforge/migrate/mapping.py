@@ -20,7 +20,7 @@ class Recipe(NamedTuple):
         momentum: of the matrices.
         nesterov: whether it looks ahead.
         why: of momentum and nesterov, with the source.
-        lora: what becomes of LoRA's factors; None leaves them to their shape.
+        lora: what becomes of the factors of adapters; None says nothing of them.
     """
 
     rate: float
@@ -42,7 +42,7 @@ RECIPES: dict[Purpose, Recipe] = {
         why="gentle: another optimizer than that of the pre-training harms, the more the stronger its updates are (arXiv "
         "2605.10468); NVIDIA's NeMo RL fine-tunes AdamW-trained models with this value (its guide to Muon)",
     ),
-    "lora": Recipe(rate=1.0, rest_rate=1.0, momentum=0.95, nesterov=True, why=_JORDAN),
+    "lora": Recipe(rate=1.0, rest_rate=1.0, momentum=0.95, nesterov=True, why=_JORDAN, lora="both"),
 }
 
 # The scale whose updates are as large as AdamW's: a root mean square of 0.2 (Moonlight, arXiv 2502.16982).
@@ -116,8 +116,9 @@ def optimizer_params(settings: OptimizerSettings, purpose: Purpose, rule: str) -
         _from_lion(mapped, settings, RECIPES[purpose])
     else:
         _from_muon(mapped, settings)
-    if purpose == "lora" and rule in MATRIX_RULES:
-        _lora(mapped, RECIPES[purpose])
+    if RECIPES[purpose].lora is not None and rule in MATRIX_RULES:
+        why = "both factors of an adapter are orthogonalized, as in the runs of arXiv 2605.10468 (docs/finetuning.md)"
+        mapped.put("lora", RECIPES[purpose].lora, why)
     if settings.state_8bit and "state_dtype" not in mapped.params and rule != "adamw_8bit":
         mapped.put("state_dtype", "8bit", "the source's optimizer keeps its state in 8 bits")
     return mapped
@@ -200,16 +201,6 @@ def _from_muon(mapped: Mapped, settings: OptimizerSettings) -> None:
         "gradient_clipping acts on the gradient; DeepSpeed's Muon clips the orthogonalized update (its issue 8439), and so "
         "takes smaller steps: if the first losses are unsteady, lower the rate"
     )
-
-
-def _lora(mapped: Mapped, recipe: Recipe) -> None:
-    if recipe.lora is not None:
-        mapped.put("lora", recipe.lora, "the factors of an adapter, orthogonalized at their own aspect")
-    else:
-        mapped.not_carried.append(
-            "LoRA's factors are thinner than max_aspect_ratio allows Muon, so the adamw section trains them as before; other "
-            "trained matrices get Muon"
-        )
 
 
 def _momentum_and_scale(mapped: Mapped, recipe: Recipe) -> None:

@@ -44,9 +44,9 @@ class TestLlamaFactory:
         ],
     )
     def test_the_purpose_is_what_it_trains(self, line: str, purpose: str, init: Init) -> None:
-        init.text("train.yaml", f"model_name_or_path: gpt2\ntemplate: default\n{line}\n")
+        found = init.text("train.yaml", f"model_name_or_path: gpt2\ntemplate: default\n{line}\n")
         assert f"Purpose: {purpose} (the file says so)." in init.reasons
-        assert ("LoRA's factors are thinner than max_aspect_ratio" in init.left) == (purpose == "lora")
+        assert found["optimizer"]["params"].get("lora") == ("both" if purpose == "lora" else None)
 
     def test_another_optimizer_of_its_own_is_switched_off(self, init: Init) -> None:
         init.text("train.yaml", "model_name_or_path: gpt2\nfinetuning_type: full\nuse_galore: true\n")
