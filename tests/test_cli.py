@@ -1,11 +1,13 @@
 """The ``ds-optforge`` command: what it prints and how it exits."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import ds_optforge
 from ds_optforge.cli import main
@@ -60,6 +62,62 @@ def test_explain_counts_parameters_by_rule(capsys: pytest.CaptureFixture[str]) -
     """Of a width of 768, 12 layers of 4 projections and 2 in the MLP of four times that are Muon's."""
     main(["explain", "--config", str(CONFIGS / "muon_zero2.json"), "--model", "gpt2"])
     assert f"muon: {12 * 12 * 768 * 768:,} params" in capsys.readouterr().out
+
+
+class TestExplain:
+    """What each weight gets is tested in test_families.py."""
+
+    MUON = str(CONFIGS / "muon_zero2.json")
+
+    def printed(self, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+        assert main(["explain", *arguments]) == 0
+        return capsys.readouterr().out
+
+    def test_what_is_alike_in_all_layers_has_one_row(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A 70B model on a screen: an embedding, seven matrices and two norms of a layer, the last norm and the head."""
+        printed = self.printed("--config", self.MUON, "--model", "llama3-70b", capsys=capsys)
+        rows = table_rows(printed)
+        assert len(rows) == 12
+        assert rows["layers.0-79.attention.k.weight"][0] == "1024x8192 (80 of them)"
+        assert len(printed.splitlines()) < 20
+
+    def test_full_has_a_row_for_each_parameter(self, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = table_rows(self.printed("--config", self.MUON, "--model", "llama3-70b", "--full", capsys=capsys))
+        assert len(rows) == 80 * 9 + 3
+        assert rows["layers.79.attention.k.weight"][0] == "1024x8192"
+
+    def test_scale_and_reason(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The up projection of Llama 3 8B has 3.5 outputs for each input."""
+        rows = table_rows(self.printed("--config", self.MUON, "--model", "llama3-8b", capsys=capsys))
+        assert rows["layers.0-31.mlp.up.weight"][7:] == [f"{math.sqrt(3.5):.3g}", "hidden linear map"]
+        assert rows["lm_head.weight"][7:] == ["-", "output: its name is 'lm_head'"]
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        found = json.loads(self.printed("--config", self.MUON, "--model", "gpt2", "--json", capsys=capsys))
+        assert found["warnings"] == []
+        numel = sum(row["count"] * math.prod(row["shape"]) for row in found["parameters"])
+        assert numel == 124_439_808
+        (row,) = (row for row in found["parameters"] if row["parameters"] == "layers.0-11.mlp.down.weight")
+        assert (row["rule"], row["matrices"], row["scale"], row["why"]) == ("muon", [[768, 3072]], 1.0, "hidden linear map")
+
+    def test_a_folder_with_a_config_of_hugging_face_and_what_could_be_cut(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        transformers.Phi3Config(**sizes, architectures=["Phi3ForSequenceClassification"], pad_token_id=0).save_pretrained(
+            tmp_path
+        )
+        printed = self.printed("--config", self.MUON, "--model", str(tmp_path), capsys=capsys)
+        assert table_rows(printed)["score.weight"][1] == "unembedding"
+        assert 'could be cut: model.layers.0-1.self_attn.qkv_proj.weight: q, k, v, which "split": "auto" cuts' in printed
+
+    def test_the_warnings_that_building_gives(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, {"optimizer": {"type": "OptForge", "params": {"name": "muon"}}})
+        assert "warning: adamw.lr is not set" in self.printed("--config", path, capsys=capsys)
+
+    def test_a_name_that_is_nearly_right(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["explain", "--config", self.MUON, "--model", "llama3-8B"]) == 2
+        assert "got 'llama3-8B' (did you mean 'llama3-8b'?)" in capsys.readouterr().err
 
 
 class TestPlan:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ds_optforge.zero.pipeline import is_pipeline, last_layer
-from ds_optforge.zero.shards import full_shape
+from ds_optforge.zero.shards import local_shape
 
 # Of a Linear.
 _NAME = re.compile(
@@ -93,10 +93,10 @@ def _last_layer(model: nn.Module) -> nn.Module | None:
 def _only_linear(layer: nn.Module) -> nn.Linear | None:
     """Return the Linear that a layer is, or holds as its only one and its only matrix; else None."""
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    matrices = [parameter for parameter in layer.parameters() if len(full_shape(parameter)) > 1]
+    matrices = [parameter for parameter in layer.parameters() if len(local_shape(parameter)) > 1]
     return linears[0] if len(linears) == len(matrices) == 1 else None
 
 
 def _matrices(module: nn.Module) -> bool:
     """Whether a module itself holds a parameter of two dimensions or more."""
-    return any(len(full_shape(parameter)) > 1 for parameter in module.parameters(recurse=False))
+    return any(len(local_shape(parameter)) > 1 for parameter in module.parameters(recurse=False))

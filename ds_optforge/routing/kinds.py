@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ds_optforge.routing.fused import Fused, fused_in
 from ds_optforge.routing.heads import head_weights
 from ds_optforge.routing.lora import Factor, Part, adapter_part
-from ds_optforge.zero.shards import full_shape
+from ds_optforge.zero.layout import LayoutError
+from ds_optforge.zero.shards import full_shape, local_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +93,18 @@ def _kind(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tensor
     if part is not None:
         return _factor(part)
     kind = _matrix(modules, path, leaf, parameter)
-    shape = full_shape(parameter)
-    known = kind.hidden and len(shape) > 1  # FSDP flattens weights
-    fused = fused_in(modules, path, leaf, shape, kind.transposed) if known else None
+    fused = _fused(modules, path, leaf, parameter, kind)
     return replace(kind, fused=fused) if fused else kind
+
+
+def _fused(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tensor, kind: Kind) -> Fused | None:
+    if not kind.hidden or len(local_shape(parameter)) < 2:  # FSDP flattens weights
+        return None
+    try:
+        shape = full_shape(parameter)
+    except LayoutError:  # tensor parallelism has cut it, and DeepSpeed does not know yet among how many ranks
+        return None
+    return fused_in(modules, path, leaf, shape, kind.transposed)
 
 
 def _factor(part: Part | None, kind: Kind = _HIDDEN) -> Kind:
@@ -125,7 +134,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _convolution(module: nn.modules.conv._ConvNd, parameter: Tensor) -> Kind:
-    shape = full_shape(parameter)
+    shape = local_shape(parameter)
     groups = module.groups
     rows = shape[0] // groups  # of a transposed one these are inputs
     cols = shape.numel() // shape[0]
@@ -141,7 +150,7 @@ def _matrix(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tens
     linear = leaf == "weight" and (isinstance(module, nn.Linear) or _LINEAR.search(name) is not None)
     if _ROUTER.search(name) or "router" in own or (linear and _chooses_experts(own, parent)):
         return Kind("router", elementwise=True)
-    if linear and own.endswith("gate") and full_shape(parameter)[0] == 1:
+    if linear and own.endswith("gate") and local_shape(parameter)[0] == 1:
         return Kind("gate", "scalar")
     if linear and own == "dt_proj":
         return Kind("time step of a state-space model", elementwise=True)
@@ -152,10 +161,10 @@ def _matrix(modules: dict[str, nn.Module], path: str, leaf: str, parameter: Tens
         return replace(_HIDDEN, why="recurrent map")
     if isinstance(module, nn.MultiheadAttention):
         return replace(_HIDDEN, why="projection of attention")
-    if len(full_shape(parameter)) > 2 and ("Expert" in name or own == "experts"):
+    if len(local_shape(parameter)) > 2 and ("Expert" in name or own == "experts"):
         stored = bool(getattr(module, "is_transposed", name in _STORED_IN_OUT))
         return replace(_HIDDEN, why="experts", transposed=stored)
-    return _named(leaf, len(full_shape(parameter)))
+    return _named(leaf, len(local_shape(parameter)))
 
 
 def _chooses_experts(own: str, parent: nn.Module | None) -> bool:

@@ -80,7 +80,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
     found: dict[str, Any] = getattr(parameter, _AUTOTP, None) or {}
     if found.get("replicated") or not getattr(parameter, "tensor_model_parallel", False):
         return None
-    shape = _local_shape(parameter)
+    shape = local_shape(parameter)
     dim: int = found.get("partition_dim", getattr(parameter, "partition_dim", -1))
     if dim not in range(len(shape)):
         raise LayoutError(
@@ -135,7 +135,7 @@ def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
     count, rank = dist.get_world_size(group), dist.get_rank(group)
     if count == 1:
         return None
-    shape = _local_shape(parameter)
+    shape = local_shape(parameter)
     if len(shape) < 3 or shard_of(parameter) is not None:
         raise LayoutError(
             f"'{name}': got experts that {count} ranks share out under the same names (ep_size > 1); allowed: AutoEP's banks "
@@ -147,15 +147,16 @@ def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the whole parameter's shape, even if ZeRO-3 has emptied or flattened it, or tensor parallelism has cut it."""
     shard = shard_of(parameter)
-    return torch.Size(shard.whole) if shard else _local_shape(parameter)
+    return torch.Size(shard.whole) if shard else local_shape(parameter)
 
 
 def local_numel(parameter: Tensor) -> int:
     """Return the elements of this rank's shard of ``parameter``, or of all of it, even if ZeRO-3 has emptied it."""
-    return _local_shape(parameter).numel()
+    return local_shape(parameter).numel()
 
 
-def _local_shape(parameter: Tensor) -> torch.Size:
+def local_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of this rank's shard of ``parameter``, or of all of it, even if ZeRO-3 has emptied it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
