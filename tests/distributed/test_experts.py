@@ -121,7 +121,7 @@ def test_engine_checkpoints_resume_to_the_bit_and_convert_refuses_them(stage: in
     assert {path.name for path in tmp_path.iterdir()} == {"engine", "portable"}
 
 
-@pytest.mark.compatibility("autoep_checkpoints", verdict="exact")
+@pytest.mark.compatibility("autoep_checkpoints", stages=(0, 1, 2, 3), verdict="exact")
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
