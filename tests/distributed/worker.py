@@ -42,6 +42,9 @@ class CleanSlate:
 
     - ZeRO's hooks on parameters form cycles through autograd, unseen by the garbage collector: only
       ``engine.destroy()`` cuts them. It is called here for every engine that a case has left, most often by raising.
+      It leaves some: of parameters that DeepSpeed has replaced, or that were frozen, and of the losses that a pipeline's
+      last stage keeps. The attributes of parameters and engines hold the other end, and process groups, each with a thread
+      that wakes a hundred times a second.
     - Each ZeRO-3 engine leaves its model in ``FWD_MODULE_STACK`` and, after its second step, itself in an
       ``lru_cache`` of its parameter coordinator, destroyed or not.
     - A ``zero.Init`` that was entered and never left keeps ``torch`` constructors and every ``Module.__init__`` patched.
@@ -121,6 +124,9 @@ class CleanSlate:
                     thing.destroy()
                 except Exception:  # an engine whose construction failed may lack anything
                     traceback.print_exc()
+                vars(thing).clear()
+            elif isinstance(thing, torch.nn.Parameter):
+                vars(thing).clear()
         thing = None
         gc.collect()
 
