@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ds_optforge.checkpoint.portable import load_checkpoint, save_checkpoint
     from ds_optforge.errors import CheckpointError, ConfigError
     from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, register
-    from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler, explain
+    from ds_optforge.integrations.explanation import explain
+    from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler
     from ds_optforge.optimizer import OptForge
     from ds_optforge.orthogonalize import orthogonalize
     from ds_optforge.schedules import OptForgeSchedule
@@ -44,7 +45,8 @@ _HOMES = {
     "checkpoint.portable": ("load_checkpoint", "save_checkpoint"),
     "errors": ("CheckpointError", "ConfigError"),
     "integrations.deepspeed": ("evaluation_weights", "initialize", "register"),
-    "integrations.plain": ("MuonWithAuxAdam", "build_optimizer", "build_scheduler", "explain"),
+    "integrations.explanation": ("explain",),
+    "integrations.plain": ("MuonWithAuxAdam", "build_optimizer", "build_scheduler"),
     "optimizer": ("OptForge",),
     "orthogonalize": ("orthogonalize",),
     "schedules": ("OptForgeSchedule",),

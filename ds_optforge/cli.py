@@ -4,6 +4,7 @@ The parser is built without torch, which takes seconds to import: each command i
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from ds_optforge import __version__, shipped_configs
 from ds_optforge.errors import CheckpointError, ConfigError
 from ds_optforge.forecast.catalog import MODEL_SHAPES
 
-_MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json"
+_MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json, or of its folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help="print which rule each parameter of a model gets")
     command.add_argument("--config", required=True, help="a DeepSpeed configuration file")
     command.add_argument("--model", default="gpt2", help=f"{_MODELS}; default: gpt2")
+    command.add_argument("--full", action="store_true", help="a row for each parameter, also where layers are alike")
+    command.add_argument("--json", action="store_true", help="print JSON rather than a table")
     command.set_defaults(run=_explain)
 
     command = commands.add_parser("check", help="validate a DeepSpeed configuration file")
@@ -51,21 +54,53 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.json; default: the current one")
     command.set_defaults(run=_configs, config=None)
+    _add_init(commands)
     _add_convert(commands)
     _add_experiments(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
 
 
+def _add_init(commands: Any) -> None:
+    command = commands.add_parser("init", help="write the OptForge configuration that continues what you have")
+    command.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a DeepSpeed configuration, TrainingArguments (JSON or YAML), or the YAML of accelerate launch, Axolotl or "
+        "LLaMA-Factory; which one is recognised by its content",
+    )
+    command.add_argument(
+        "--purpose",
+        choices=("pretrain", "finetune", "lora"),
+        help="what the run is for: from scratch, all weights of a model that AdamW has trained, or LoRA on one; default: what "
+        "FILE says, else pretrain",
+    )
+    command.add_argument("--rule", default="muon", help="of the model's matrices; default: muon")
+    command.add_argument("--out", type=Path, help="the new file, and its reasons in OUT.reasons.md; default: print a diff")
+    command.set_defaults(run=_init, config=None)
+
+
 def _add_convert(commands: Any) -> None:
     command = commands.add_parser("convert", help="make a portable checkpoint of one that engine.save_checkpoint wrote")
-    command.add_argument("source", type=Path, help="its folder; or a file of torch.optim.Muon")
+    command.add_argument(
+        "source", type=Path, help="its folder (of OptForge, Adam, AdamW, DeepSpeed's Muon); or a file of torch"
+    )
     command.add_argument("out", type=Path, help="a new folder")
     command.set_defaults(run=_convert, config=None)
 
-    command = commands.add_parser("export", help="write the weights of a portable checkpoint as a Hugging Face model's")
-    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert'")
+    command = commands.add_parser("export", help="write a checkpoint as the folder of a Hugging Face model")
+    command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert', or what 'convert' takes")
     command.add_argument("out", type=Path, help="a new folder")
+    command.add_argument(
+        "--config",
+        dest="model_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="with config.json and perhaps a tokenizer, to copy; default: the checkpoint's folder, or the one that it is in",
+    )
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the trained parameters")
     command.set_defaults(run=_export, config=None)
 
@@ -124,9 +159,13 @@ def _configs(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     from ds_optforge.forecast.skeletons import load
-    from ds_optforge.integrations.plain import explain
+    from ds_optforge.integrations.explanation import explained, table_of
 
-    print(explain(load(options.model), options.config))
+    rows, warnings = explained(load(options.model), options.config, options.full)
+    if options.json:
+        print(json.dumps({"parameters": [row.plain() for row in rows], "warnings": warnings}, indent=2))
+    else:
+        print(table_of(rows, warnings), end="")
     return 0
 
 
@@ -141,6 +180,13 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
+def _init(options: argparse.Namespace) -> int:
+    from ds_optforge.migrate.command import init
+
+    print(init(options.source, options.purpose, options.rule, options.out), end="")
+    return 0
+
+
 def _convert(options: argparse.Namespace) -> int:
     from ds_optforge.checkpoint.convert import convert
 
@@ -152,9 +198,10 @@ def _convert(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from ds_optforge.checkpoint.convert import export
+    from ds_optforge.checkpoint.export import export
 
-    export(options.source, options.out, getattr(torch, options.dtype) if options.dtype else None)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    export(options.source, options.out, dtype, options.model_folder)
     print(f"{options.out}: written")
     return 0
 

@@ -26,6 +26,13 @@ logger = logging.getLogger("ds_optforge")
 # Attributes beside torch's that a copy has.
 _COPIED = ("_groups", "_schedule_check", "_warned", "_allocated", "_training_weights", "_telemetry")
 
+# What to do with a checkpoint of another optimizer; the end of messages.
+OTHER_OPTIMIZERS_CHECKPOINT = (
+    "Two ways out: 'ds-optforge convert FOLDER OUT', then ds_optforge.load_checkpoint(engine, OUT), which keeps the moments "
+    "and the position; or engine.load_checkpoint(FOLDER, load_optimizer_states=False, load_lr_scheduler_states=False), which "
+    "takes the weights alone"
+)
+
 
 class OptForge(torch.optim.Optimizer):
     """Optimizer with every rule of ds_optforge, in any mix by role, in plain PyTorch and on every stage of DeepSpeed's ZeRO.
@@ -256,11 +263,35 @@ class OptForge(torch.optim.Optimizer):
 
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
         _refuse_missing_rules(state_dict)
+        self._refuse_other_routes(state_dict)
         found = [group.get(GROUP) for group in state_dict["param_groups"]]
         expected = [group[GROUP] for group in self.param_groups]
+        if found != expected and not any(found):
+            raise ConfigError(
+                f"the checkpoint holds {len(found)} parameter groups of another optimizer, with the settings "
+                f"{_settings_of(state_dict)}; allowed: OptForge's, {expected}. {OTHER_OPTIMIZERS_CHECKPOINT}"
+            )
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
         self._refuse_other_formats(state_dict)
+
+    def _refuse_other_routes(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a parameter that the checkpoint has in another group: its default rule has changed, say."""
+        own = {route.name: identifier for identifier, members in self._groups.members.items() for route in members.routes}
+        moved = [
+            (name, described["group"], own[name])
+            for described in state_dict.get("optforge", ())
+            for name in described["placement"]["names"]
+            if own.get(name, described["group"]) != described["group"]
+        ]
+        if moved:
+            name, before, now = moved[0]
+            raise ConfigError(
+                f"{name}: is in the parameter group '{before}' of the checkpoint and in '{now}' of this run, and so are "
+                f"{len(moved)} parameters in other groups; allowed: the same groups (a run before version 0.2 had "
+                '"max_aspect_ratio": 10), or ds-optforge convert and ds_optforge.load_checkpoint(..., strict=False), which '
+                "keeps the weights and starts their state afresh"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds: torch's three entries, and the groups.
@@ -314,6 +345,11 @@ class OptForge(torch.optim.Optimizer):
                     device = torch.device("cpu") if key == "step" else tensor.device
                     source = state[key] if state[key].dtype == value.dtype else value
                     state[key] = source.to(device)
+
+
+def _settings_of(state_dict: Mapping[str, Any]) -> list[str]:
+    """What the groups of a saved optimizer say of it."""
+    return sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
 
 
 def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:

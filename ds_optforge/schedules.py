@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ds_optforge.config.schedule import ScheduleConfig, schedule_config
 from ds_optforge.errors import ConfigError
-from ds_optforge.optimizer import OptForge, groups_of
+from ds_optforge.optimizer import OTHER_OPTIMIZERS_CHECKPOINT, OptForge, groups_of
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig) -> float:
@@ -133,7 +133,16 @@ class OptForgeSchedule(LRScheduler):
         return {"last_epoch": self.last_epoch, "config": self.config.model_dump()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume at the step saved in ``state_dict``, along the curve with which this schedule was configured."""
+        """Resume at the step saved in ``state_dict``, along the curve with which this schedule was configured.
+
+        Raises:
+            ConfigError: the state of a scheduler that counts otherwise, as DeepSpeed's own do.
+        """
+        if "last_epoch" not in state_dict:
+            raise ConfigError(
+                f"scheduler: the checkpoint holds {sorted(state_dict)}, the state of another scheduler; allowed: 'last_epoch', "
+                f"of OptForgeSchedule. {OTHER_OPTIMIZERS_CHECKPOINT}"
+            )
         self.last_epoch = state_dict["last_epoch"]
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):

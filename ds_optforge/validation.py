@@ -126,5 +126,5 @@ def _autos(value: Any, path: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _autos(inner, f"{path}[{index}]")
-    elif value == "auto" and not path.endswith((".orthogonalization.method", ".match")):
+    elif value == "auto" and not path.endswith((".orthogonalization.method", ".match", ".split", ".heads")):
         yield path

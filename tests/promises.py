@@ -28,7 +28,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "muon-scale": "Muon's update of a matrix with m rows and n columns is scaled by √max(1, m / n).",
         "muon-defaults": "Muon's defaults are those of the original: momentum 0.95, Nesterov, five Newton-Schulz steps.",
         "muon-settings": "Muon's momentum, Nesterov and number of Newton-Schulz steps can be set, and take effect.",
-        "muon-aspect-ratio": "A matrix goes to Muon if its longer side is at most 10 times the shorter one, else to AdamW.",
+        "muon-aspect-ratio": "A matrix goes to Muon if its longer side is at most 10 times the shorter one, else to AdamW; a "
+        "known hidden linear map goes to Muon at any ratio, unless the configuration sets a limit.",
         "muon-counts": "One line of the log says how many parameters Muon trains, and how many AdamW does.",
         "muon-convolutions": "The filters of a convolution are one matrix, of outputs by all the rest.",
         "adamw-beside-curve": "AdamW's learning rate beside Muon follows the curve of the same schedule.",

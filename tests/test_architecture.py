@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("step",),
     ("optimizer",),
     ("schedules",),
-    ("checkpoint", "integrations", "forecast"),
+    ("checkpoint", "integrations", "forecast", "migrate"),
     ("experiments", "testing"),
     ("cli",),
 )

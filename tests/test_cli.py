@@ -37,9 +37,9 @@ def test_check_accepts_the_shipped_configurations(name: str, capsys: pytest.Capt
 def test_explain_prints_the_routing_of_the_shipped_configurations(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--config", str(CONFIGS / name), "--model", "gpt2"]) == 0
     rows = table_rows(capsys.readouterr().out)
-    assert rows["layers.0.mlp.up.weight"][1:3] == ["matrix", RULES[name]]
+    assert rows["layers.0-11.mlp.up.weight"][1:3] == ["matrix", RULES[name]]
     assert rows["token_embedding.weight"][1:3] == ["embedding", "adamw"]
-    assert rows["layers.0.mlp_norm.weight"][1:3] == ["scalar", "adamw"]
+    assert rows["layers.0-11.mlp_norm.weight"][1:3] == ["scalar", "adamw"]
 
 
 def test_explain_and_plan_mean_the_same_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +122,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            ("gpt5 --world-size 8 --stage 3", "model: got 'gpt5'; allowed: gpt2, gpt2-medium"),
+            ("gpt5 --world-size 8 --stage 3", "model: got 'gpt5' (did you mean 'gpt2'?); allowed: gpt2, gpt2-medium"),
             ("gpt2 --world-size 0 --stage 3", "world size: got 0; allowed: at least 1"),
             ("gpt2 --world-size 8 --stage 4", "stage: got 4; allowed: 1, 2, 3"),
             ("gpt2 --world-size 8 --stage 3 --link-gbps 0", "link gbps: got 0; allowed: a positive number"),
@@ -289,3 +289,41 @@ class TestConfigs:
     def test_out_without_a_name(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["configs", "--out", "."]) == 2
         assert "--out: got '.' without a NAME" in capsys.readouterr().err
+
+
+class TestInit:
+    """What it writes is tested in tests/migrate."""
+
+    ADAMW = (
+        '{"train_batch_size": 8, "zero_optimization": {"stage": 2}, '
+        '"optimizer": {"type": "AdamW", "params": {"lr": 0.001, "weight_decay": 0.1}}}'
+    )
+
+    def test_without_out_it_prints_a_diff_and_the_reasons(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, self.ADAMW)
+        assert main(["init", "--from", path]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"--- {path}\n+++ ds_optforge.json\n@@ ")
+        difference, _, reasons = printed.partition("\n\n")
+        assert '-    "type": "AdamW",\n+    "type": "OptForge",' in difference
+        assert '+        "betas": [0.9, 0.999],' in difference
+        assert "train_batch_size" not in difference.partition("@@")[2].replace('   "train_batch_size": 8,', "")
+        assert "- `optimizer.params.lr` is `0.001`: from optimizer.params.lr, the same" in reasons
+        assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+    @pytest.mark.parametrize("there", ["new.json", "new.json.reasons.md"])
+    def test_a_file_is_never_overwritten(self, there: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / there).write_text("mine")
+        assert main(["init", "--from", write(tmp_path, self.ADAMW), "--out", str(tmp_path / "new.json")]) == 2
+        assert f"{tmp_path / there} is there already; allowed: a new name" in capsys.readouterr().err
+        assert (tmp_path / there).read_text() == "mine"
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", there]
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "none" / "new.json"
+        assert main(["init", "--from", write(tmp_path, self.ADAMW), "--out", str(out)]) == 2
+        assert f"--out: got '{out}' (No such file or directory)" in capsys.readouterr().err
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["init", "--from", str(tmp_path / "none.json")]) == 2
+        assert capsys.readouterr().err == f"{tmp_path / 'none.json'}: No such file or directory; allowed: a JSON or YAML file\n"

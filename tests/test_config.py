@@ -293,7 +293,7 @@ def test_a_period_needs_the_mode_that_it_interrupts() -> None:
 
 def test_defaults_of_sharding() -> None:
     common = OptimizerConfig({"name": "muon"}).common
-    assert (common.sharding.mode, common.sharding.wire_dtype, common.max_aspect_ratio) == ("gather", "bfloat16", 10.0)
+    assert (common.sharding.mode, common.sharding.wire_dtype, common.max_aspect_ratio) == ("gather", "bfloat16", None)
 
 
 @pytest.mark.parametrize("role", ["embedding", "unembedding", "scalar"])
@@ -302,9 +302,9 @@ def test_beside_muon_everything_but_a_matrix_gets_adamw(role: Any) -> None:
 
 
 @pytest.mark.promise("muon-aspect-ratio")
-def test_a_matrix_that_is_too_thin_gets_adamw() -> None:
+def test_a_matrix_that_is_left_to_adamw_gets_its_settings() -> None:
     config = OptimizerConfig(muon(adamw={"lr": 1e-3}))
-    assert config.settings("matrix", too_thin=True) == config.settings("embedding")
+    assert config.settings("matrix", left=True) == config.settings("embedding")
 
 
 @pytest.mark.promise("muon-aspect-ratio")
@@ -312,12 +312,12 @@ def test_settings_of_the_matrix_role_are_not_pressed_on_a_matrix_that_falls_back
     """Momentum means nothing to AdamW, and a rate for Muon is not a rate for AdamW."""
     config = OptimizerConfig(muon(adamw={"lr": 1e-3}, roles={"matrix": {"momentum": 0.9, "lr": 0.05}}))
     assert config.settings("matrix").lr == 0.05
-    assert config.settings("matrix", too_thin=True).lr == 1e-3
+    assert config.settings("matrix", left=True).lr == 1e-3
 
 
-def test_a_too_thin_matrix_that_is_named_by_an_override_keeps_its_rule() -> None:
+def test_a_matrix_left_to_adamw_that_is_named_by_an_override_keeps_its_rule() -> None:
     config = OptimizerConfig(override(name="muon"))
-    assert config.settings("matrix", overrides=(0,), too_thin=True).rule == "muon"
+    assert config.settings("matrix", overrides=(0,), left=True).rule == "muon"
 
 
 @pytest.mark.promise("adamw-beside-rate")

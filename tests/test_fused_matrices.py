@@ -5,11 +5,13 @@ Always against the same matrices as parameters of their own, after three steps w
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ds_optforge import ConfigError, build_optimizer, explain
 from ds_optforge.rules import rule_names
@@ -130,9 +132,8 @@ def test_gate_and_up_of_every_expert(rule: str) -> None:
         nn.Conv1d(4, 8, 5, bias=False),
         nn.Conv2d(4, 8, 3, bias=False),
         nn.Conv3d(2, 8, 2, bias=False),
-        nn.Conv2d(8, 8, 3, groups=4, bias=False),
     ],
-    ids=["Conv1d", "Conv2d", "Conv3d", "grouped"],
+    ids=["Conv1d", "Conv2d", "Conv3d"],
 )
 def test_convolution_filters_are_outputs_by_all_the_rest(filters: nn.Module, rule: str) -> None:
     config = {"name": rule, **CONFIG}
@@ -140,6 +141,18 @@ def test_convolution_filters_are_outputs_by_all_the_rest(filters: nn.Module, rul
     gradients = [matrix(*weight.shape, seed=10 + step) for step in range(STEPS)]
     (expected,) = separately([weight.flatten(1)], [[g.flatten(1) for g in gradients]], config)
     assert relative_error(changes(filters, gradients, config).flatten(1), expected) < 1e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_group_of_a_convolution_is_a_matrix(rule: str) -> None:
+    """Four groups of two outputs, two inputs and nine pixels each."""
+    filters = nn.Conv2d(8, 8, 3, groups=4, bias=False)
+    config = {"name": rule, **CONFIG}
+    gradients = [matrix(8, 18, seed=10 + step) for step in range(STEPS)]
+    pieces = list(filters.weight.detach().flatten(1).split(2))
+    expected = separately(pieces, [[g[2 * group : 2 * group + 2] for g in gradients] for group in range(4)], config)
+    found = changes(filters, [g.view(8, 2, 3, 3) for g in gradients], config)
+    assert relative_error(found.flatten(1), torch.cat(expected)) < 1e-5
 
 
 @pytest.mark.promise("muon-convolutions")
@@ -218,9 +231,9 @@ def test_numbers_that_do_not_fit_are_an_error_with_the_parameter_and_both_number
         build_optimizer(linears(matrix(48, 20)), {"name": "muon", "overrides": [{"match": "weight", **override}]})
 
 
-@pytest.mark.parametrize("override", [{"heads": 2}, {"split": [10, 10]}], ids=["heads", "split"])
+@pytest.mark.parametrize("override", [{"heads": 2}, {"split": [30, 18]}], ids=["heads", "split"])
 def test_a_cut_of_a_weight_stored_in_out_is_an_error_that_says_so(override: dict[str, Any]) -> None:
-    """Its outputs are columns, which are no contiguous range."""
+    """Its outputs are columns, which are no contiguous range; a split into equal parts is one, and nothing else."""
     conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
     (key,) = override
     with pytest.raises(ConfigError, match=rf"^weight: overrides\[0\]\.{key} cuts rows, but this weight is stored \(in, out\)"):
@@ -237,7 +250,72 @@ def test_an_override_that_fits_one_layer_and_not_another_names_the_other() -> No
 def test_explain_counts_the_matrices() -> None:
     model = nn.ModuleDict({"qkv": nn.Linear(20, 48, bias=False), "experts": nn.ParameterList([matrix(4, 6, 10)])})
     rows = table_rows(explain(model, {"name": "muon", "overrides": [{"match": "qkv", "split": [24, 12, 12]}]}))
-    assert [rows[name][3].split()[0] for name in ("qkv.weight", "experts.0")] == ["3", "4"]
+    assert [rows[name][3] for name in ("qkv.weight", "experts.0")] == ["1 of 24x20 + 2 of 12x20", "4 of 6x10"]
+
+
+class Experts(nn.Module):
+    """Banks of two experts with a gate and an up projection, as GPT-OSS and Llama 4 store them."""
+
+    def __init__(self, by_turns: bool) -> None:
+        super().__init__()
+        self.is_transposed, self.is_concatenated = True, not by_turns
+        self.gate_up_proj = nn.Parameter(torch.stack([matrix(10, 12, seed=index) for index in range(2)]))
+
+
+class GPTNeoXAttention(nn.Module):
+    """Attention with 4 heads of 3 rows of queries, keys and values in turn: recognised by the name of its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.query_key_value = nn.Linear(20, 36, bias=False)
+
+
+def turns(parts: int, block: int, outputs: int) -> list[list[int]]:
+    """The outputs of each part: ``block`` of the first, of the second, ..., of the last, and again."""
+    return [[row for row in range(outputs) if row // block % parts == part] for part in range(parts)]
+
+
+JOINED: dict[str, tuple[Callable[[], nn.Module], Any, list[list[int]]]] = {
+    "columns": (lambda: Conv1D(36, 20), [12, 12, 12], turns(3, 12, 36)),
+    "experts, halves of columns": (lambda: Experts(False), "auto", turns(2, 6, 12)),
+    "experts, columns by turns": (lambda: Experts(True), "auto", turns(2, 1, 12)),
+    "rows by turns": (GPTNeoXAttention, "auto", turns(3, 3, 36)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", JOINED)
+def test_matrices_that_are_no_ranges_of_a_weight(case: str, rule: str) -> None:
+    """Queries, keys and values as columns, or in turn head by head; gate and up by turns."""
+    make, split, outputs = JOINED[case]
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"experts": make()}) if "experts" in case else make()})
+    for parameter in list(model.parameters())[1:]:
+        parameter.requires_grad_(False)  # the bias of a Conv1D
+    weight = next(model.parameters())
+    stored = case != "rows by turns"
+    gradients = [torch.stack([matrix(*weight.shape[-2:], seed=10 * step + bank) for bank in range(2)]) for step in range(STEPS)]
+    gradients = [g if weight.dim() == 3 else g[0] for g in gradients]
+    config = {"name": rule, **CONFIG}
+
+    def pieces_of(tensor: Tensor) -> list[Tensor]:
+        banks = tensor.detach().unbind() if tensor.dim() == 3 else [tensor.detach()]
+        return [(bank.mT if stored else bank)[rows].contiguous() for bank in banks for rows in outputs]
+
+    expected = separately(pieces_of(weight), [list(steps) for steps in zip(*map(pieces_of, gradients), strict=True)], config)
+    before = weight.detach().clone()
+    optimizer = build_optimizer(model, {**config, "overrides": [{"match": "", "split": split}]})
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    for piece, reference in zip(pieces_of(weight.detach() - before), expected, strict=True):
+        assert relative_error(piece, reference) < 1e-5
+
+
+def test_matrices_that_are_no_ranges_need_whole_weights() -> None:
+    model = nn.ModuleDict({"attn": GPTNeoXAttention()})
+    with pytest.raises(ConfigError, match=r"query_key_value.*3 matrices that are no ranges.*got sharding.mode 'shard_local'"):
+        build_optimizer(model, {"name": "muon", "split": "auto", "sharding": {"mode": "shard_local"}})
 
 
 @pytest.mark.promise("normuon-rows")

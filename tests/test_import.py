@@ -39,11 +39,24 @@ def imported(script: str, packages: tuple[str, ...] = HEAVY) -> list[str]:
         "configs",
         "configs muon_zero9",
         "configs --out x",
+        "init --help",
     ],
 )
 def test_a_command_that_computes_nothing_imports_neither_torch_nor_deepspeed(arguments: str) -> None:
     call = f"from ds_optforge.cli import main\ntry:\n    main({arguments.split()!r})\nexcept SystemExit:\n    pass"
     assert imported(call) == []
+
+
+def test_a_file_that_init_cannot_read_imports_neither_torch_nor_deepspeed() -> None:
+    refused = "from ds_optforge.cli import main\nassert main(['init', '--from', 'ruff.toml']) == 2"
+    assert imported(refused) == []
+
+
+def test_yaml_without_pyyaml_gets_the_line_to_install_it() -> None:
+    process = run(
+        "import sys\nsys.modules['yaml'] = None\nfrom ds_optforge.cli import main\nmain(['init', '--from', 'ruff.toml'])"
+    )
+    assert process.stderr == "ruff.toml: YAML needs PyYAML; run: pip install 'ds-optforge[experiments]'\n"
 
 
 def test_the_package_alone_imports_none_of_its_names() -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -447,6 +448,23 @@ class TestState:
         with pytest.raises(ConfigError, match=r"the checkpoint holds the parameter groups .* allowed: this run's"):
             optimizer.load_state_dict(build_optimizer(models.build(), ADAMW).state_dict())
         assert optimizer.state[model.up.weight]["momentum_buffer"] is buffer
+
+    def test_a_checkpoint_that_was_routed_otherwise_names_the_parameter(self) -> None:
+        """A hidden layer of 8 by 88 was adamw's until version 0.2; with the limit of then its checkpoint still fits."""
+
+        def optimizer(**options: Any) -> OptForge:
+            model = nn.ModuleDict({"thin": nn.Linear(8, 88, bias=False), "square": nn.Linear(8, 8, bias=False)})
+            found = build_optimizer(model, {**MUON, "roles": {"matrix": {"lr": 0.1}}, **options})
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            found.step()
+            return found
+
+        saved = optimizer(max_aspect_ratio=10).state_dict()
+        said = "thin.weight: is in the parameter group 'matrix.adamw' of the checkpoint and in 'matrix.muon' of this run"
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            optimizer().load_state_dict(saved)
+        optimizer(max_aspect_ratio=10).load_state_dict(saved)
 
     def test_learning_rates_of_a_checkpoint_are_loaded(self) -> None:
         optimizer, other = build_optimizer(nn.Linear(4, 4), MUON), build_optimizer(nn.Linear(4, 4), MUON)

@@ -47,7 +47,7 @@ class TestVectors:
         assert table_rows(explain(Scaled(bank=(5, 1, 6)), MUON))["bank"][2] == "adamw"
 
     def test_a_bank_of_one_matrix_is_a_matrix(self) -> None:
-        assert table_rows(explain(Scaled(position=(1, 8, 6)), MUON))["position"][3] == "1 of 8x6"
+        assert table_rows(explain(Scaled(bank=(1, 8, 6)), MUON))["bank"][3] == "1 of 8x6"
 
     def test_a_matrix_rule_that_an_override_names_is_refused(self) -> None:
         config = {**MUON, "overrides": [{"match": "scale", "name": "muon"}]}

@@ -91,7 +91,10 @@ class TestModelShapes:
         assert [(rows, cols) for _, rows, cols in bank.matrices] == [(4096, 14336)] * 8
 
     def test_an_unknown_model_is_named_with_what_is_allowed(self) -> None:
-        with pytest.raises(ConfigError, match=r"model: got 'gpt5'; allowed: gpt2, .*kimi-k2, or the path of .* config\.json"):
+        with pytest.raises(
+            ConfigError,
+            match=r"model: got 'gpt5' \(did you mean 'gpt2'\?\); allowed: gpt2, .*kimi-k2, or the path of .* config\.json",
+        ):
             skeletons.load("gpt5")
 
 

@@ -133,21 +133,27 @@ def test_a_head_tied_to_the_embedding_is_one_embedding(name: str) -> None:
     ("rows", "cols", "rule"),
     [(80, 8, "muon"), (8, 80, "muon"), (81, 8, "adamw"), (8, 81, "adamw"), (8, 8, "muon")],
 )
-def test_the_aspect_ratio_decides_up_to_10(rows: int, cols: int, rule: str) -> None:
-    found = only(nn.Linear(cols, rows))
+def test_the_aspect_ratio_of_a_matrix_of_unknown_purpose_decides_up_to_10(rows: int, cols: int, rule: str) -> None:
+    found = only(Bank(rows, cols))
     assert (found.role, found.settings.rule) == ("matrix", rule)
 
 
 @pytest.mark.promise("muon-aspect-ratio")
 def test_the_limit_of_the_aspect_ratio_can_be_set() -> None:
-    assert only(nn.Linear(8, 81), max_aspect_ratio=11).settings.rule == "muon"
-    assert only(nn.Linear(8, 40), max_aspect_ratio=4).settings.rule == "adamw"
+    assert only(Bank(81, 8), max_aspect_ratio=11).settings.rule == "muon"
+    assert only(Bank(40, 8), max_aspect_ratio=4).settings.rule == "adamw"
+
+
+@pytest.mark.promise("muon-aspect-ratio")
+def test_a_hidden_linear_map_has_no_limit_unless_one_is_set() -> None:
+    assert only(nn.Linear(8, 400)).settings.rule == "muon"
+    assert only(nn.Linear(8, 81), max_aspect_ratio=10).settings.rule == "adamw"
 
 
 @pytest.mark.promise("muon-aspect-ratio")
 def test_settings_for_matrices_leave_a_thin_one_alone() -> None:
     """One thin matrix in a model must not make `roles.matrix.momentum` an error."""
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 88, bias=False))
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), Bank(8, 88))
     found = routes(model, roles={"matrix": {"momentum": 0.9}})
     assert [found[f"{i}.weight"].settings.rule for i in (0, 1)] == ["muon", "adamw"]
 

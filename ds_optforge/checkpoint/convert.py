@@ -1,7 +1,7 @@
 """``ds-optforge convert``: a portable checkpoint from one that ``engine.save_checkpoint`` wrote, without ranks or a model.
 
-It reads checkpoints of OptForge, whose state says where everything lies (`OptForge.state_dict`), of DeepSpeed's built-in
-Muon and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
+It reads checkpoints of OptForge, whose state says where everything lies (`OptForge.state_dict`), of Adam and DeepSpeed's
+built-in Muon under DeepSpeed, and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -17,12 +17,10 @@ from tqdm import tqdm
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, open_checkpoint
-from ds_optforge.checkpoint.files import Checkpoint
-from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, chunks_of, weight_name
 from ds_optforge.checkpoint.manifest import plain
+from ds_optforge.checkpoint.positions import POSITION
 from ds_optforge.errors import CheckpointError
-from ds_optforge.rules.base import Rule
-from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import COUNTERS
 from ds_optforge.zero.partition import Per
@@ -39,29 +37,50 @@ def convert(source: Path, out: Path) -> None:
     Raises:
         CheckpointError: the source cannot be read, or is incomplete, or ``out`` exists or cannot be written.
     """
+    chunks, manifest = read(source)
+    with progress(chunks, "convert") as counted:
+        files.write(out, counted, manifest)
+
+
+def read(source: Path) -> tuple[list[Chunk], dict[str, Any]]:
+    """Read what `convert` writes, a tensor at a time.
+
+    Args:
+        source: as in `convert`.
+
+    Returns:
+        A chunk for each logical tensor, whose values are a function that assembles them; and the manifest.
+
+    Raises:
+        CheckpointError: the source cannot be read, or is incomplete.
+    """
     if source.is_file():
         found, manifest = incumbents.from_torch(source)
     else:
-        stages, found = open_checkpoint(source), Found()
+        stages, found, foreign = open_checkpoint(source), Found(), {}
         for checkpoint in stages:
             if "optforge" in checkpoint.optimizer(0):
                 _read_optforge(checkpoint, found)
+            elif len(stages) > 1:
+                raise CheckpointError(f"{checkpoint.folder}: is a pipeline's of another optimizer; allowed: OptForge's")
             else:
-                incumbents.read_deepspeed_muon(checkpoint, found)
+                foreign = {incumbents.FOREIGN: incumbents.read_deepspeed(checkpoint, found)}
         _read_untrained(stages[0], found)
-        manifest = _manifest(stages)
+        manifest = _manifest(stages) | foreign
+        if foreign and manifest["scheduler"]:  # the rest is the rates of other groups, and may be no plain data
+            manifest["scheduler"] = {key: manifest["scheduler"][key] for key in POSITION if key in manifest["scheduler"]}
     manifest |= {"shapes": found.shapes, "groups": found.groups, "block_cuts": found.block_cuts}
     whole = list(_whole(found.chunks, source))
     _refuse_other_copies(whole, found.copies, source)
-    with _progress(whole, "convert") as chunks:
-        files.write(out, chunks, manifest)
+    return whole, manifest
 
 
 def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
     checkpoint, model = stages[0], stages[0].model
     scheduler = model.get("lr_scheduler")
-    if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count likewise under another name
-        scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", model["global_steps"])}
+    if scheduler is not None and "last_epoch" not in scheduler:  # DeepSpeed's own count from -1, under another name
+        taken = model["global_steps"] - model["skipped_steps"]
+        scheduler = {**scheduler, "last_epoch": scheduler.get("last_batch_iteration", taken - 1) + 1}
     return {
         "counters": {key: model[key] for key in COUNTERS},
         "loss_scale": checkpoint.loss_scale,
@@ -205,69 +224,9 @@ class _Counted:
 
 
 @contextmanager
-def _progress(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
+def progress(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
     """Yield the chunks with a progress bar that advances as they are written."""
     chunks = list(chunks)
     total = sum(chunk.nbytes for chunk in chunks)
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
         yield [replace(chunk, values=_Counted(chunk.values, bar, chunk.nbytes)) for chunk in chunks]
-
-
-def export(source: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the weights of a portable checkpoint as those of a Hugging Face model, in their shapes and under their names.
-
-    A parameter whose rule averages weights (Schedule-Free) is written as its average.
-
-    Args:
-        source: the folder of a portable checkpoint.
-        out: the folder to make; it must not exist.
-        dtype: data type to write trained parameters in; None keeps the saved one.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or was trained by a rule that is not installed, or ``out`` exists.
-    """
-    checkpoint = Checkpoint(source)
-    if problems := checkpoint.damage():
-        raise CheckpointError("\n".join(problems))
-    group_of = {name: group for group in checkpoint.manifest["groups"].values() for name in group["members"]}
-    chunks = []
-    for name, shape in checkpoint.manifest["shapes"].items():
-        if weight_name(name) in checkpoint.tensors:
-            saved = checkpoint.tensors[weight_name(name)][1]
-            kept = dtype if dtype is not None and name in group_of else saved
-            group = group_of.get(name)
-            rule = _rule_of(source, group) if group else None
-            make = _Weight(checkpoint, name, tuple(shape), kept, rule, group["scalars"] if group else {})
-            chunks.append(Chunk(name, tuple(shape), (0,) * len(shape), tuple(shape), kept, make))
-    with _progress(chunks, "export") as counted:
-        files.write_weights(out, counted)
-
-
-def _rule_of(source: Path, group: Mapping[str, Any]) -> type[Rule]:
-    settings = rule_settings(group["rule"])
-    if settings is None:
-        raise CheckpointError(
-            f"{source}: was trained by the rule '{group['rule']}', which nothing here offers, and which knows whether its "
-            "weights are averaged; allowed: install the package of that rule"
-        )
-    return settings.builds
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Weight:
-    """Reads one weight; the average, where its rule averages weights and has taken a step."""
-
-    checkpoint: Checkpoint
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    rule: type[Rule] | None
-    scalars: Mapping[str, float]
-
-    def __call__(self) -> Tensor:
-        weight = self.checkpoint.whole(weight_name(self.name))
-        names = {buffer: buffer_name(self.name, buffer) for buffer in (self.rule.averages if self.rule else ())}
-        if self.rule and names and all(name in self.checkpoint.tensors for name in names.values()):
-            buffers = {buffer: self.checkpoint.whole(name) for buffer, name in names.items()}
-            weight = self.rule.averaged(weight, buffers, self.scalars)
-        return weight.view(self.shape).to(self.dtype)

@@ -56,12 +56,6 @@ def start_writing(
     return saving
 
 
-def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
-    """Write whole tensors as the weights of a Hugging Face model, in this process alone."""
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files_of([chunks]))
-    save(_values(chunks), storage_writer=writer, planner=_SavePlanner(chunks), no_dist=True)
-
-
 def _values(chunks: Sequence[Chunk]) -> dict[str, Any]:
     return {chunk.name: chunk.values for chunk in chunks}
 

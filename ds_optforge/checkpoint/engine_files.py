@@ -20,7 +20,7 @@ from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
 
 _MODEL_FILES, _OPTIMIZER_FILES, _LAYER_FILES = "*_model_states.pt", "*_optim_states.pt", "layer_*-model_states.pt"
 _TENSOR_RANK = re.compile(r"mp_rank_0*[1-9]")  # another than the first
-_SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups")
+_SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat")
 
 # The entries of a file of model states that are DeepSpeed's; the rest is the user's.
 _OF_DEEPSPEED = {

@@ -7,6 +7,7 @@ Everything is written into ``DIR.incomplete``, which becomes DIR when all of it 
 a file: safetensors and JSON hold data only.
 """
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ds_optforge.checkpoint.chunks import Chunk, Request
+from ds_optforge.checkpoint.chunks import Chunk, Request, files_of
 from ds_optforge.checkpoint.manifest import digest_of, incomplete, read_manifest, sha256_of, sync_folder
 from ds_optforge.errors import CheckpointError
 
@@ -73,23 +75,46 @@ def write_in_background(folder: Path, chunks: Sequence[Chunk], manifest: Mapping
     return done
 
 
-def write_weights(folder: Path, chunks: Sequence[Chunk]) -> None:
-    """Write whole tensors as a Hugging Face model's weights: model-*.safetensors and their index, in this process alone.
+def write_weights(folder: Path, chunks: Sequence[Chunk], beside: Mapping[str, bytes]) -> None:
+    """Write whole tensors as a Hugging Face model's weights, in this process alone.
+
+    There is one model.safetensors, or model-00001-of-0000N.safetensors and so on with their index, as transformers names them.
+
+    Args:
+        folder: the folder to make; it must not exist.
+        chunks: whole tensors, by the names of the model.
+        beside: the contents of other files, by name.
 
     Raises:
         CheckpointError: the folder exists, or could not be written.
     """
-    from ds_optforge.checkpoint import dcp
-
     if folder.exists():
         raise CheckpointError(f"{folder} is there already; allowed: a new folder")
     temporary = incomplete(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    with _reporting(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.write_weights(temporary, chunks)
+    with _reporting(folder):
+        temporary.mkdir(parents=True)
+        for name, content in beside.items():
+            (temporary / name).write_bytes(content)
+        _write_safetensors(temporary, chunks)
         temporary.rename(folder)
         sync_folder(folder.parent)
+
+
+def _write_safetensors(folder: Path, chunks: Sequence[Chunk]) -> None:
+    numbers = files_of([chunks])
+    count = max(numbers.values(), default=0)
+    name_of = {n: f"model-{n:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors" for n in range(1, count + 1)}
+    for number, name in name_of.items():
+        held = [chunk for chunk in chunks if numbers[chunk.name] == number]
+        tensors = {chunk.name: chunk.values if isinstance(chunk.values, Tensor) else chunk.values() for chunk in held}
+        save_file(tensors, folder / name, metadata={"format": "pt"})  # which transformers asks for
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(chunk.nbytes for chunk in chunks)},
+            "weight_map": {chunk.name: name_of[numbers[chunk.name]] for chunk in chunks},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""Checkpoints of other Muons, for `ds_optforge.checkpoint.convert`: DeepSpeed's built-in one, and torch.optim.Muon.
+"""Checkpoints of other optimizers, for `ds_optforge.checkpoint.convert`: Adam and Muon under DeepSpeed, and torch.optim.Muon.
 
-Their momentum is the same moving average as ours, so training resumes with it. The groups get names of their own
-(``deepspeed0``, ``torch0``), so `load_checkpoint` takes such a checkpoint with ``strict=False``.
+Their moving averages are the same as ours, so training resumes with them. The groups get names of their own (``deepspeed0``,
+``torch0``), and the manifest says whose they are (`FOREIGN`), so that `load_checkpoint` compares parameters and not groups.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,40 +20,132 @@ from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, cuts_of_parameters
 from ds_optforge.zero.placement import Placement
 
-_MOMENTUM = "momentum_buffer"
+FOREIGN = "optimizer"  # the manifest's entry that names another optimizer than OptForge; ours have none
+
+_MOMENTUM, _MOMENTS = "momentum_buffer", ("exp_avg", "exp_avg_sq")
 _TORCH_FILE = '{"model": model.state_dict(), "optimizer": a state dict, or a list of them}'
 
 
-def read_deepspeed_muon(checkpoint: EngineCheckpoint, found: Found) -> None:
-    """Add weights, state and groups that DeepSpeed's built-in Muon saved to ``found``.
+def read_deepspeed(checkpoint: EngineCheckpoint, found: Found) -> str:
+    """Add weights, state and groups that Adam or DeepSpeed's built-in Muon saved under DeepSpeed to ``found``.
+
+    Returns:
+        The name of the optimizer, for the manifest.
 
     Raises:
-        CheckpointError: another optimizer saved the checkpoint, or ZeRO stage 0, or the momenta have an unknown layout.
+        CheckpointError: another optimizer saved the checkpoint, or Muon on ZeRO stage 0, or the files have an unknown layout.
     """
-    groups = checkpoint.optimizer(0)["param_groups"]
-    if not any(group.get("use_muon") for group in groups):
-        raise CheckpointError(
-            f"{checkpoint.folder}: is neither OptForge's nor DeepSpeed's Muon's; allowed: those, and a file of torch.optim.Muon"
-        )
+    if not isinstance(checkpoint.optimizer(0), Mapping):
+        raise CheckpointError(f"{checkpoint.folder}: was saved with zero_optimization.elastic_checkpoint; allowed: without it")
+    muon = any(group.get("use_muon") for group in checkpoint.optimizer(0)["param_groups"])
+    if not muon:
+        _refuse_other_than_adam(checkpoint)
     shapes_of = checkpoint.model["param_shapes"]
-    if shapes_of is None:
+    if shapes_of is not None:
+        for number in range(len(shapes_of)):
+            _read_slices(_Slice(checkpoint, number), found)
+    elif muon:
         raise CheckpointError(f"{checkpoint.folder}: was saved by DeepSpeed's Muon on ZeRO stage 0; allowed: 1, 2, 3")
-    for number, shapes in enumerate(shapes_of):
-        found.shapes |= {name: list(shape) for name, shape in shapes.items()}
-        whole = _Slice(checkpoint, number)
-        step = 0
-        for shard in range(len(checkpoint.shards)):
-            tensor, state = whole.tensor(shard), dict(whole.state(shard))
-            momentum = state.pop(_MOMENTUM, None)
-            if momentum is not None and momentum.numel() != whole.size:
-                _read_whole_momenta(whole, shard, momentum, found)
-            elif momentum is not None:
-                state[_MOMENTUM] = momentum
-            step = max(step, int(state.pop("step", 0)))
-            buffers = [key for key, value in state.items() if isinstance(value, Tensor) and value.numel() >= tensor.numel()]
-            found.chunks += chunks_of(whole.placement(shard), [tensor], [state], buffers, ())
-        step = step or int(whole.group.get("step", 0)) or int(checkpoint.model["global_steps"])
-        found.groups[f"deepspeed{number}"] = _group("muon" if whole.group.get("use_muon") else "adamw", step, shapes)
+    else:
+        _read_unsharded(checkpoint, found)
+    return "DeepSpeed's Muon" if muon else "Adam"
+
+
+def _refuse_other_than_adam(checkpoint: EngineCheckpoint) -> None:
+    """Raise CheckpointError where the state is not that of Adam or AdamW, by torch or by DeepSpeed, after a step."""
+    optimizer, folder = checkpoint.optimizer(0), checkpoint.folder
+    allowed = "allowed: OptForge, Adam, AdamW, DeepSpeed's Muon, and a file of torch.optim.Muon"
+    name = (checkpoint.model["ds_config"].get("optimizer") or {}).get("type")
+    if name is not None and name.lower() not in ("adam", "adamw"):
+        raise CheckpointError(f"{folder}: was saved by {name}; {allowed}")
+    keys = {key for state in optimizer["state"].values() for key in state} - {"step"}
+    for option in ("amsgrad", "maximize"):
+        if any(group.get(option) for group in optimizer["param_groups"]):
+            raise CheckpointError(f"{folder}: was saved by an Adam with {option}; allowed: without it")
+    if not keys:
+        raise CheckpointError(f"{folder}: was saved before its run took a step; allowed: after one")
+    if keys != set(_MOMENTS):
+        raise CheckpointError(f"{folder}: holds the state {sorted(keys)} of another optimizer; {allowed}")
+
+
+def _read_slices(whole: "_Slice", found: Found) -> None:
+    """Add a parameter group (ZeRO-1/2) or sub-group (ZeRO-3) from the slices of all ranks."""
+    found.shapes |= {name: list(shape) for name, shape in whole.shapes.items()}
+    step = 0
+    for shard in range(len(whole.checkpoint.shards)):
+        whole.refuse_other_size(shard)
+        tensor, state = whole.tensor(shard), dict(whole.state(shard))
+        momentum = state.pop(_MOMENTUM, None)
+        if momentum is not None and momentum.numel() != whole.size:
+            _read_whole_momenta(whole, shard, momentum, found)
+        elif momentum is not None:
+            state[_MOMENTUM] = momentum
+        step = max(step, int(state.pop("step", 0)))
+        buffers = [key for key, value in state.items() if isinstance(value, Tensor) and value.numel() >= tensor.numel()]
+        found.chunks += chunks_of(whole.placement(shard), [tensor], [state], buffers, ())
+    step = step or int(whole.group.get("step", 0)) or _steps_taken(whole.checkpoint)
+    _add_group(found, whole.group_number, "muon" if whole.group.get("use_muon") else "adamw", step, whole.shapes)
+
+
+def _steps_taken(checkpoint: EngineCheckpoint) -> int:
+    return int(checkpoint.model["global_steps"]) - int(checkpoint.model["skipped_steps"])
+
+
+def _add_group(found: Found, number: int, rule: str, step: int, members: Iterable[str]) -> None:
+    """Enter a parameter group of DeepSpeed's run, or one more sub-group of it."""
+    made = _group(rule, step, ())
+    found.groups.setdefault(f"deepspeed{number}", made)["members"] += list(members)
+
+
+def _read_unsharded(checkpoint: EngineCheckpoint, found: Found) -> None:
+    """Add what Adam saved without ZeRO: a state per parameter, or (FP16_Optimizer) one per group."""
+    model, optimizer, masters = checkpoint.model["module"], checkpoint.optimizer(0), checkpoint.slices(0)
+    for number, (group, names) in enumerate(zip(optimizer["param_groups"], _names_unsharded(checkpoint), strict=True)):
+        states = [optimizer["state"].get(index, {}) for index in group["params"]]
+        numels = [model[name].numel() for name in names]
+        weights = [masters[index] for index in group["params"]] if masters else [model[name] for name in names]
+        flat = len(states) == 1 and weights[0].numel() == sum(numels)  # the parameters of the group, one behind the other
+        starts = accumulate(numels, initial=0) if flat else [0] * len(names)
+        for place, (name, numel, start) in enumerate(zip(names, numels, starts, strict=False)):
+            weight, state = weights[0 if flat else place], states[0 if flat else place]
+            values = {weight_name(name): weight, **{buffer_name(name, key): state[key] for key in _MOMENTS if key in state}}
+            for key, value in values.items():
+                if not flat and value.numel() != numel:
+                    raise CheckpointError(
+                        f"{checkpoint.folder}: holds {value.numel()} elements for '{key}'; allowed: {numel}, as '{name}' has"
+                    )
+                found.chunks.append(flat_chunk(key, numel, 0, value.reshape(-1).narrow(0, start, numel)))
+            if not state:  # it has had no gradient, which counts as zeros under ZeRO
+                zeros = torch.zeros(numel)
+                found.chunks += [flat_chunk(buffer_name(name, key), numel, 0, zeros) for key in _MOMENTS]
+        found.shapes |= {name: list(model[name].shape) for name in names}
+        step = max((int(state["step"]) for state in states if "step" in state), default=int(group.get("step", 0)))
+        _add_group(found, number, "adamw", step, names)
+
+
+def _names_unsharded(checkpoint: EngineCheckpoint) -> list[list[str]]:
+    """The names of each group's parameters, which the optimizer knows if it was given them; else there must be one group."""
+    groups, module = checkpoint.optimizer(0)["param_groups"], checkpoint.model["module"]
+    if all("param_names" in group for group in groups):
+        return [list(group["param_names"]) for group in groups]
+    buffers = set(checkpoint.model["buffer_names"])
+    weights = {n: v for n, v in module.items() if n not in buffers and isinstance(v, Tensor) and v.numel()}
+    first_names = {address(weight): name for name, weight in reversed(weights.items())}  # of tied weights
+    names = [name for name, weight in weights.items() if first_names[address(weight)] == name]
+    held = sum(tensor.numel() for tensor in checkpoint.slices(0))
+    states = checkpoint.optimizer(0)["state"]
+    indices = [index for group in groups for index in group["params"]]
+    shapes = [states[index]["exp_avg"].shape if index in states else None for index in indices]
+    own = [module[name].shape for name in names]
+    one_each = len(shapes) == len(own) and all(shape in (None, known) for shape, known in zip(shapes, own, strict=True))
+    together = len(indices) == 1 and held == sum(shape.numel() for shape in own)
+    if len(groups) == 1 and (one_each or together):
+        return [names]
+    raise CheckpointError(
+        f"{checkpoint.folder}: its optimizer does not name its {len(indices)} parameters in {len(groups)} groups, which cannot "
+        f"be told apart on ZeRO stage 0; allowed: one group of all {len(names)} parameters in the model's order, an optimizer "
+        "that was made of model.named_parameters() (torch 2.6 or later), or ZeRO stage 1, 2 or 3"
+    )
 
 
 def _group(rule: str, step: int, members: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -80,10 +172,27 @@ class _Slice:
     @property
     def group(self) -> Mapping[str, Any]:
         groups: Sequence[Mapping[str, Any]] = self.checkpoint.optimizer(0)["param_groups"]
-        return next(group for group in groups if self.number in group["params"])
+        return groups[self.group_number]
+
+    @property
+    def group_number(self) -> int:
+        """The number of the parameter group, of which ZeRO-3 may have made several sub-groups."""
+        groups = self.checkpoint.optimizer(0)["param_groups"]
+        return next(index for index, group in enumerate(groups) if self.number in group["params"])
 
     def tensor(self, shard: int) -> Tensor:
         return self.checkpoint.slices(shard)[self.number]
+
+    def refuse_other_size(self, shard: int) -> None:
+        """Raise CheckpointError where ZeRO-3 has cut the parameters over other ranks than all, or keeps them elsewhere."""
+        numels = [torch.Size(shape).numel() for shape in self.shapes.values()]
+        ranks, found = len(self.checkpoint.shards), self.tensor(shard).numel()
+        needed = cuts_of_parameters(numels, ranks)[1] if self.partitioned else 0
+        if found < needed:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: rank {shard} holds {found} elements of sub-group {self.number}; allowed: {needed}, "
+                f"cut over all {ranks} ranks and in memory (no MiCS, no NVMe)"
+            )
 
     def state(self, shard: int) -> Mapping[str, Any]:
         state: Mapping[str, Any] = self.checkpoint.optimizer(shard)["state"].get(self.number, {})
@@ -164,6 +273,7 @@ def from_torch(path: Path) -> tuple[Found, dict[str, Any]]:
         "scheduler": None,
         "client_state": {},
         "written_by": {"converted_from": "torch"},
+        FOREIGN: "torch.optim.Muon",
     }
 
 

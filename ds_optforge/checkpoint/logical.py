@@ -169,24 +169,31 @@ class Loading:
             if held is not None:
                 self._elements(name, weight_name(name), held.within.start, view(slices.tensors[held.tensor], held))
 
-    def into_state(self, slices: Slices, states: Sequence[State], rule: Rule) -> None:
-        """Request the state buffers and statistics for ``states``, which must have been allocated."""
+    def into_state(self, slices: Slices, states: Sequence[State], rule: Rule, saved: Callable[[str, str], str | None]) -> None:
+        """Request the state buffers and statistics for ``states``, which must have been allocated.
+
+        Args:
+            slices: of one call of ``step()``.
+            states: of its tensors.
+            rule: theirs.
+            saved: function of (parameter, buffer or statistic) that names the logical tensor to fill it from; None leaves it.
+        """
         placement = slices.placement
         places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(rule)}
         for parameter, name in enumerate(placement.layout.names):
             held = placement.held(parameter)
             if held is not None:
                 for buffer in rule.buffers:
-                    self._into_buffer(slices, states[held.tensor], buffer, parameter, held)
+                    if (key := saved(name, buffer.name)) is not None:
+                        self._into_buffer(slices, states[held.tensor], buffer, parameter, held, key)
             for statistic, found in places.items():
                 kept = placement.held_values(parameter, statistic.per, found)
-                if kept is not None:
+                if kept is not None and (key := saved(name, statistic.name)) is not None:
                     values = view(states[kept.tensor][statistic.name], kept)
-                    self.requests.append(Request(buffer_name(name, statistic.name), kept.within.start, values))
+                    self.requests.append(Request(key, kept.within.start, values))
 
-    def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held) -> None:
+    def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held, key: str) -> None:
         name = slices.placement.layout.names[parameter]
-        key = buffer_name(name, buffer.name)
         stored = view(state[buffer.name], held)
         style = slices.format_of(held.tensor, buffer)
         if absmax_of(key) not in self._stored:

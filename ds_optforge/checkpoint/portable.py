@@ -1,9 +1,10 @@
 """Save and load checkpoints that resume anywhere: with other ranks, on another ZeRO stage, with offload toggled."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,15 @@ import torch.distributed as dist
 
 from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.files import Checkpoint
+from ds_optforge.checkpoint.incumbents import FOREIGN
 from ds_optforge.checkpoint.live import LiveEngine, Stepped, rank
-from ds_optforge.checkpoint.logical import (
-    Loading,
-    State,
-    absmax_of,
-    buffer_name,
-)
+from ds_optforge.checkpoint.logical import Loading, State, absmax_of
+from ds_optforge.checkpoint.positions import problem_of, set_position
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
+from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge
-from ds_optforge.rules.base import Rule, statistics_of
 from ds_optforge.rules.registry import rule_settings
-from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import (
     refresh_weights,
@@ -78,7 +75,8 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         engine: an engine with the same model, trained by OptForge.
         folder: the folder that `save_checkpoint` or ``ds-optforge convert`` wrote.
         strict: False also takes a checkpoint of other parameter groups (another optimizer, other overrides): a group whose
-            state is not complete in it starts afresh, with this run's settings.
+            state is not complete in it starts afresh, with this run's settings. Not needed for what ``ds-optforge convert``
+            made of another optimizer's checkpoint, whose parameters are compared in place of its groups.
 
     Returns:
         The ``client_state`` that was saved.
@@ -93,9 +91,11 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
         problems += [] if problems else [*_differences(live, checkpoint, strict), *_blocks_for_shards(live, checkpoint)]
-        fresh = set() if problems else _fresh_groups(live, checkpoint)
+        resumptions = [] if problems else _resumptions(live, checkpoint)
     _refuse_different(checkpoint)
-    _restore(live, checkpoint, live.on_any_stage(fresh))
+    fresh = live.on_any_stage({name for name, resumption in resumptions if isinstance(resumption, str)})
+    _report(checkpoint, resumptions)
+    _restore(live, checkpoint, resumptions, fresh)
     client_state: dict[str, Any] = checkpoint.manifest["client_state"]
     return client_state
 
@@ -110,14 +110,18 @@ def _differences(live: LiveEngine, checkpoint: Checkpoint, strict: bool) -> list
         for name, shape in shapes.items()
         if name in saved and saved[name] != shape
     ]
-    problems += _other_scheduler(live, checkpoint.manifest["scheduler"])
+    scheduler, manifest = getattr(live.engine, "lr_scheduler", None), checkpoint.manifest
+    if problem := problem_of(scheduler, manifest["scheduler"], _same_groups(live, manifest)):
+        problems.append(problem)
     if strict:
         problems += _missing_rules(checkpoint)
     if problems or not strict:
         return [f"{checkpoint.folder}: {problem}" for problem in problems]
     found = {name: sorted(group["members"]) for name, group in checkpoint.manifest["groups"].items()}
     own = {name: sorted(group["members"]) for name, group in live.groups.items()}
-    if found.keys() != own.keys():
+    if FOREIGN in checkpoint.manifest:  # whose groups are none of ours
+        problems += _other_trained(*(set(chain.from_iterable(groups.values())) for groups in (found, own)))
+    elif found.keys() != own.keys():
         problems.append(f"parameter groups: got {sorted(found)}; allowed: this run's, {sorted(own)} (or strict=False)")
     else:
         problems += [
@@ -127,6 +131,15 @@ def _differences(live: LiveEngine, checkpoint: Checkpoint, strict: bool) -> list
             if found[name] != members
         ]
     return [f"{checkpoint.folder}: {problem}" for problem in problems]
+
+
+def _other_trained(found: set[str], own: set[str]) -> Iterator[str]:
+    """Yield a line for what only one of the two runs trains."""
+    if found != own:
+        yield (
+            f"trained parameters: got {_few(found - own)}, which this run does not train, and not {_few(own - found)}; "
+            "allowed: those of this run (or strict=False)"
+        )
 
 
 def _blocks_for_shards(live: LiveEngine, checkpoint: Checkpoint) -> Iterator[str]:
@@ -147,28 +160,19 @@ def _missing_rules(checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def _other_scheduler(live: LiveEngine, saved: Mapping[str, Any] | None) -> list[str]:
-    scheduler = getattr(live.engine, "lr_scheduler", None)
-    if scheduler is None or saved is None:
-        return []
-    needed = {"last_epoch"} if isinstance(scheduler, OptForgeSchedule) else set(scheduler.state_dict())
-    if needed <= saved.keys():
-        return []
-    return [f"scheduler: got a state of {sorted(saved)}; allowed: {sorted(needed)}, which {type(scheduler).__name__} reads"]
+def _same_groups(live: LiveEngine, manifest: Mapping[str, Any]) -> bool:
+    return bool(manifest["groups"].keys() == live.groups.keys())
 
 
 def _few(names: set[str]) -> str:
     return "[" + ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "") + "]"
 
 
-def _source_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The saved group of each parameter."""
-    return {name: group for group in checkpoint.manifest["groups"].values() for name in group["members"]}
-
-
-def _restore(live: LiveEngine, checkpoint: Checkpoint, fresh: set[str]) -> None:
+def _restore(
+    live: LiveEngine, checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]], fresh: set[str]
+) -> None:
     """Change the engine to the checkpoint's state. Call it after all checks."""
-    manifest, source_of = checkpoint.manifest, _source_of(checkpoint)
+    manifest = checkpoint.manifest
     loading = Loading(checkpoint, manifest["block_cuts"], live.shards)
     with torch.no_grad():
         with _agreeing():
@@ -176,9 +180,9 @@ def _restore(live: LiveEngine, checkpoint: Checkpoint, fresh: set[str]) -> None:
                 loading.into_weights(stepped.slices)
                 for tensor in stepped.slices.tensors:
                     live.optimizer.state.pop(tensor, None)
-            for stepped in live.stepped:
-                if stepped.name not in fresh:
-                    _allocate(live.optimizer, stepped, source_of[stepped.slices.placement.layout.names[0]], loading)
+            for stepped, (_, resumption) in zip(live.stepped, resumptions, strict=True):
+                if stepped.name not in fresh and not isinstance(resumption, str):
+                    _allocate(live.optimizer, stepped, resumption, loading)
             for name, (target, start, _) in live.untrained.items():
                 loading.into(target, name, start)
             checkpoint.read(loading.requests)
@@ -189,43 +193,35 @@ def _restore(live: LiveEngine, checkpoint: Checkpoint, fresh: set[str]) -> None:
     set_random_states(random_states)
 
 
-def _fresh_groups(live: LiveEngine, checkpoint: Checkpoint) -> set[str]:
-    """The groups whose state is not all in the checkpoint (none if it was saved before their first step)."""
-    source_of = _source_of(checkpoint)
-    reasons: dict[str, str] = {}
-    for stepped in live.stepped:
-        names = stepped.slices.placement.layout.names
-        sources = [source_of.get(name) for name in names]
-        steps = {source["step"] if source else 0 for source in sources}
-        keys = [*stepped.buffers, *(statistic.name for statistic in statistics_of(stepped.members.rule))]
-        missing = [buffer_name(n, k) for n in names for k in keys if buffer_name(n, k) not in checkpoint.tensors]
-        others = {source["rule"] for source in sources if source and not _related(source["rule"], stepped.members.rule)}
-        if others:  # its buffers may have the names of this rule's, and mean something else
-            reasons[stepped.name] = f"it was trained by '{min(others)}', whose state is not of this rule's kind"
-        elif steps == {0}:
-            reasons[stepped.name] = "no step of it had been taken"
-        elif len(steps) > 1:
-            reasons[stepped.name] = f"its parameters had taken {sorted(steps)} steps"
-        elif missing:
-            reasons[stepped.name] = f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
-    for name, reason in reasons.items():
-        logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, reason)
-    return set(reasons)
+def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Resumption | str]]:
+    """(group, what it takes of the saved state or why it starts afresh) of each call of ``step()``."""
+    source_of = {name: group for group in checkpoint.manifest["groups"].values() for name in group["members"]}
+    return [
+        (
+            stepped.name,
+            resumption_of(stepped.slices.placement.layout.names, stepped.members.rule, source_of, checkpoint.tensors),
+        )
+        for stepped in live.stepped
+    ]
 
 
-def _related(saved: str, rule: Rule) -> bool:
-    """Whether the rule of that name is this one, or one derives from the other, so that their buffers mean the same."""
-    settings = rule_settings(saved)
-    return settings is not None and (issubclass(settings.builds, type(rule)) or isinstance(rule, settings.builds))
+def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]) -> None:
+    """Log, once for each group, what does not go on as it was saved."""
+    for name, found in dict(resumptions).items():
+        if isinstance(found, str):
+            logger.info("%s: the state of '%s' starts afresh: %s", checkpoint.folder, name, found)
+        elif found.note:
+            logger.info("%s: '%s' goes on from step %d with %s", checkpoint.folder, name, found.step, found.note)
 
 
-def _allocate(optimizer: OptForge, stepped: Stepped, source: Mapping[str, Any], loading: Loading) -> None:
+def _allocate(optimizer: OptForge, stepped: Stepped, resumption: Resumption, loading: Loading) -> None:
     states: list[State] = [optimizer.state[tensor] for tensor in stepped.slices.tensors]
-    stepped.slices.allocate(stepped.members.rule, states)
+    rule = stepped.members.rule
+    stepped.slices.allocate(rule, states)
     for state in states:
-        state["step"].fill_(source["step"])
-        state.update(source["scalars"])
-    loading.into_state(stepped.slices, states, stepped.members.rule)
+        state["step"].fill_(resumption.step)
+        state.update(resumption.scalars)
+    loading.into_state(stepped.slices, states, rule, partial(resumption.key, averages=averages_of(rule)))
 
 
 def _restore_engine(live: LiveEngine, manifest: Mapping[str, Any], fresh: set[str]) -> None:
@@ -238,7 +234,7 @@ def _restore_engine(live: LiveEngine, manifest: Mapping[str, Any], fresh: set[st
     set_loss_scale(live.wrapper, manifest["loss_scale"])
     scheduler = getattr(live.engine, "lr_scheduler", None)
     if scheduler is not None and manifest["scheduler"] is not None:
-        scheduler.load_state_dict(manifest["scheduler"])
+        set_position(scheduler, manifest["scheduler"], _same_groups(live, manifest))
 
 
 @contextmanager

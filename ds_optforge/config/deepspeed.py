@@ -145,7 +145,7 @@ def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]
 def _rates(optimizer: OptimizerConfig) -> dict[str, float]:
     """Return every learning rate in the section, by the role or override that asks for it."""
     rates: dict[str, float] = {role: optimizer.settings(role).lr for role in ROLES}
-    rates["matrix beyond max_aspect_ratio"] = optimizer.settings("matrix", too_thin=True).lr
+    rates["matrix that is left to adamw"] = optimizer.settings("matrix", left=True).lr
     for index, override in enumerate(optimizer.common.overrides):
         if "lr" in override.settings:
             rates[f"overrides[{index}]"] = override.settings["lr"]

@@ -52,7 +52,7 @@ class OptimizerConfig:
         self,
         role: Role,
         overrides: Sequence[int] = (),
-        too_thin: bool = False,
+        left: bool = False,
         own: Mapping[str, Any] | None = None,
         place: str = "param_groups",
     ) -> RuleSettings:
@@ -61,8 +61,8 @@ class OptimizerConfig:
         Args:
             role: of the parameter.
             overrides: indices of the overrides that match it; later ones win.
-            too_thin: whether the parameter's aspect ratio is beyond ``max_aspect_ratio``, so that a matrix rule leaves it to
-                adamw unless a rule is named for it.
+            left: whether a matrix rule leaves the parameter to adamw, unless a rule is named for it: a router, or a matrix
+                beyond ``max_aspect_ratio``.
             own: settings of its own parameter group, weaker than overrides and stronger than everything else.
             place: names that group in messages.
 
@@ -74,9 +74,9 @@ class OptimizerConfig:
         for_itself = any("name" in layer for _, layer in layers[1:])
         names = [(path, layer.pop("name")) for path, layer in layers if "name" in layer]
         path, name = names[-1] if names else (self._path, self.common.name)
-        if _settings_of(name, path).needs_matrix() and ((too_thin and not for_itself) or (role != "matrix" and not names)):
+        if _settings_of(name, path).needs_matrix() and ((left and not for_itself) or (role != "matrix" and not names)):
             name = "adamw"
-            if too_thin and role == "matrix":  # settings of the matrix role are not meant for it
+            if left and role == "matrix":  # settings of the matrix role are not meant for it
                 layers = layers[1:]
         return self._resolve(name, [*self._base(role, name), *layers])
 

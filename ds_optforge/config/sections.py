@@ -58,19 +58,33 @@ class Override(Section):
 
     match: str = Field(description="a regular expression")
     role: Role | None = None
-    split: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
-        None, description="rows of each matrix that is fused into the parameter"
+    stored: Literal["out_in", "in_out"] | None = Field(
+        None, description="order of the last two dimensions, where the module does not tell: Linears are out_in"
     )
-    heads: int | tuple[int, ...] | None = Field(
-        None, description="equal row blocks that each matrix is cut into; a list: one count per entry of split"
+    split: Literal["auto"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)] | None = Field(
+        None, description="rows of each matrix that is fused into the parameter; auto: as its module tells"
     )
+    heads: Literal["auto"] | int | tuple[int, ...] | None = Field(
+        None, description="equal row blocks that each matrix is cut into; a list: one count per entry of split; auto: by head"
+    )
+
+    @field_validator("split", mode="wrap")
+    @classmethod
+    def _parts(cls, value: Any, handler: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        if not isinstance(value, list | tuple) or not value or any(type(rows) is not int or rows < 1 for rows in value):
+            raise ValueError("'auto', or a list of integers of at least 1")
+        return tuple(value)
 
     @field_validator("heads", mode="wrap")
     @classmethod
     def _counts(cls, value: Any, handler: Any) -> Any:
+        if value is None or value == "auto":
+            return value
         counts = value if isinstance(value, list | tuple) else [value]
         if not counts or any(type(count) is not int or count < 1 for count in counts):
-            raise ValueError("an integer of at least 1, or a list of them")
+            raise ValueError("'auto', an integer of at least 1, or a list of them")
         return value if isinstance(value, int) else tuple(value)
 
     @field_validator("match")
@@ -97,4 +111,8 @@ class CommonSettings(Section):
     overrides: Annotated[tuple[Override, ...], Strict(False)] = Field((), description="settings by parameter name")
     sharding: ShardingSettings = ShardingSettings()
     telemetry: TelemetrySettings | None = Field(None, description='numbers about every k-th step: {"every": 10}')
-    max_aspect_ratio: Annotated[float, Field(ge=1)] = Field(10.0, description="a longer, thinner matrix falls back to adamw")
+    split: Literal["auto"] | None = Field(None, description="auto: cut every weight whose fused matrices are known into them")
+    heads: Literal["auto"] | None = Field(None, description="auto: cut the projections of attention into their heads")
+    max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="a longer, thinner matrix falls back to adamw; null: 10 for what is no known hidden linear map"
+    )

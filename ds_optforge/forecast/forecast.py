@@ -271,7 +271,7 @@ class _Group:
             matrix = self.layout.matrices[alike[0]]
             for rank, within in _fragments(self.layout, alike[0]):
                 touched = matrix.rows_touched(within).numel
-                figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched))
+                figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched, joins=None))
                 if within.numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)
                 kept = sum(matrix.values_in(per, within).numel for per in self.kept.per)
@@ -300,10 +300,10 @@ def _remembered(cost: Callable[[int, int], int]) -> Cost:
     known: dict[tuple[int, int], int] = {}
 
     def of(matrix: Matrix) -> int:
-        shape = matrix.rows, matrix.cols
+        shape = matrix.part_shape
         if shape not in known:
             known[shape] = cost(*shape)
-        return known[shape]
+        return matrix.parts * known[shape]
 
     return of
 
@@ -348,11 +348,11 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
 
 def _cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list[int]]:
     """Group matrices by shape and cuts: on ZeRO-3, the layers of a model are alike."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for index in indices:
         matrix = layout.matrices[index]
         cut = layout.cuts[matrix.parameter]
-        key = (cut.base + matrix.start, cut.size, matrix.rows, matrix.cols, matrix.transposed)
+        key = (cut.base + matrix.start, cut.size, matrix.rows, matrix.cols, matrix.transposed, matrix.joins)
         groups.setdefault(key, []).append(index)
     return groups.values()
 

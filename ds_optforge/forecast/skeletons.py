@@ -1,6 +1,8 @@
 """Modules on the meta device to plan for, made from the models of the catalog or from a Hugging Face configuration."""
 
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,13 +10,13 @@ from torch import nn
 from ds_optforge.errors import ConfigError
 from ds_optforge.forecast.catalog import EMBEDDINGS, HEAD, MODEL_SHAPES
 
-_ALLOWED = f"{', '.join(MODEL_SHAPES)}, or the path of a Hugging Face config.json"
+_ALLOWED = f"{', '.join(MODEL_SHAPES)}, or the path of a Hugging Face config.json or of its folder"
 
 
 def skeleton(model: str) -> nn.Module:
     """Make a module with the parameters of ``MODEL_SHAPES[model]``, on the meta device.
 
-    It has no forward pass. Embeddings and the head are an nn.Embedding and an nn.Linear, from which their roles follow.
+    It has no forward pass. Embeddings are nn.Embeddings and matrices are nn.Linears, from which their roles follow.
     """
     root = nn.Module()
     with torch.device("meta"):
@@ -22,8 +24,8 @@ def skeleton(model: str) -> nn.Module:
             *path, last = name.split(".")
             if name in EMBEDDINGS:
                 root.add_module(path[0], nn.Embedding(shape[0], shape[1]))
-            elif name == HEAD:
-                root.add_module(path[0], nn.Linear(shape[1], shape[0], bias=False))
+            elif name == HEAD or (last == "weight" and len(shape) == 2):
+                _descend(root, path[:-1]).add_module(path[-1], nn.Linear(shape[1], shape[0], bias=False))
             else:
                 _descend(root, path).register_parameter(last, nn.Parameter(torch.empty(shape)))
     return root
@@ -41,7 +43,7 @@ def load(model: str) -> nn.Module:
     """Make a module on the meta device: the `skeleton` of a model of the catalog, or the model of a Hugging Face config.json.
 
     Args:
-        model: a name in `MODEL_SHAPES`, or the path of a Hugging Face config.json.
+        model: a name in `MODEL_SHAPES`, or the path of a Hugging Face config.json, or of a folder with one.
 
     Raises:
         ConfigError: ``model`` is neither, or transformers is missing or does not know the configuration.
@@ -49,20 +51,30 @@ def load(model: str) -> nn.Module:
     if model in MODEL_SHAPES:
         return skeleton(model)
     if not Path(model).exists():
-        raise ConfigError(f"model: got {model!r}; allowed: {_ALLOWED}")
+        near = get_close_matches(model.lower(), MODEL_SHAPES, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise ConfigError(f"model: got {model!r}{hint}; allowed: {_ALLOWED}")
     try:
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+        import transformers
     except ImportError:
         raise ConfigError(f"{model}: needs transformers; allowed: {_ALLOWED}; pip install 'ds-optforge[hf]'") from None
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model)
         with torch.device("meta"):
-            try:
-                module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-            except ValueError:  # no language model: no head
-                module = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+            module = _model_of(transformers, config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{model}: not the config.json of a model that transformers knows ({reason})") from None
     assert isinstance(module, nn.Module)
     return module
+
+
+def _model_of(transformers: Any, config: Any) -> Any:
+    """Make the model that ``config`` names as its architecture; else a language model, else one without a head."""
+    named = next((found for name in config.architectures or () if (found := getattr(transformers, name, None))), None)
+    if named is not None:
+        return named(config)
+    try:
+        return transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        return transformers.AutoModel.from_config(config)

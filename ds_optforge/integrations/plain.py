@@ -1,4 +1,4 @@
-"""Training without DeepSpeed: a torch optimizer and scheduler from the same configuration, and the routing table."""
+"""Training without DeepSpeed: a torch optimizer and scheduler from the same configuration."""
 
 import os
 import sys
@@ -6,16 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from ds_optforge.config.deepspeed import load_config, optimizer_section, scheduler_section
-from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
 from ds_optforge.integrations.deepspeed import register_with_deepspeed
 from ds_optforge.optimizer import OptForge
-from ds_optforge.routing.roles import routes_of
 from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 
@@ -88,31 +84,3 @@ def _register_where_deepspeed_is() -> None:
     """Register with DeepSpeed where it is imported or a launcher started the process; elsewhere importing it costs seconds."""
     if "deepspeed" in sys.modules or "LOCAL_RANK" in os.environ:
         register_with_deepspeed()
-
-
-def explain(model: nn.Module, config: Config) -> str:
-    """Return a table of the role, rule, matrices and settings that OptForge would give to each parameter.
-
-    Args:
-        model: any module, also one on the meta device.
-        config: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone.
-
-    Raises:
-        ConfigError: the configuration is invalid or does not fit the model.
-    """
-    routes = routes_of(model, OptimizerConfig(optimizer_section(load_config(config))))
-    table = Table("parameter", "shape", "role", "rule", "matrices", "state", "lr", "weight decay")
-    for route in routes:
-        shape = "x".join(map(str, route.shape))
-        matrices = f"{len(route.matrices)} of {route.matrices[0][1]}x{route.matrices[0][2]}" if route.matrices else "-"
-        settings = route.settings
-        decay = getattr(settings, "weight_decay", 0.0)
-        what = (settings.rule, matrices, settings.state_dtype, f"{settings.lr:g}", f"{decay:g}")
-        table.add_row(route.name, shape, route.role, *what)
-    for rule in dict.fromkeys(route.settings.rule for route in routes):
-        numel = sum(route.numel for route in routes if route.settings.rule == rule)
-        table.caption = f"{table.caption + ', ' if table.caption else ''}{rule}: {numel:,} params"
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()

@@ -26,7 +26,10 @@ class AdamW(ElementwiseRule):
 
     eps: float
     cautious: bool = False
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True), Buffer("exp_avg_sq", signed=False))
+    buffers: ClassVar[tuple[Buffer, ...]] = (
+        Buffer("exp_avg", momentum=True, gradient_average=True),
+        Buffer("exp_avg_sq", signed=False),
+    )
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
     @property

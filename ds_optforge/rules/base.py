@@ -36,6 +36,10 @@ class Buffer:
             weight: a step is far smaller than the spacing of bfloat16 or 8-bit numbers around them.
         of_update: whether a matrix rule advances it by the update, in `MatrixRule.apply`; other buffers are advanced by
             the gradient, in `MatrixRule.direction`.
+        gradient_average: whether it is the exponential moving average m <- lerp(m, g, 1 - decay) of the gradient g, from zero
+            on. A run that resumes from another rule's checkpoint with this rule begins it with that rule's average, if all
+            its buffers that the gradient advances are such averages; the rest of its state begins as zeros, and the step
+            counts on.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Buffer:
     copies_weight: bool = False
     full_precision: bool = False
     of_update: bool = False
+    gradient_average: bool = False
 
 
 @dataclass(frozen=True, slots=True)

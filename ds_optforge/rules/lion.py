@@ -20,7 +20,7 @@ class Lion(ElementwiseRule):
     """
 
     cautious: bool = False
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True),)
+    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("exp_avg", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "betas")
 
     def step(self, parameters: Tensors, gradients: Tensors, state: State, now: Hyperparameters) -> None:

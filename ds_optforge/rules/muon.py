@@ -93,7 +93,7 @@ class Muon(MatrixRule):
     orthogonalization: Orthogonalization
     cautious: bool = False
     momentum_warmup: tuple[float, int] | None = None
-    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True),)
+    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
     def cost(self, rows: int, cols: int) -> int:

@@ -357,7 +357,7 @@ def _scales(members: Members, rate: float) -> tuple[float, float]:
     scales = [
         rule.rms(rows, cols, route.transposed) * math.sqrt(max(rows, cols))
         for route in members.routes
-        for _, rows, cols in route.matrices
+        for rows, cols in route.stepped
     ]
     return rate * sum(scales), float(len(scales))
 

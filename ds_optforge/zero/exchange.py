@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_optforge.zero.buckets import BufferPlace, RankBucket
 from ds_optforge.zero.layout import Binding, LayoutError
-from ds_optforge.zero.partition import PartitionLayout
+from ds_optforge.zero.partition import Joined, PartitionLayout
 from ds_optforge.zero.plan import ExchangePlan
 
 # Stands for a statistic that another rank keeps: the first row of a fragment that is stepped alone may begin there.
@@ -50,6 +50,7 @@ class _Batch:
         start: of the batch in the receive buffer if its elements lie there in order, else -1.
         partial: whether fragments of a matrix are missing, so that the rest is zeros.
         folds: number of blocks of columns in which the elements of a matrix are counted.
+        joins: the matrices that each of them joins; None if it is one itself.
     """
 
     rows: int
@@ -63,6 +64,7 @@ class _Batch:
     start: int
     partial: bool
     folds: int
+    joins: Joined | None
 
     @property
     def numel(self) -> int:
@@ -74,6 +76,40 @@ class _Batch:
             return elements
         blocks = elements.view(self.count, self.folds, self.rows, self.cols // self.folds)
         return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
+
+    def parted(self, matrices: Tensor) -> Tensor:
+        """Return the (n parts, rows, cols) matrices that (n, rows, cols) ones join, those of one matrix after each other."""
+        if self.joins is None:
+            return matrices
+        turns = (self.count, -1, self.joins.parts, self.joins.block)
+        if self.transposed:
+            apart = matrices.mT.reshape(*turns, self.rows).transpose(1, 2)
+            return apart.reshape(self.count * self.joins.parts, -1, self.rows).mT.contiguous()
+        return matrices.reshape(*turns, self.cols).transpose(1, 2).reshape(self.count * self.joins.parts, -1, self.cols)
+
+    def together(self, parts: Tensor) -> Tensor:
+        """Undo `parted`."""
+        if self.joins is None:
+            return parts
+        apart = (self.count, self.joins.parts, -1, self.joins.block)
+        if self.transposed:
+            turns = parts.mT.reshape(*apart, self.rows).transpose(1, 2)
+            return turns.reshape(self.count, self.cols, self.rows).mT
+        return parts.reshape(*apart, self.cols).transpose(1, 2).reshape(self.count, self.rows, self.cols)
+
+    def parted_values(self, values: Tensor) -> Tensor:
+        """Return (n parts, outputs) values of the outputs of the parts, from (n, outputs) of the matrices."""
+        if self.joins is None:
+            return values
+        turns = values.reshape(self.count, -1, self.joins.parts, self.joins.block).transpose(1, 2)
+        return turns.reshape(self.count * self.joins.parts, -1)
+
+    def values_together(self, values: Tensor) -> Tensor:
+        """Undo `parted_values`."""
+        if self.joins is None:
+            return values
+        apart = values.reshape(self.count, self.joins.parts, -1, self.joins.block).transpose(1, 2)
+        return apart.reshape(self.count, -1)
 
     def unfolded(self, matrices: Tensor) -> Tensor:
         """Undo `folded`."""
@@ -151,9 +187,10 @@ class BucketExchange:
             self._send = self._send.new_empty(0)
 
     def owned(self, index: int) -> tuple[int, ...]:
-        """Return the numbers in the layout of the matrices of batch ``index``, in order."""
+        """Return the numbers in the layout of the matrices of batch ``index``, in order; for parts that of what joins them."""
         batch = self._batches[index]
-        return tuple(dict(zip(batch.slots, (place.matrix for place in batch.places), strict=True)).values())
+        matrices = dict(zip(batch.slots, (place.matrix for place in batch.places), strict=True)).values()
+        return tuple(matrix for matrix in matrices for _ in range(batch.joins.parts if batch.joins else 1))
 
     def matrices(self, index: int) -> MatrixBatch:
         """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it."""
@@ -175,6 +212,9 @@ class BucketExchange:
         if statistics:
             inside = _values_within(batch, statistics, self._wire)
             torch._foreach_copy_(inside, self._statistics(self._receive, batch.places))
+        if batch.joins:
+            active, matrices = active.repeat_interleave(batch.joins.parts), batch.parted(matrices)
+            statistics = tuple(map(batch.parted_values, statistics))
         return MatrixBatch(matrices, active, statistics, batch.transposed)
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
@@ -186,11 +226,12 @@ class BucketExchange:
             given: what `matrices` returned for it, with its statistics advanced.
         """
         batch = self._batches[index]
-        elements = _elements_within(batch, batch.unfolded(updates))
+        elements = _elements_within(batch, batch.unfolded(batch.together(updates)))
         torch._foreach_copy_(self._elements(self._receive, batch.places), elements)
-        self._receive[batch.flag_index] = given.active[batch.slot_index]
+        active = given.active[:: batch.joins.parts] if batch.joins else given.active
+        self._receive[batch.flag_index] = active[batch.slot_index]
         if given.statistics:
-            places = _values_within(batch, given.statistics, self._wire)
+            places = _values_within(batch, tuple(map(batch.values_together, given.statistics)), self._wire)
             torch._foreach_copy_(self._statistics(self._receive, batch.places), places)
 
     def give_back(self) -> None:
@@ -264,20 +305,26 @@ def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, 
     places: dict[int, list[BufferPlace]] = {}
     for place in bucket.received:
         places.setdefault(place.matrix, []).append(place)
-    by_shape: dict[tuple[int, int, bool, int], list[int]] = {}
-    for matrix, shape, folds in zip(bucket.owned, bucket.shapes, bucket.folds, strict=True):
-        by_shape.setdefault((*shape, layout.matrices[matrix].transposed, folds), []).append(matrix)
+    by_shape: dict[tuple[int, int, bool, int, Joined | None], list[int]] = {}
+    for index, shape, folds in zip(bucket.owned, bucket.shapes, bucket.folds, strict=True):
+        matrix = layout.matrices[index]
+        by_shape.setdefault((*shape, matrix.transposed, folds, matrix.joins), []).append(index)
     batches = []
-    for (rows, cols, transposed, folds), matrices in by_shape.items():
+    for (rows, cols, transposed, folds, joins), matrices in by_shape.items():
         size = max(1, batch_numel // (rows * cols))
         for first in range(0, len(matrices), size):
             members = matrices[first : first + size]
-            batches.append(_batch((rows, cols), transposed, [places[matrix] for matrix in members], device, folds))
+            batches.append(_batch((rows, cols), transposed, [places[matrix] for matrix in members], device, folds, joins))
     return batches
 
 
 def _batch(
-    shape: tuple[int, int], transposed: bool, members: Sequence[Sequence[BufferPlace]], device: torch.device, folds: int
+    shape: tuple[int, int],
+    transposed: bool,
+    members: Sequence[Sequence[BufferPlace]],
+    device: torch.device,
+    folds: int,
+    joins: Joined | None,
 ) -> _Batch:
     numel = shape[0] * shape[1]
     places = tuple(place for member in members for place in member)
@@ -288,7 +335,7 @@ def _batch(
     whole = [place.position for place in places] == [first + numel * slot for slot in range(len(members))]
     slot_index, flag_index = _index(slots, device), _index([place.flag for place in places], device)
     start = first if whole and not partial else -1
-    return _Batch(*shape, transposed, len(members), places, slots, slot_index, flag_index, start, partial, folds)
+    return _Batch(*shape, transposed, len(members), places, slots, slot_index, flag_index, start, partial, folds, joins)
 
 
 def sum_over_ranks(values: Tensor, binding: Binding) -> None:

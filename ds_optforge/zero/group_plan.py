@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_optforge.zero.buckets import Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
 from ds_optforge.zero.exchange import BucketExchange, require_agreement
 from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.partition import Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
 from ds_optforge.zero.placement import Held, Placement, TensorRange
 from ds_optforge.zero.plan import make_plan
 from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
@@ -34,6 +34,10 @@ class Routed(Protocol):
     @property
     def transposed(self) -> bool:
         """Whether the matrices are stored (in, out)."""
+
+    @property
+    def joins(self) -> Joined | None:
+        """The matrices that each of them joins; None if it is one itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ def plan_group(
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
     cost = wanted.cost
-    plan = make_plan(layout, lambda matrix: cost(matrix.rows, matrix.cols) if cost else 0, wanted.bucket_numel)
+    plan = make_plan(layout, lambda matrix: matrix.parts * cost(*matrix.part_shape) if cost else 0, wanted.bucket_numel)
     require_agreement(plan, agreed, binding)
     held = tuple(map(tuple, placement.held_fragments()))
     if cost is None:
@@ -182,7 +186,7 @@ def matrices_of(index: int, route: Routed, numel: int, shard: Shard | None = Non
         yield Matrix(index, 0, 1, numel)
     elif shard is None:
         for start, rows, cols in route.matrices:
-            yield Matrix(index, start, rows, cols, route.transposed)
+            yield Matrix(index, start, rows, cols, route.transposed, joins=route.joins)
     else:
         for start, rows, cols in shard.local(route.matrices, route.transposed, route.name):
             yield Matrix(index, start, rows, cols, shards=shard.count, dim=shard.dim)

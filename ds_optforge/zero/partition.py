@@ -30,6 +30,26 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """Matrices of one shape in one stored matrix, whose outputs take turns: ``block`` of each, then the next ``block`` of each.
+
+    Attributes:
+        parts: number of matrices.
+        block: outputs of one of them that follow each other: all of them where the matrices are halves, thirds, ... of columns.
+    """
+
+    parts: int
+    block: int
+
+
+def part_shape(rows: int, cols: int, transposed: bool, joins: Joined | None) -> tuple[int, int]:
+    """Return (rows, cols) of each matrix that a stored (rows, cols) matrix ``joins``."""
+    if joins is None:
+        return rows, cols
+    return (rows, cols // joins.parts) if transposed else (rows // joins.parts, cols)
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A (rows, cols) matrix: ``local_numel`` elements of a flattened parameter, or as many of each of its shards.
 
@@ -41,6 +61,7 @@ class Matrix:
         transposed: whether it is stored (in, out), so that its output rows are the columns.
         shards: number of tensor ranks among which it is cut; 1 if each of them has all of it.
         dim: what a shard has some of: 0 for rows, 1 for columns.
+        joins: the matrices of one shape that it joins though they are no ranges of it; None if it is one itself.
     """
 
     parameter: int
@@ -50,6 +71,17 @@ class Matrix:
     transposed: bool = False
     shards: int = 1
     dim: int = 0
+    joins: Joined | None = None
+
+    @property
+    def parts(self) -> int:
+        """Number of matrices that are orthogonalized in its place."""
+        return self.joins.parts if self.joins else 1
+
+    @property
+    def part_shape(self) -> tuple[int, int]:
+        """(rows, cols) of each of them."""
+        return part_shape(self.rows, self.cols, self.transposed, self.joins)
 
     @property
     def numel(self) -> int:

@@ -242,3 +242,96 @@ def save_unsavable(config: dict[str, Any], folder: str, odd: Any) -> None:
     """Rank 1 alone asks for what JSON cannot hold."""
     engine = build_engine(config, {})
     ds_optforge.save_checkpoint(engine, folder, {"position": odd if dist.get_rank() == 1 else 1})
+
+
+ADAMW = {"lr": 3e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+CLIENT_STATE = {"epoch": 3}
+
+
+def adamw_engine(config: dict[str, Any], how: str = "groups", **model_options: Any) -> Any:
+    """An engine of an AdamW that is not ours.
+
+    Args:
+        how: what torch's AdamW is given: "groups" (vectors without decay, then the rest), "named" (the same with their names),
+            or "all" in the model's order; "ramp" is "groups" with a scheduler that is torch's. "section" takes the optimizer
+            section of ``config``.
+    """
+    model = models.build(**model_options)
+    if how == "section":
+        return deepspeed.initialize(model=model, config=config)[0]
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if how == "all":
+        given: Any = [parameter for _, parameter in trained]
+    else:
+        members = [[item for item in trained if (item[1].ndim < 2) == small] for small in (True, False)]
+        listed = members if how == "named" else [[parameter for _, parameter in items] for items in members]
+        given = [{"params": listed[0], "weight_decay": 0.0}, {"params": listed[1]}]
+    optimizer = torch.optim.AdamW(given, **ADAMW)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp) if how == "ramp" else None
+    return deepspeed.initialize(model=model, config=config, optimizer=optimizer, lr_scheduler=scheduler)[0]
+
+
+def ramp(step: int) -> float:
+    """The Trainer's own warm-up, a LambdaLR."""
+    return (step + 1) / 20
+
+
+def run_adamw(config: dict[str, Any], folder: str, how: str = "groups", **model_options: Any) -> dict[str, Any]:
+    """Half of the steps, a checkpoint, the other half: losses, weights when it was saved, a step later and in the end."""
+    engine = adamw_engine(config, how, **model_options)
+    try:
+        run_steps(engine, 0, HALF)
+        engine.save_checkpoint(folder, client_state=CLIENT_STATE)
+        saved = full_parameters(engine.module)
+        losses = run_steps(engine, HALF, 1)
+        after = full_parameters(engine.module)
+        losses += run_steps(engine, HALF + 1, HALF - 1)
+        last = full_parameters(engine.module)
+        return {"losses": losses, "saved": saved, "after": after, "last": last, "loss_scale": loss_scale(engine.optimizer)}
+    finally:
+        engine.destroy()
+
+
+def go_on_from_adamw(config: dict[str, Any], folder: str, copy: str | None = None, **model_options: Any) -> dict[str, Any]:
+    """Load what was converted into one of our engines, save it again if asked for, and take the other half of the steps."""
+    engine = build_engine(config, model_options)
+    try:
+        client_state = ds_optforge.load_checkpoint(engine, folder)
+        assert (engine.global_steps, client_state) == (HALF, CLIENT_STATE)
+        if copy:
+            ds_optforge.save_checkpoint(engine, copy)
+        rates = [group["lr"] for group in base_optimizer(engine).param_groups]
+        losses = run_steps(engine, HALF, 1)
+        after = full_parameters(engine.module)
+        losses += run_steps(engine, HALF + 1, HALF - 1)
+        return {"losses": losses, "after": after, "last": full_parameters(engine.module), "rates": rates}
+    finally:
+        engine.destroy()
+
+
+def rates_from_adamw(config: dict[str, Any], folder: str) -> list[list[float]]:
+    """The rates of each group after what was converted has been loaded, and a step later, with a scheduler that is torch's."""
+    model = models.build()
+    optimizer = ds_optforge.build_optimizer(model, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
+    given = {key: value for key, value in config.items() if key != "optimizer"}
+    engine = ds_optforge.initialize(model=model, config=given, optimizer=optimizer, lr_scheduler=scheduler)[0]
+    try:
+        ds_optforge.load_checkpoint(engine, folder)
+        found = [[group["lr"] for group in optimizer.param_groups]]
+        run_steps(engine, HALF, 1)
+        return [*found, [group["lr"] for group in optimizer.param_groups]]
+    finally:
+        engine.destroy()
+
+
+def refused_by_the_engine(config: dict[str, Any], folder: str, **options: bool) -> str:
+    """What DeepSpeed's own call says of another optimizer's checkpoint; "" if it takes it."""
+    engine = build_engine(config, {})
+    try:
+        engine.load_checkpoint(folder, **options)
+    except (ds_optforge.ConfigError, RuntimeError) as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""

@@ -6,13 +6,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DummyOptim, DummyScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
 import ds_optforge
 from ds_optforge.integrations.accelerate import make_accelerator, optimizer_and_scheduler
@@ -58,6 +69,40 @@ def rates_under_accelerate(config: dict[str, Any], steps: int, real: tuple[bool,
         optimizer.zero_grad()
     engine.destroy()
     return found
+
+
+def train_as_printed(config: dict[str, Any], snippets: list[str], names: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Losses, whole parameters and learning rates of a loop with the optimizer and scheduler that printed code makes.
+
+    Args:
+        config: of DeepSpeed.
+        snippets: the code, for a ``model``; its ``get_scheduler`` is a cosine with 2 steps of warm-up.
+        names: what it has to be told.
+        steps: of the run.
+    """
+    model = models.build()
+    accelerator = make_accelerator(config)
+    cosine = partial(get_cosine_schedule_with_warmup, num_warmup_steps=2, num_training_steps=steps)
+    known: dict[str, Any] = {"model": model, "get_scheduler": lambda optimizer, _: cosine(optimizer), **names}
+    for snippet in snippets:
+        exec(snippet, known)  # what `ds-optforge init` prints
+    tokens, targets = zip(*(models.batch(step) for step in range(steps)), strict=True)
+    loader = DataLoader(
+        TensorDataset(torch.cat(tokens), torch.cat(targets)), batch_size=len(tokens[0]) // dist.get_world_size()
+    )
+    engine, optimizer, scheduler, loader = accelerator.prepare(model, known["optimizer"], known["scheduler"], loader)
+    losses, found = [], []
+    for batch in loader:
+        found.append(rates(engine))
+        loss = engine(*batch)
+        accelerator.backward(loss)
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    parameters = cases.full_parameters(engine.module)
+    engine.destroy()
+    return {"losses": losses, "parameters": parameters, "rates": found}
 
 
 class Run:
@@ -177,6 +222,7 @@ def train_llama(
     tied: bool = False,
     resume: int | None = None,
     snippet: str = "",
+    registers: str = "",
 ) -> dict[str, Any]:
     """Train with the HF Trainer, 2 sequences a rank and step, in order.
 
@@ -185,13 +231,14 @@ def train_llama(
         settings: of TrainingArguments.
         resume: from the checkpoint of that step.
         snippet: code that makes an AveragingTrainer, to be used in the Trainer's place.
+        registers: code that makes a callback Register, to be used in the place of ``register(model)``.
 
     Returns:
         Losses, in training and in evaluation, learning rates, weights and parameter groups.
     """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")  # on a CPU Accelerate would count one process
-    names: dict[str, Any] = {"ds_optforge": ds_optforge, "AveragingTrainer": Trainer}
+    names: dict[str, Any] = {"ds_optforge": ds_optforge, "AveragingTrainer": Trainer, "TrainerCallback": TrainerCallback}
     exec(snippet, names)  # the text of the docs
     arguments = TrainingArguments(
         output_dir=folder,
@@ -205,10 +252,15 @@ def train_llama(
         **{"save_strategy": "no", **settings},
     )
     model = llama(tied)
-    ds_optforge.register(model)
     recorder = Recorder()
+    callbacks: list[TrainerCallback] = [recorder]
+    if registers:
+        exec(registers, names)  # what `ds-optforge init` prints
+        callbacks.append(names["Register"]())
+    else:
+        ds_optforge.register(model)
     data = {"train_dataset": sentences(64), "eval_dataset": sentences(16)}
-    trainer = names["AveragingTrainer"](model=model, args=arguments, callbacks=[recorder], **data)
+    trainer = names["AveragingTrainer"](model=model, args=arguments, callbacks=callbacks, **data)
     recorder.trainer = trainer
     trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{resume}")) if resume else None)
     engine = trainer.model_wrapped
@@ -221,3 +273,42 @@ def train_llama(
     }
     engine.destroy()
     return result
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def language_model(kind: str) -> PreTrainedModel:
+    """A tiny Llama, or a tiny GPT-2, whose embedding and head are one weight."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+
+
+def prompt() -> torch.Tensor:
+    """Tokens of which `save_language_model` and its test compute logits."""
+    return torch.arange(24).view(2, 12) % 61
+
+
+def save_language_model(config: dict[str, Any], kind: str, folder: str, ours: bool = True) -> torch.Tensor:
+    """Train, and save in both ways, with config.json beside the tags of the engine; the logits of `prompt` at that moment."""
+    model = language_model(kind)
+    if ours:
+        engine = ds_optforge.initialize(model=model, config=config)[0]
+    else:
+        engine = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(model.parameters(), lr=3e-3))[0]
+    tokens = prompt()
+    for _ in range(3):
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    engine.save_checkpoint(f"{folder}/engine")
+    if ours:
+        ds_optforge.save_checkpoint(engine, f"{folder}/portable")
+    model.config.save_pretrained(f"{folder}/engine")
+    engine.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = engine(input_ids=tokens).logits.float()
+    engine.destroy()
+    return logits

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ds_optforge import CheckpointError
-from ds_optforge.checkpoint.convert import convert, export
+from ds_optforge.checkpoint.convert import convert
+from ds_optforge.checkpoint.export import export
 from ds_optforge.rules import rule_names
 from tests import models
 from tests.distributed import cases, checkpoints

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ds_optforge import CheckpointError
-from ds_optforge.checkpoint.convert import convert, export
+from ds_optforge.checkpoint.convert import convert
+from ds_optforge.checkpoint.export import export
 from ds_optforge.cli import main
 from ds_optforge.rules import rule_names
 from tests.distributed import cases, checkpoints, external, records

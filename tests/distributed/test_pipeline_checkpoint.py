@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ds_optforge import CheckpointError
-from ds_optforge.checkpoint.convert import convert, export
+from ds_optforge.checkpoint.convert import convert
+from ds_optforge.checkpoint.export import export
 from tests.distributed import pipelines
 from tests.distributed.conftest import Pools
 from tests.distributed.test_convert import assert_equal
@@ -82,7 +83,7 @@ def test_a_pipeline_checkpoint_without_one_of_its_files_is_refused(pools: Pools,
 
 
 def test_another_rule_takes_what_it_can_on_all_stages_alike(pools: Pools, tmp_path: Path) -> None:
-    """``strict=False`` from Muon to NorMuon: the matrices start afresh, also for a stage that has none of them."""
+    """``strict=False`` from Muon to NorMuon: the matrices keep their momentum, also for a stage that has none of them."""
     one, other = (pipelines.configuration(1, RULES[rule], **SCHEDULE) for rule in ("muon", "normuon"))
     pools[3].run(pipelines.save, one, 3, "plain", str(tmp_path))
     options = {"kind": "plain", "folder": str(tmp_path / "portable"), "strict": False}

@@ -26,6 +26,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **EXACT,
         "overrides": [{"match": "blocks.0", "heads": 4}, {"match": "odd.weight", "split": [10, 20, 3]}],
     },
+    "parts that are columns": {
+        "name": "normuon",
+        **EXACT,
+        "adamw": ADAMW,
+        "overrides": [{"match": "blocks.*weight", "stored": "in_out", "split": [20, 20]}],
+    },
 }
 # The cautious mask jumps: an element whose update is next to zero is decayed on one path and not on the other, which moves
 # a matrix of 1600 elements by lr wd / 40, that is 5e-5, each time.

@@ -85,10 +85,10 @@ def test_a_bad_configuration_is_refused(config: dict[str, Any]) -> None:
 
 
 def test_explain_has_a_line_per_trainable_parameter() -> None:
-    lines = table_rows(explain(models.build(frozen=True), WHOLE))
+    lines = table_rows(explain(models.build(frozen=True), WHOLE, full=True))
     assert lines["embed.weight"][:3] == ["50x24", "embedding", "adamw"]
-    assert lines["up.weight"] == ["40x24", "matrix", "muon", "1 of 40x24", "float32", "0.02", "0"]
-    assert lines["norm.bias"] == ["24", "scalar", "adamw", "-", "float32", "0.001", "0"]
+    assert lines["up.weight"] == ["40x24", "matrix", "muon", "1 of 40x24", "float32", "0.02", "0", "1.29", "hidden linear map"]
+    assert lines["norm.bias"] == ["24", "scalar", "adamw", "-", "float32", "0.001", "0", "-", "norm"]
     assert "blocks.0.weight" not in lines
     assert "blocks.1.weight" in lines
 

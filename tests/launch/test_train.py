@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_optforge.checkpoint.convert import export
+from ds_optforge.checkpoint.export import export
 from tests.distributed.checkpoints import logical_tensors
 from tests.launch.commands import DEEPSPEED, STEPS, TORCHRUN, Launches, Process, Run, on_this_machine
 from workload import build_model, load_corpus

@@ -451,7 +451,7 @@ def test_the_command_line_checks_explains_and_plans_with_it(packages: Packages, 
     )
     assert lines[:2] == [f"{config}: valid", "0"]
     rows = table_rows("\n".join(lines))
-    assert rows["layers.0.mlp.up.weight"][2] == "good"
+    assert rows["layers.0-11.mlp.up.weight"][2] == "good"
     assert [line for line in lines if line in ("0", "2")] == ["0", "0", "0", "2"]
     assert any("none of them a matrix" in line for line in lines)
 

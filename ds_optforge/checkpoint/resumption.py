@@ -1,0 +1,108 @@
+"""What a group takes of the state in a checkpoint: its own rule's, or another rule's average of the gradient, or nothing."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ds_optforge.checkpoint.logical import buffer_name
+from ds_optforge.rules.base import Rule, buffers_of, statistics_of
+from ds_optforge.rules.registry import rule_settings
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """The state with which the tensors of one call of ``step()`` go on.
+
+    Attributes:
+        step: steps taken.
+        scalars: the rule's own numbers.
+        averages: by parameter, the saved buffer with which the rule's averages of the gradient begin, while the rest of the
+            state begins as zeros; None takes every buffer and statistic under its own name.
+        note: what of the saved state is not taken as it is, for the log; "" if all of it is.
+    """
+
+    step: int
+    scalars: Mapping[str, float]
+    averages: Mapping[str, str] | None = None
+    note: str = ""
+
+    def key(self, parameter: str, buffer: str, averages: Collection[str]) -> str | None:
+        """The logical tensor that fills a buffer or statistic of ``parameter``; None for zeros.
+
+        Args:
+            parameter: its name.
+            buffer: name of the buffer or statistic.
+            averages: names of the rule's averages of the gradient.
+        """
+        if self.averages is None:
+            return buffer_name(parameter, buffer)
+        return buffer_name(parameter, self.averages[parameter]) if buffer in averages else None
+
+
+def resumption_of(
+    names: Sequence[str], rule: Rule, groups: Mapping[str, Mapping[str, Any]], stored: Collection[str]
+) -> Resumption | str:
+    """Decide what ``rule`` takes of the state of parameters.
+
+    Args:
+        names: of the parameters that one call of ``step()`` updates.
+        rule: theirs in this run.
+        groups: by parameter, the saved group that it was in.
+        stored: names of all logical tensors.
+
+    Returns:
+        The state; or, where all of it starts afresh, the reason.
+    """
+    sources = [groups[name] for name in names if name in groups]
+    steps = sorted({source["step"] for source in sources} | ({0} if len(sources) < len(names) else set()))
+    if steps == [0]:
+        return "no step of it had been taken"
+    others = sorted({source["rule"] for source in sources if not _related(source["rule"], rule)})
+    keys = [*(buffer.name for buffer in rule.buffers), *(statistic.name for statistic in statistics_of(rule))]
+    missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
+    if len(steps) > 1:
+        return f"its parameters had taken {steps} steps"
+    if not others and not missing:
+        return Resumption(steps[0], sources[0]["scalars"])
+    averages = dict(_averages(names, groups, stored)) if _begins_with_an_average(rule) else {}
+    if len(averages) == len(names):
+        return Resumption(steps[0], {}, averages, _note(averages, rule, groups, keys))
+    if others:  # its buffers may have the names of this rule's, and mean something else
+        return f"it was trained by '{others[0]}', whose state is not of this rule's kind"
+    return f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
+
+
+def averages_of(rule: Rule | type[Rule]) -> list[str]:
+    """The names of a rule's moving averages of the gradient."""
+    return [buffer.name for buffer in rule.buffers if buffer.gradient_average]
+
+
+def _begins_with_an_average(rule: Rule) -> bool:
+    """Whether such an average alone stands for the rule's own steps. Adam's second moment is missing beside it."""
+    by_gradient = buffers_of(rule, of_update=False)
+    begun = bool(by_gradient) and all(buffer.gradient_average for buffer in by_gradient)
+    return begun and not any(buffer.copies_weight for buffer in rule.buffers)
+
+
+def _averages(
+    names: Sequence[str], groups: Mapping[str, Mapping[str, Any]], stored: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (parameter, its saved average of the gradient) where there is one."""
+    for name in names:
+        settings = rule_settings(groups[name]["rule"])
+        found = averages_of(settings.builds) if settings else []
+        if len(found) == 1 and buffer_name(name, found[0]) in stored:
+            yield name, found[0]
+
+
+def _note(averages: Mapping[str, str], rule: Rule, groups: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> str:
+    begun = averages_of(rule)
+    sources = sorted({f"'{buffer}' of {groups[name]['rule']}" for name, buffer in averages.items()})
+    zeros = [key for key in keys if key not in begun]
+    return f"{', '.join(begun)} from {' and '.join(sources)}" + (f", {', '.join(zeros)} from zeros" if zeros else "")
+
+
+def _related(saved: str, rule: Rule) -> bool:
+    """Whether the rule of that name is this one, or one derives from the other, so that their buffers mean the same."""
+    settings = rule_settings(saved)
+    return settings is not None and (issubclass(settings.builds, type(rule)) or isinstance(rule, settings.builds))

@@ -1,0 +1,32 @@
+"""docs/from_adamw.md: its command makes of its file what the page shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ds_optforge.cli import main
+from ds_optforge.migrate.kinds import KINDS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "from_adamw.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- (\w+) -->\n```\w+\n(.*?)```", PAGE, re.DOTALL))
+
+
+def test_the_example_is_what_the_command_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text(BLOCKS["source"])
+    assert main(shlex.split(BLOCKS["command"])[1:]) == 0
+    assert Path("ds_muon.json").read_text() == BLOCKS["result"]
+    reasons = Path("ds_muon.json.reasons.md").read_text()
+    assert reasons == BLOCKS["reasons"]
+    assert capsys.readouterr().out.endswith(reasons)
+
+
+def test_every_kind_of_file_has_a_row() -> None:
+    rows = re.findall(r"^\| (.*?) \| `", PAGE, flags=re.MULTILINE)
+    assert len(rows) == len(KINDS)
+    for kind in KINDS:
+        assert any(kind.name in row for row in rows), kind.name
