@@ -5,6 +5,7 @@
     mpirun -np 2 python train.py                              # docs/launching.md lists all the ways
     python train.py                                           # one rank
     torchrun --nproc-per-node 2 train.py --save-every 50 --resume     # resumes, also on other ranks
+    python train.py --weights runs/muon_zero2/model.safetensors --data "torch headers"     # fine-tunes on another text
 
 Writes DIR/metrics.jsonl, DIR/summary.json, DIR/loss.png and DIR/model.safetensors (`--out DIR`). The extra `experiments`
 installs matplotlib and safetensors for it. SIGTERM saves DIR/checkpoints/step_<n> and ends the run.
@@ -33,16 +34,18 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import ds_optforge
 from ds_optforge.experiments.run_files import read_rows, replace_text
-from workload import PRESETS, Corpus, DataError, build_model, load_corpus, micro_batch_rows
+from workload import HEADERS, PRESETS, Corpus, DataError, build_model, load_corpus, micro_batch_rows
 
 VALIDATION_WINDOWS = 512
 VALIDATION_BATCH = 16  # windows in one forward pass
 USAGE_ERROR = 2  # the exit status, as argparse's
+LLAMA = "llama"  # a model of --model, beside the presets of the GPT
 MPI_RANK = "OMPI_COMM_WORLD_RANK"  # set by mpirun, which sets neither RANK nor an address to meet at
 
 
@@ -149,15 +152,18 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Train and write the results; return the exit status. Files are read before the ranks meet, so that no rank waits."""
     require_installed("matplotlib", extra="experiments", why="the loss is drawn")
+    if args.model == LLAMA:
+        require_installed("transformers", extra="hf", why=f"--model {LLAMA} is that of transformers")
     config_path = Path(args.deepspeed_config or args.ds_config)
     config = read_config(config_path, args.steps)
     corpus = load_corpus(args.data)
     corpus.check_length(args.sequence_length)
+    weights = read_weights(args.weights)
 
     start_distributed()
     check_batch_size(config, comm.get_world_size())
     torch.manual_seed(args.seed)
-    model = build_model(args.model, args.sequence_length)
+    model = build(args, weights)
     engine, *_ = ds_optforge.initialize(model=model, config=config)
 
     out = Path(args.out or Path("runs", config_path.stem))
@@ -177,12 +183,13 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line, DeepSpeed's own options included."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ds_config", default="ds_configs/muon_zero2.json", help="DeepSpeed config file")
-    parser.add_argument("--model", choices=tuple(PRESETS), default="tiny")
+    parser.add_argument("--model", choices=(*PRESETS, LLAMA), default="tiny")
+    parser.add_argument("--weights", metavar="FILE", help="fine-tune the model.safetensors of an earlier run")
     parser.add_argument("--steps", type=positive_int, default=200, help="of the run and of its schedule")
     parser.add_argument("--sequence-length", type=positive_int, default=128, help="bytes in a sample")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
     parser.add_argument("--out", help="folder for the results (default: runs/<name of the config file>)")
-    parser.add_argument("--data", help="text file, folder or glob (default: the standard library's .py files)")
+    parser.add_argument("--data", help=f"text file, folder, glob or {HEADERS!r} (default: the standard library's .py files)")
     parser.add_argument("--save-every", type=positive_int, metavar="N", help="steps from one checkpoint to the next")
     parser.add_argument("--keep-last", type=positive_int, metavar="N", default=2, help="checkpoints that stay (default: 2)")
     parser.add_argument("--resume", nargs="?", const="", help="a checkpoint; alone: the newest of --out, if there is any")
@@ -223,6 +230,39 @@ def read_config(path: Path, steps: int) -> dict[str, Any]:
         case {"scheduler": {"params": {"total_num_steps": _} as schedule}}:
             schedule["total_num_steps"] = steps
     return config
+
+
+def read_weights(path: str | None) -> dict[str, torch.Tensor] | None:
+    """Read the weights of `--weights`; None where there are none.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        return load_file(path) if path else None
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"--weights {path!r} cannot be read: {error}") from error
+
+
+def build(args: argparse.Namespace, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+    """Build the model of `--model`, random or with the given weights.
+
+    Raises:
+        UsageError: the weights are those of another model.
+    """
+    model: torch.nn.Module
+    if args.model == LLAMA:
+        from workload.llama import Llama  # imports transformers
+
+        model = Llama(args.sequence_length)
+    else:
+        model = build_model(args.model, args.sequence_length)
+    if weights is not None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UsageError(f"--weights {args.weights!r} are not those of --model {args.model}: {error}") from error
+    return model
 
 
 def start_distributed() -> None:
@@ -395,6 +435,7 @@ def write_summary(path: Path, result: Result, args: argparse.Namespace, config: 
         "validation_loss": result.validation_loss,
         "training_loss": result.metrics[-1]["loss"] if result.metrics else None,
         "model": args.model,
+        "weights": args.weights,
         "sequence_length": args.sequence_length,
         "steps": args.steps,
         "seed": args.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -81,3 +82,22 @@ def test_lr_transfer(tmp_path: Path) -> None:
         losses = list(row["losses"].values())
         assert min(losses) in losses[2:-2]
         assert row["loss"] <= min(losses)
+
+
+def test_from_adamw(tmp_path: Path) -> None:
+    """AdamW and what `ds-optforge init` makes of it, at the tuned rate and at the file's, fine-tune the pretrained model."""
+    options = f"--quick --only finetune --parallel 2 --out {shlex.quote(str(tmp_path))}"
+    finished = on_this_machine(f"python benchmarks/from_adamw.py {options}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    written = json.loads((tmp_path / "from_adamw.json").read_text())
+    (tuning,) = written["tuning"].values()
+    rows = {(row["rate"], row["optimizer"]): row for row in written["rows"]}
+    rates = {float(min(tuning, key=tuning.get)), 0.0003}
+    assert set(rows) == {(rate, optimizer) for rate in rates for optimizer in ("adamw", "init")}
+    for rate in rates:
+        adamw, init = rows[rate, "adamw"]["losses"], rows[rate, "init"]
+        assert init["gain"] == pytest.approx(mean(adamw) - mean(init["losses"]))
+        assert init["threshold"] == pytest.approx(6.314 * abs(adamw[0] - adamw[1]) / 2**0.5)
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("finetune/runs/*/summary.json")]
+    assert {each["weights"] for each in summaries} == {str(tmp_path / "pretrained" / "model.safetensors")}
+    assert {each["config"]["optimizer"]["params"]["name"] for each in summaries} == {"adamw", "muon"}

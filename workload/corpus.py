@@ -1,6 +1,7 @@
 """Bytes to train on, and the choice of those that each rank sees at each step.
 
-The default text is Python's own standard library, which every machine has; nothing is downloaded.
+The default text is Python's own standard library, and torch's C++ headers are another; every machine has both, and nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+HEADERS = "torch headers"  # names a text as the path of one does
 VALIDATION_SHARE = 20  # one file in twenty, or one byte in twenty of a single file
 _ALLOWED = "a text file, a folder with files in it, or a glob that matches files"
 
@@ -76,13 +78,17 @@ def micro_batch_rows(accumulation: int, rank: int, world_size: int, micro_batch:
 
 
 def load_corpus(data: str | None = None) -> Corpus:
-    """Read a text file, a folder (all regular files below it) or a glob; None means the standard library's .py files.
+    """Read a text file, a folder (all regular files below it) or a glob.
+
+    None means the standard library's .py files, and `HEADERS` the C++ headers that torch is installed with.
 
     Training and validation get 95% and 5%: of the files, or of the bytes of a single file; always the same ones.
 
     Raises:
         DataError: there is nothing to read, or a file cannot be read; the message names the path.
     """
+    if data == HEADERS:
+        data = str(Path(torch.__file__).parent / "include" / "torch")
     root, paths = _standard_library() if data is None else _find(data)
     texts = {path.relative_to(root).as_posix(): _read(path) for path in paths}
     texts = {name: text for name, text in texts.items() if text}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
@@ -108,6 +109,27 @@ def test_the_average_of_schedule_free_is_evaluated_and_exported(launched: Launch
     assert run.summary["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_llama_of_transformers_trains_from_random_weights_to_weights_under_its_names(launched: Launches):
+    run = launched("python train.py --model llama --ds_config ds_configs/muon_zero1.json")
+    assert run.losses[0] == pytest.approx(math.log(256), abs=0.3)
+    assert run.losses[-1] < run.losses[0]
+    assert "model.model.layers.0.self_attn.q_proj.weight" in load_file(run.out / "model.safetensors")
+
+
+def test_fine_tuning_begins_where_the_weights_ended(launched: Launches, text: Path):
+    """The loss of the first step, before any update, is that of the weights."""
+    earlier = launched(COMMANDS["muon_zero1"])
+    weights = earlier.out / "model.safetensors"
+    run = launched(f"python train.py --ds_config ds_configs/muon_zero1.json --weights {shlex.quote(str(weights))}")
+    model = build_model("tiny", sequence_length=32)
+    model.load_state_dict(load_file(weights))
+    batch = run.summary["config"]["train_batch_size"]
+    with torch.no_grad():
+        expected = model(*load_corpus(str(text)).batch(0, 0, batch, 32)).item()
+    assert run.losses[0] == pytest.approx(expected, rel=1e-4)
+    assert run.losses[0] < earlier.losses[0] - 0.1
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 
@@ -125,6 +147,13 @@ def test_bad_data_stops_every_rank_before_they_meet(tmp_path: Path):
     process = launch("deepspeed --num_gpus 2", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     assert_refused(process, f"data path {str(tmp_path / 'nowhere')!r}: no such file or folder")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_read_or_are_of_another_model_are_refused(runs: dict[str, Run], text: Path, tmp_path: Path):
+    assert_refused(launch("python", "--data", str(text), "--weights", str(text)), f"--weights {str(text)!r} cannot be read")
+    weights = str(runs["muon_zero1"].out / "model.safetensors")
+    other = ("--data", str(text), "--model", "small", "--sequence-length", "32", "--out", str(tmp_path / "out"))
+    assert_refused(launch("python", *other, "--weights", weights), f"--weights {weights!r} are not those of --model small")
 
 
 def test_missing_matplotlib_names_the_extra_before_training():

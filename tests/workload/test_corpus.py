@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from workload import Corpus, DataError, load_corpus, micro_batch_rows
+from workload import HEADERS, Corpus, DataError, load_corpus, micro_batch_rows
 
 COUNTING = Corpus(train=torch.arange(200, dtype=torch.uint8), validation=torch.arange(100, dtype=torch.uint8))
 
@@ -77,6 +77,12 @@ def test_the_default_is_the_standard_library_without_installed_packages():
     assert (stdlib / "json" / "decoder.py").read_bytes() in text
     assert Path(torch.__file__).read_bytes() not in text
     assert 0.01 < len(corpus.validation) / len(text) < 0.15
+
+
+def test_the_headers_that_torch_brings_are_a_text():
+    corpus = load_corpus(HEADERS)
+    assert b"#pragma once" in bytes(corpus.validation.tolist())
+    assert b"namespace torch" in bytes(corpus.train.tolist())
 
 
 # ------------------------------------------------------------------------------------------- batches
