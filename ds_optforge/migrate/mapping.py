@@ -12,19 +12,19 @@ from ds_optforge.migrate.source import AUTO, Given, OptimizerSettings, Purpose, 
 
 
 class Recipe(NamedTuple):
-    """How the settings of an elementwise optimizer become those of a matrix rule.
+    """How the settings of an elementwise optimizer become those of a matrix rule, whose learning rate stays the same.
 
     Attributes:
-        rate: the matrices' learning rate, times that with which AdamW trained them.
-        rest_rate: the learning rate of what stays with AdamW, times that of the source.
+        rms: root mean square of the matrices' updates before the learning rate.
+        why_rms: with the source.
         momentum: of the matrices.
         nesterov: whether it looks ahead.
         why: of momentum and nesterov, with the source.
         lora: what becomes of the factors of adapters; None says nothing of them.
     """
 
-    rate: float
-    rest_rate: float
+    rms: float
+    why_rms: str
     momentum: float
     nesterov: bool
     why: str
@@ -33,20 +33,35 @@ class Recipe(NamedTuple):
 
 _JORDAN = "Muon's own value (Jordan et al. 2024, kellerjordan.github.io/posts/muon)"
 RECIPES: dict[Purpose, Recipe] = {
-    "pretrain": Recipe(rate=1.0, rest_rate=1.0, momentum=0.95, nesterov=True, why=_JORDAN),
+    "pretrain": Recipe(
+        rms=0.4,
+        why_rms="NVIDIA's NeMo RL recommends 0.2 to 0.5 (its guide to Muon; 0.2 is Moonlight's, arXiv 2502.16982); momenta that "
+        "are not of full rank reach two thirds of it, and AdamW's updates measured 0.2 to 0.3 (docs/from_adamw.md)",
+        momentum=0.95,
+        nesterov=True,
+        why=_JORDAN,
+    ),
     "finetune": Recipe(
-        rate=1.0,
-        rest_rate=1.0,
+        rms=0.8,
+        why_rms="the authors of arXiv 2605.10468 fine-tune with two to five times AdamW's rate at 0.2; with AdamW's rate and "
+        "0.2 Muon lost (docs/from_adamw.md)",
         momentum=0.9,
         nesterov=False,
-        why="gentle: another optimizer than that of the pre-training harms, the more the stronger its updates are (arXiv "
-        "2605.10468); NVIDIA's NeMo RL fine-tunes AdamW-trained models with this value (its guide to Muon)",
+        why="NVIDIA's NeMo RL fine-tunes AdamW-trained models with this value (its guide to Muon)",
     ),
-    "lora": Recipe(rate=1.0, rest_rate=1.0, momentum=0.95, nesterov=True, why=_JORDAN, lora="both"),
+    "lora": Recipe(
+        rms=0.2,
+        why_rms="Moonlight's (arXiv 2502.16982), with which arXiv 2605.10468 trains adapters at AdamW's rate",
+        momentum=0.95,
+        nesterov=True,
+        why=_JORDAN,
+        lora="both",
+    ),
 }
 
-# The scale whose updates are as large as AdamW's: a root mean square of 0.2 (Moonlight, arXiv 2502.16982).
-SCALE, SCALE_RMS = "match_rms_adamw", 0.2
+# The scale whose updates have the same size in matrices of all shapes, as AdamW's have.
+SCALE = "match_rms_adamw"
+_ONE_SIZE = "updates are of one size in matrices of all shapes"
 # Each element of Lion's updates is 1 or -1.
 LION_RMS = 1.0
 # Of AdamW in the HF Trainer, where a file leaves them "auto" and no TrainingArguments are at hand.
@@ -124,58 +139,44 @@ def optimizer_params(settings: OptimizerSettings, purpose: Purpose, rule: str) -
     return mapped
 
 
-def times(given: Given, factor: float, key: str) -> Any:
-    """Return a value times ``factor``, rounded to six digits; "auto" stays where the factor is 1.
-
-    Raises:
-        ConfigError: an "auto" that would have to be a number.
-    """
-    if factor == 1.0:
-        return given.value
-    if given.value == AUTO:
-        raise ConfigError(
-            f'{given.origin}: got "{AUTO}", of which {key} is {factor:g} times; allowed: a number, or --from the file that '
-            "says learning_rate"
-        )
-    return float(f"{given.value * factor:.6g}")
-
-
 def _same_update(mapped: Mapped, settings: OptimizerSettings) -> None:
     mapped.put("lr", settings.lr.value, f"from {settings.lr.origin}; the update is the same")
     mapped.put("betas", settings.betas.value, f"from {settings.betas.origin}")
     if settings.family == "adamw":
         mapped.put("eps", settings.eps.value, f"from {settings.eps.origin}")
-    _decay(mapped, settings.weight_decay, 1.0)
+    _decay(mapped, settings.weight_decay)
 
 
 def _from_adamw(mapped: Mapped, settings: OptimizerSettings, recipe: Recipe) -> None:
-    lr = times(settings.lr, recipe.rate, "lr")
-    factor = "the same" if recipe.rate == 1.0 else f"{recipe.rate:g} times as large"
-    mapped.put("lr", lr, f"from {settings.lr.origin}, {factor}: with scale {SCALE} an update is as large as AdamW's")
-    _decay(mapped, settings.weight_decay, 1 / recipe.rate)
-    _momentum_and_scale(mapped, recipe)
-    rest = times(settings.lr, recipe.rest_rate, "adamw.lr")
-    if rest != AUTO:
-        mapped.put("adamw.lr", rest, f"from {settings.lr.origin}: embeddings, head and vectors keep AdamW, and its rate")
+    mapped.put("lr", settings.lr.value, f"from {settings.lr.origin}: {_ONE_SIZE}, as AdamW's are")
+    _decay(mapped, settings.weight_decay)
+    _momentum_and_scale(mapped, recipe, recipe.rms, recipe.why_rms)
+    if settings.lr.value != AUTO:
+        why = f"from {settings.lr.origin}: embeddings, head and vectors keep AdamW, and its rate"
+        mapped.put("adamw.lr", settings.lr.value, why)
     _betas_and_eps(mapped, settings)
-    if recipe.rate != recipe.rest_rate and settings.weight_decay.value:
-        decay = times(settings.weight_decay, 1 / recipe.rest_rate, "adamw.weight_decay")
-        mapped.put("adamw.weight_decay", decay, f"from {settings.weight_decay.origin}, for the same decay per step")
 
 
 def _from_lion(mapped: Mapped, settings: OptimizerSettings, recipe: Recipe) -> None:
-    """Matrices get steps of the size that Lion's had; the rest keeps Lion, which it was tuned with."""
-    factor = recipe.rate * LION_RMS / SCALE_RMS
-    lr = times(settings.lr, factor, "lr")
-    size = f"an element of Lion's update is {LION_RMS:g}, and of scale {SCALE} about {SCALE_RMS:g}: steps of the same size"
-    mapped.put("lr", lr, f"from {settings.lr.origin}, {factor:g} times as large: {size}")
-    _decay(mapped, settings.weight_decay, 1 / factor)
-    _momentum_and_scale(mapped, recipe)
-    mapped.put("adamw.lr", lr, "for matrices too long and thin for Muon, with AdamW's updates as large")
+    """Matrices get steps of the size that Lion's had; the rest keeps Lion, which it was tuned with.
+
+    Raises:
+        ConfigError: a rate that a framework is to fill, since it fills none by role.
+    """
+    if settings.lr.value == AUTO:
+        raise ConfigError(
+            f'{settings.lr.origin}: got "{AUTO}", but the roles that keep Lion need its rate, and nobody fills it there; '
+            "allowed: a number, or --from the file that says learning_rate"
+        )
+    mapped.put("lr", settings.lr.value, f"from {settings.lr.origin}: {_ONE_SIZE}, as Lion's are")
+    _decay(mapped, settings.weight_decay)
+    why = f"an element of Lion's update is {LION_RMS:g} or -{LION_RMS:g}: steps of the same size"
+    _momentum_and_scale(mapped, recipe, LION_RMS, why)
+    mapped.put("adamw.lr", settings.lr.value, "for what a matrix rule leaves, as routers, with AdamW's smaller updates")
     for role in ("embedding", "unembedding", "scalar"):
         mapped.params.setdefault("roles", {})[role] = {
             "name": "lion",
-            "lr": times(settings.lr, recipe.rest_rate, f"roles.{role}.lr"),
+            "lr": settings.lr.value,
             "betas": settings.betas.value,
             **({"weight_decay": settings.weight_decay.value} if role != "scalar" and settings.weight_decay.value else {}),
         }
@@ -185,7 +186,7 @@ def _from_lion(mapped: Mapped, settings: OptimizerSettings, recipe: Recipe) -> N
 
 def _from_muon(mapped: Mapped, settings: OptimizerSettings) -> None:
     mapped.put("lr", settings.lr.value, f"from {settings.lr.origin}: DeepSpeed's Muon has the same update")
-    _decay(mapped, settings.weight_decay, 1.0)
+    _decay(mapped, settings.weight_decay)
     mapped.put("momentum", settings.momentum.value, f"from {settings.momentum.origin}")
     mapped.put("orthogonalization.scale", "shape", "sqrt(max(1, out / in)), as DeepSpeed's Muon has it")
     if settings.method.value == "standard":
@@ -203,12 +204,13 @@ def _from_muon(mapped: Mapped, settings: OptimizerSettings) -> None:
     )
 
 
-def _momentum_and_scale(mapped: Mapped, recipe: Recipe) -> None:
+def _momentum_and_scale(mapped: Mapped, recipe: Recipe, rms: float, why_rms: str) -> None:
     mapped.put("momentum", recipe.momentum, recipe.why)
     if not recipe.nesterov:
         mapped.put("nesterov", False, recipe.why)
-    bridge = "0.2 sqrt(max(out, in)): updates as large as AdamW's, so its rate and decay fit (Moonlight, arXiv 2502.16982)"
+    bridge = f"rms sqrt(max(out, in)): {_ONE_SIZE} (Moonlight, arXiv 2502.16982)"
     mapped.put("orthogonalization.scale", SCALE, bridge)
+    mapped.put("orthogonalization.rms", rms, why_rms)
 
 
 def _betas_and_eps(mapped: Mapped, settings: OptimizerSettings) -> None:
@@ -220,10 +222,7 @@ def _betas_and_eps(mapped: Mapped, settings: OptimizerSettings) -> None:
             mapped.put(f"adamw.{key}", given.value, f"from {given.origin}")
 
 
-def _decay(mapped: Mapped, decay: Given, factor: float) -> None:
-    if not decay.value:
-        return
-    value = times(decay, factor, "weight_decay")
-    divided = "" if factor == 1.0 else f", divided by {1 / factor:g}"
-    why = f"from {decay.origin}{divided}: it is times the rate, so a step decays the weights as before"
-    mapped.put("weight_decay", value, why)
+def _decay(mapped: Mapped, decay: Given) -> None:
+    if decay.value:
+        why = f"from {decay.origin}: it is times the rate, so a step decays the weights as before"
+        mapped.put("weight_decay", decay.value, why)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_optforge.orthogonalize import Healthy, Method, accurate_method, coefficient_set, flops, healthy, orthogonalize
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative
+from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
 from ds_optforge.validation import Section
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
@@ -21,10 +21,11 @@ Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
 # Factor of the orthogonal update by (out, in).
 _SCALES: dict[Scale, Callable[[int, int], float]] = {
     "shape": lambda out, into: math.sqrt(max(1.0, out / into)),  # Keller Jordan
-    "match_rms_adamw": lambda out, into: 0.2 * math.sqrt(max(out, into)),  # Moonlight, arXiv 2502.16982
+    "match_rms_adamw": lambda out, into: math.sqrt(max(out, into)),  # times `rms`: Moonlight, arXiv 2502.16982
     "spectral": lambda out, into: math.sqrt(out / into),  # Bernstein, jeremybernste.in/writing/deriving-muon
     "none": lambda out, into: 1.0,
 }
+_MOONLIGHTS_RMS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,10 @@ class Orthogonalization:
     Attributes:
         coefficients, steps, method, dtype: as in `orthogonalize`.
         scale: factor of the orthogonal matrix, for a weight of shape (out, in). ``shape``: sqrt(max(1, out / in)) (Jordan
-            et al. 2024); ``match_rms_adamw``: 0.2 sqrt(max(out, in)) (Liu et al. 2025, arXiv 2502.16982); ``spectral``:
+            et al. 2024); ``match_rms_adamw``: rms sqrt(max(out, in)) (Liu et al. 2025, arXiv 2502.16982); ``spectral``:
             sqrt(out / in) (Bernstein, jeremybernste.in/writing/deriving-muon); ``none``: 1.
         compile: whether to go through torch.compile, once per shape.
+        rms: of the update with ``match_rms_adamw``, where the matrix is orthogonal.
     """
 
     coefficients: str | tuple[tuple[float, float, float], ...] = "quintic"
@@ -45,6 +47,7 @@ class Orthogonalization:
     dtype: torch.dtype = torch.bfloat16
     scale: Scale = "shape"
     compile: bool = False
+    rms: float = _MOONLIGHTS_RMS
 
     def __call__(self, matrices: Tensor) -> Tensor:
         """Return the orthogonal factors of ``matrices``, (n, rows, cols), in ``dtype``; the argument may be overwritten.
@@ -57,7 +60,8 @@ class Orthogonalization:
 
     def scale_of(self, rows: int, cols: int, transposed: bool = False) -> float:
         """Return the factor of the orthogonal matrix of a weight stored as (rows, cols): (in, out) if ``transposed``."""
-        return _SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols)
+        factor = self.rms if self.scale == "match_rms_adamw" else 1.0
+        return factor * (_SCALES[self.scale](cols, rows) if transposed else _SCALES[self.scale](rows, cols))
 
     def healthy(self, rows: int, cols: int) -> Healthy:
         """Return the bounds for ordinary momenta of shape (rows, cols): see `ds_optforge.orthogonalize.healthy`."""
@@ -160,6 +164,7 @@ class OrthogonalizationSettings(Section):
     method: Method = Field("auto", description="standard, gram, or auto: the one with fewer FLOPs for the shape")
     dtype: DTypeName = Field("bfloat16", description="of the matrix products")
     scale: Scale = Field("shape", description="factor of the update, from the matrix's shape")
+    rms: Positive | None = Field(None, description="root mean square of the update with match_rms_adamw; null: 0.2")
     compile: bool = Field(False, description="through torch.compile, once per shape")
 
     @field_validator("coefficients", mode="wrap")
@@ -174,6 +179,8 @@ class OrthogonalizationSettings(Section):
 
     @model_validator(mode="after")
     def _known_set(self) -> "OrthogonalizationSettings":
+        if self.rms is not None and self.scale != "match_rms_adamw":
+            raise ValueError(f"rms: got {self.rms:g} with scale '{self.scale}'; allowed: scale 'match_rms_adamw'")
         chosen = coefficient_set(self.coefficients)
         accurate_method(self.method, len(chosen.sequence(self.steps)), getattr(torch, self.dtype))
         return self
@@ -181,7 +188,8 @@ class OrthogonalizationSettings(Section):
     def build(self) -> Orthogonalization:
         """Return the orthogonalization that a rule is constructed with."""
         dtype = getattr(torch, self.dtype)
-        return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile)
+        rms = _MOONLIGHTS_RMS if self.rms is None else self.rms
+        return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile, rms)
 
 
 class MomentumWarmup(Section):

@@ -84,7 +84,7 @@ print(statuses)
     assert f"{config}: valid" in finished.stdout
     assert "[0, 0, 0]" in finished.stdout
     rows = table_rows(finished.stdout)
-    assert rows["layers.0.mlp.up.weight"][2] == RULE
+    assert rows["layers.0-11.mlp.up.weight"][2] == RULE
     assert rows["token_embedding.weight"][2] == "adamw"
     assert "48 matrices with 84,934,656 of 124,439,808 parameters" in finished.stdout
 

@@ -17,7 +17,7 @@ from tests.distributed.conftest import Pools
 
 STEPS = 6
 SAME_ON_STAGES = 1e-3  # sums in another order, which bfloat16 amplifies
-TO_MATCH = {"scale": "match_rms_adamw"}
+TO_MATCH = {"scale": "match_rms_adamw", "rms": 0.4}
 LAST = {"betas": [0.9, 0.95], "eps": 1e-6}
 
 
@@ -55,9 +55,9 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.5},
         {
             "name": "muon",
-            "lr": 1.5e-3,
-            "weight_decay": 0.1,
-            "orthogonalization": TO_MATCH,
+            "lr": 3e-4,
+            "weight_decay": 0.5,
+            "orthogonalization": {"scale": "match_rms_adamw", "rms": 1.0},
             "roles": {
                 "embedding": {"name": "lion", "lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.5},
                 "unembedding": {"name": "lion", "lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.5},

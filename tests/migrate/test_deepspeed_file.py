@@ -27,7 +27,7 @@ def params(init: Init, optimizer: dict[str, Any], *options: str, **beside: Any) 
 class TestAdamW:
     @pytest.mark.parametrize("kind", ["AdamW", "Adam", "FusedAdam", "CPUAdam", "adamw"])
     def test_rate_and_decay_stay_for_matrices_and_the_rest(self, kind: str, init: Init) -> None:
-        """match_rms_adamw makes updates as large as AdamW's; decay is times the rate, which is the same."""
+        """Matrices keep AdamW's rate, with updates of one size; decay is times the rate, which is the same."""
         assert init({**BESIDE, "optimizer": section(kind, **ADAMW)}) == {
             **BESIDE,
             "optimizer": {
@@ -37,7 +37,7 @@ class TestAdamW:
                     "lr": 3e-4,
                     "weight_decay": 0.1,
                     "momentum": 0.95,
-                    "orthogonalization": {"scale": "match_rms_adamw"},
+                    "orthogonalization": {"scale": "match_rms_adamw", "rms": 0.4},
                     "adamw": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-6},
                 },
             },
@@ -82,7 +82,11 @@ class TestAdamW:
 
     def test_normuon_has_muons_values(self, init: Init) -> None:
         found = params(init, section("AdamW", **ADAMW), "--rule", "normuon")
-        assert (found["name"], found["lr"], found["orthogonalization"]) == ("normuon", 3e-4, {"scale": "match_rms_adamw"})
+        assert (found["name"], found["lr"], found["orthogonalization"]) == (
+            "normuon",
+            3e-4,
+            {"scale": "match_rms_adamw", "rms": 0.4},
+        )
 
     def test_the_rule_adamw_keeps_everything(self, init: Init) -> None:
         assert params(init, section("AdamW", **ADAMW), "--rule", "adamw") == {"name": "adamw", **ADAMW}
@@ -129,7 +133,7 @@ class TestAutos:
             "lr": "auto",
             "weight_decay": "auto",
             "momentum": 0.95,
-            "orthogonalization": {"scale": "match_rms_adamw"},
+            "orthogonalization": {"scale": "match_rms_adamw", "rms": 0.4},
             "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
         }
         assert found["scheduler"]["params"] == {"name": "linear", "warmup_num_steps": "auto", "total_num_steps": "auto"}
@@ -142,23 +146,23 @@ class TestAutos:
         found = init(self.CONFIG, "--rule", "adamw")["optimizer"]["params"]
         assert found == {"name": "adamw", "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 
-    def test_a_rate_that_has_to_be_multiplied_must_be_a_number(self, init: Init) -> None:
+    def test_a_rate_that_roles_need_must_be_a_number(self, init: Init) -> None:
         said = refused(init, {"optimizer": section("Lion", lr="auto")})
-        assert 'optimizer.params.lr: got "auto", of which lr is 5 times; allowed: a number' in said
+        assert 'optimizer.params.lr: got "auto", but the roles that keep Lion need its rate' in said
 
 
 class TestLion:
     def test_matrices_step_as_far_and_the_rest_keeps_lion(self, init: Init) -> None:
-        """An element of Lion's update is 1, of match_rms_adamw 0.2: five times the rate, a fifth of the decay."""
+        """An element of Lion's update is 1 or -1: a root mean square of 1."""
         found = params(init, section("Lion", lr=1e-4, betas=[0.9, 0.99], weight_decay=1.0))
         rest = {"name": "lion", "lr": 1e-4, "betas": [0.9, 0.99]}
         assert found == {
             "name": "muon",
-            "lr": 5e-4,
-            "weight_decay": 0.2,
+            "lr": 1e-4,
+            "weight_decay": 1.0,
             "momentum": 0.95,
-            "orthogonalization": {"scale": "match_rms_adamw"},
-            "adamw": {"lr": 5e-4},
+            "orthogonalization": {"scale": "match_rms_adamw", "rms": 1.0},
+            "adamw": {"lr": 1e-4},
             "roles": {
                 "embedding": {**rest, "weight_decay": 1.0},
                 "unembedding": {**rest, "weight_decay": 1.0},

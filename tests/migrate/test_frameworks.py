@@ -9,9 +9,8 @@ import pytest
 from tests.migrate.conftest import FILES, Init
 
 DS_Z3 = json.loads((FILES / "configs" / "ds_z3.json").read_text())
-TO_MATCH = {"orthogonalization": {"scale": "match_rms_adamw"}}
-GENTLE = {"momentum": 0.9, "nesterov": False, **TO_MATCH}
-OURS = {"momentum": 0.95, **TO_MATCH}
+GENTLE = {"momentum": 0.9, "nesterov": False, "orthogonalization": {"scale": "match_rms_adamw", "rms": 0.8}}
+OURS = {"momentum": 0.95, "orthogonalization": {"scale": "match_rms_adamw", "rms": 0.4}}
 FILLED = {"warmup_num_steps": "auto", "total_num_steps": "auto"}
 
 
@@ -101,11 +100,12 @@ class TestTrainingArguments:
         }
         assert "`zero_optimization.stage` is `2`: your file names no DeepSpeed configuration" in init.reasons
 
-    def test_lions_rate_changes_in_the_own_file(self, init: Init) -> None:
-        """A number in DeepSpeed's file would have to equal the Trainer's."""
+    def test_lion(self, init: Init) -> None:
+        """Rate and decay stay in the own file, since the matrices keep both."""
         found = init.text("args.yaml", "output_dir: x\noptim: lion_32bit\nlearning_rate: 1e-4\nweight_decay: 1.0\n")
-        assert (found["optimizer"]["params"]["lr"], found["optimizer"]["params"]["weight_decay"]) == ("auto", "auto")
-        assert "```\ndeepspeed: new.json\nlearning_rate: 0.0005\nweight_decay: 0.2\n```" in init.to_do
+        params = found["optimizer"]["params"]
+        assert (params["lr"], params["weight_decay"], params["roles"]["embedding"]["lr"]) == ("auto", "auto", 1e-4)
+        assert "```\ndeepspeed: new.json\n```" in init.to_do
 
     @pytest.mark.parametrize(
         ("lines", "expected"),
