@@ -13,6 +13,7 @@ from ds_optforge.forecast.memory import adamw_memory, own_memory
 from ds_optforge.forecast.topology import Topology
 from ds_optforge.routing.roles import Route, routes_of
 from tests.distributed import planned
+from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
 
 MUON = {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.001}}
@@ -50,17 +51,21 @@ def test_a_rank_holds_what_was_predicted(params: dict[str, Any], stage: int, poo
             assert each["state"] == adamw_memory(found, BFLOAT16).state
 
 
-@pytest.mark.parametrize("bucket", [5_000, 10**6], ids=["several_chunks", "one_chunk"])
-def test_deepspeeds_muon_gathers_what_was_predicted_on_zero_3(bucket: int, pool2: Pool) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "bucket"),
+    [(2, 5_000), (2, 10**6), (4, 2_000)],
+    ids=["several_chunks", "one_chunk", "fewer_parameters_than_ranks_in_a_round"],
+)
+def test_deepspeeds_muon_gathers_what_was_predicted_on_zero_3(ranks: int, bucket: int, pools: Pools) -> None:
     """Beside it, AdamW's gradients would be scattered rather than all-reduced: as many bytes less as a slice of all has."""
-    found = incumbent(routes(MUON), Topology(2, 3), BFLOAT16, bucket)
+    found = incumbent(routes(MUON), Topology(ranks, 3), BFLOAT16, bucket)
     section = {"type": "Muon", "params": {"lr": 0.02, "momentum": 0.95}}
     zero = {"reduce_scatter": False, "reduce_bucket_size": bucket}
-    counted = pool2.run(planned.count, 3, section, timeout_s=300.0, **zero)
+    counted = pools[ranks].run(planned.count, 3, section, timeout_s=300.0, **zero)
     numel = sum(route.numel for route in routes(MUON))
     for each in counted:
         gathers = each["sent"]["c10d::_allgather_base_"] + each["sent"]["c10d::allgather_"]
-        assert gathers == found.sent_bytes - BFLOAT16 * numel // 2
+        assert gathers == found.sent_bytes - BFLOAT16 * numel * (ranks - 1) // ranks
     assert sum(each["flops"] for each in counted) >= found.flops >= max(each["flops"] for each in counted)
 
 
