@@ -128,7 +128,10 @@ class TestPlan:
     def test_a_model_that_fits_no_device_is_said_not_to(self, capsys: pytest.CaptureFixture[str]) -> None:
         """46.7 billion parameters of 2 bytes are more than an H100 has."""
         printed = " ".join(self.printed("mixtral-8x7b --world-size 8 --stage 2", capsys).split())
-        assert "No stage fits the device: 175.4 GB a rank without activations; it has 80 GB." in printed
+        assert (
+            "ZeRO-2 does not fit the device: 175.4 GB a rank without activations; it has 80 GB. Needed: a higher stage"
+            in printed
+        )
         assert "gather, +7.0% of your step over AdamW, -23.0 GB; no matrix is cut: every mode does the same." in printed
 
     def test_the_configuration_to_paste_is_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

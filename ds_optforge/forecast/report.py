@@ -117,7 +117,10 @@ def _fit(plan: Plan) -> Iterator[str]:
     limit = f"{plan.hardware.memory_gb:g} GB"
     if plan.fitting is None:
         least = min(found.chosen.memory.total for found in plan.stages) / 1e9
-        yield f"No stage fits the device: {least:,.1f} GB a rank without activations; it has {limit}. More ranks or offload do."
+        stage = plan.stages[-1].stage
+        none = "No stage fits" if len(plan.stages) > 1 else f"ZeRO-{stage} does not fit"
+        helps = "a higher stage, more ranks or offload" if stage < 3 else "more ranks or offload"
+        yield f"{none} the device: {least:,.1f} GB a rank without activations; it has {limit}. Needed: {helps}."
     elif len(plan.stages) > 1:
         yield f"The lowest stage that fits {limit} without activations: ZeRO-{plan.fitting.stage}."
 
