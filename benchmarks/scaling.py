@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.forecast.catalog import MODEL_SHAPES
-from ds_optforge.forecast.forecast import SUB_GROUP_SIZE, Topology, forecast_routes
+from ds_optforge.forecast.forecast import forecast_routes
 from ds_optforge.forecast.skeletons import load
+from ds_optforge.forecast.topology import SUB_GROUP_SIZE, Topology
 from ds_optforge.routing.roles import routes_of
 
 RANKS = (8, 32, 64, 256, 1024, 4096)

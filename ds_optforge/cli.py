@@ -7,13 +7,14 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_optforge import __version__, shipped_configs
 from ds_optforge.errors import CheckpointError, ConfigError
 from ds_optforge.forecast.catalog import MODEL_SHAPES
+from ds_optforge.forecast.hardware import DEVICES, LINKS, UTILISATION
 
 _MODELS = f"{', '.join(MODEL_SHAPES)}; or the path of a Hugging Face config.json, or of its folder"
 
@@ -108,10 +109,30 @@ def _add_convert(commands: Any) -> None:
 def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODELS)
     command.add_argument("--world-size", type=int, required=True, help="ranks that ZeRO cuts the parameters over")
-    command.add_argument("--stage", type=int, required=True, help="of ZeRO: 1, 2 or 3")
-    command.add_argument("--config", help="a DeepSpeed configuration file; default: muon as it is configured by default")
-    command.add_argument("--link-gbps", type=float, default=100.0, help="Gbit/s of a rank's link each way; default: 100")
-    command.add_argument("--tflops", type=float, default=100.0, help="TFLOP/s that its matrix products reach; default: 100")
+    command.add_argument("--stage", type=int, help="of ZeRO: 1, 2 or 3; default: CONFIG's, or else all of them")
+    command.add_argument("--config", help="a DeepSpeed configuration file; default: muon as it is by default, in bfloat16")
+    command.add_argument("--device", choices=DEVICES, default="h100", help="default: h100")
+    command.add_argument("--link", choices=LINKS, help="default: nvlink (the device's own links) up to 8 ranks, else ib400")
+    command.add_argument(
+        "--tokens-per-step",
+        "--batch-tokens",
+        dest="tokens",
+        type=int,
+        metavar="TOKENS",
+        help="of all ranks together; default: 524288, or a sequence a rank if that is more",
+    )
+    command.add_argument("--sequence-length", type=int, default=4096, metavar="TOKENS", help="default: 4096")
+    command.add_argument(
+        "--utilisation", type=float, default=UTILISATION, help="share of the device's peak in training; default: 0.4"
+    )
+    command.add_argument(
+        "--saving",
+        type=float,
+        default=0.05,
+        help="share of the step for which a less exact mode is recommended; default: 0.05",
+    )
+    command.add_argument("--link-gbps", type=float, help="Gbit/s that a rank's link reaches each way, in place of --link's")
+    command.add_argument("--tflops", type=float, help="TFLOP/s that products of the optimizer reach, in place of --device's")
     command.add_argument(
         "--expert-parallel",
         type=int,
@@ -120,6 +141,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         help="E ranks share out each bank of experts (named 'experts', three dimensions), and ZeRO cuts a share over "
         "world size / E ranks; default: 1, ZeRO cuts experts as everything else",
     )
+    command.add_argument("--json", action="store_true", help="print JSON rather than tables")
     command.set_defaults(run=_plan)
 
 
@@ -207,29 +229,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ds_optforge.config.deepspeed import load_config, optimizer_section
-    from ds_optforge.config.optimizer import OptimizerConfig
-    from ds_optforge.forecast.forecast import Hardware, Topology, forecast_routes
-    from ds_optforge.forecast.report import report
-    from ds_optforge.forecast.skeletons import load
-    from ds_optforge.routing.roles import routes_of
+    from ds_optforge.forecast.command import Question, answer, text_of
 
-    loaded = load_config(options.config) if options.config else {"name": "muon"}
-    config = OptimizerConfig(optimizer_section(loaded))
-    topology = Topology(options.world_size, options.stage, options.expert_parallel, _sub_group_size(loaded))
-    hardware = Hardware(options.tflops, options.link_gbps)
-    routes = routes_of(load(options.model), config)
-    sharding = config.common.sharding
-    print(report(options.model, routes, sharding, forecast_routes(routes, sharding, topology), hardware), end="")
+    asked = {key: value for key, value in vars(options).items() if key not in ("run", "json")}
+    print(text_of(answer(Question(**asked)), options.json), end="")
     return 0
-
-
-def _sub_group_size(config: Mapping[str, Any]) -> int:
-    """Read ZeRO-3's sub_group_size as DeepSpeed does: 1e9 means 1000000000. Raises ConfigError."""
-    from ds_optforge.forecast.forecast import SUB_GROUP_SIZE
-
-    section = config.get("zero_optimization")
-    found = section.get("sub_group_size", SUB_GROUP_SIZE) if isinstance(section, Mapping) else SUB_GROUP_SIZE
-    if isinstance(found, bool) or not isinstance(found, int | float) or found < 1:
-        raise ConfigError(f"zero_optimization.sub_group_size: got {found!r}; allowed: a number of at least 1")
-    return int(found)

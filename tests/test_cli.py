@@ -146,14 +146,85 @@ class TestPlan:
         assert {"min", "mean", "max"} <= rows.keys()
         assert "256" not in rows
         assert "256 ranks, 48 matrices: at least 208 ranks orthogonalize nothing." in printed
-        assert "Recommended: " in printed
+        assert "Recommended on ZeRO-2: " in printed
+
+    def gather(self, arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+        """Of the only stage: seconds of gather, and its share over AdamW."""
+        (stage,) = json.loads(self.printed(f"{arguments} --json", capsys))["stages"]
+        (found,) = [each for each in stage["candidates"] if each["name"] == "gather"]
+        return {**found["seconds"], "over_adamw": found["over_adamw"]}
 
     def test_the_link_sets_the_seconds_of_traffic(self, capsys: pytest.CaptureFixture[str]) -> None:
-        slow, fast = (
-            table_rows(self.printed(f"gpt2 --world-size 8 --stage 3 --link-gbps {gbps}", capsys))["gather"] for gbps in (1, 10)
+        slow, fast = (self.gather(f"gpt2 --world-size 8 --stage 3 --link-gbps {gbps}", capsys) for gbps in (1, 10))
+        assert slow["traffic"] == pytest.approx(10 * fast["traffic"])
+        assert slow["orthogonalization"] == fast["orthogonalization"]
+
+    def test_the_overhead_is_smaller_the_more_tokens_a_step_has(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """What a step costs beyond AdamW does not depend on them; both names of the option are the same."""
+        few = self.gather("llama3-8b --world-size 8 --stage 2 --tokens-per-step 500000", capsys)
+        many = self.gather("llama3-8b --world-size 8 --stage 2 --batch-tokens 5000000", capsys)
+        assert many["optimizer"] == few["optimizer"]
+        assert many["model"] == pytest.approx(10 * few["model"])
+        assert many["over_adamw"] == pytest.approx(few["over_adamw"] / 10, rel=0.02)
+
+    def test_the_device_sets_the_seconds_of_products(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Peaks of dense bfloat16 products by the datasheets."""
+        a100, b200 = (self.gather(f"gpt2 --world-size 8 --stage 3 --device {name}", capsys) for name in ("a100", "b200"))
+        assert a100["orthogonalization"] / b200["orthogonalization"] == pytest.approx(2250 / 312)
+        given = self.gather("gpt2 --world-size 8 --stage 3 --device a100 --tflops 312", capsys)
+        assert given["orthogonalization"] == pytest.approx(a100["orthogonalization"] / 2)
+
+    def test_without_a_stage_all_are_compared(self, capsys: pytest.CaptureFixture[str]) -> None:
+        printed = self.printed("llama3-8b --world-size 8", capsys)
+        rows = table_rows(printed)
+        assert {
+            f"ZeRO-{stage}, {name}" for stage in (1, 2, 3) for name in ("AdamW", "DeepSpeed's Muon", "gather")
+        } <= rows.keys()
+        assert "The lowest stage that fits 80 GB without activations: ZeRO-1." in printed
+        assert json.loads(printed.partition("To paste:")[2])["zero_optimization"] == {"stage": 1}
+
+    def test_a_model_that_fits_no_device_is_said_not_to(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """46.7 billion parameters of 2 bytes are more than an H100 has."""
+        printed = " ".join(self.printed("mixtral-8x7b --world-size 8 --stage 2", capsys).split())
+        assert (
+            "ZeRO-2 does not fit the device: 175.4 GB a rank without activations; it has 80 GB. Needed: a higher stage"
+            in printed
         )
-        assert float(slow[1]) == pytest.approx(10 * float(fast[1]), rel=0.01)
-        assert slow[0] == fast[0]
+        assert "gather, +7.0% of your step over AdamW, -23.0 GB; no matrix is cut: every mode does the same." in printed
+
+    def test_the_configuration_to_paste_is_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pasted = self.printed("llama3-8b --world-size 8 --stage 3", capsys).partition("To paste:")[2]
+        path = write(tmp_path, {**json.loads(pasted), "train_batch_size": 8})
+        assert main(["check", path]) == 0
+        assert self.printed(f"llama3-8b --world-size 8 --config {path}", capsys).count("Recommended on ZeRO-3") == 1
+
+    def test_the_configuration_to_paste_keeps_what_the_given_one_has(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sharding = {"mode": "shard_local", "gather_every": 3, "bucket_numel": 2**27}
+        params = {**MUON["params"], "sharding": sharding}
+        given = {"optimizer": {**MUON, "params": params}, "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}
+        printed = self.printed(f"llama3-8b --world-size 8 --config {write(tmp_path, given)}", capsys)
+        params["sharding"] = {"mode": "gather", "bucket_numel": 2**27}
+        assert json.loads(printed.partition("To paste:")[2]) == given
+
+    def test_json_has_all_that_is_printed(self, capsys: pytest.CaptureFixture[str]) -> None:
+        found = json.loads(self.printed("gpt2 --world-size 8 --stage 3 --json", capsys))
+        (stage,) = found["stages"]
+        by_name = {each["name"]: each for each in stage["candidates"]}
+        assert stage["recommended"] == "gather"
+        assert by_name["AdamW"]["over_adamw"] == by_name["AdamW"]["bytes_over_adamw"] == 0
+        memory = by_name["gather"]["memory_bytes"]
+        assert memory["total"] == sum(memory[kind] for kind in ("parameters", "gradients", "state", "workspace"))
+        assert len(stage["ranks"]) == 8
+        assert found["config"]["optimizer"]["params"]["sharding"] == {"mode": "gather"}
+        assert found["assumed"]["tokens"] == 2**19
+
+    def test_published_figures_stand_beside_it_with_their_sources(self, capsys: pytest.CaptureFixture[str]) -> None:
+        printed = " ".join(self.printed("gpt2 --world-size 8 --stage 3", capsys).split())
+        assert "+1.7, +2.1 and +3.4% of a step over AdamW" in printed
+        assert "arXiv 2606.27153" in printed
+        assert "Assumed: h100, nvlink; 524,288 tokens a step in sequences of 4,096" in printed
 
     def test_a_configuration_decides_what_is_a_matrix(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         only_mlp = {"match": "attention", "role": "scalar"}
@@ -184,6 +255,10 @@ class TestPlan:
             ("gpt2 --world-size 0 --stage 3", "world size: got 0; allowed: at least 1"),
             ("gpt2 --world-size 8 --stage 4", "stage: got 4; allowed: 1, 2, 3"),
             ("gpt2 --world-size 8 --stage 3 --link-gbps 0", "link gbps: got 0; allowed: a positive number"),
+            ("gpt2 --world-size 8 --stage 3 --tokens-per-step 0", "tokens per step: got 0; allowed: at least 1"),
+            ("gpt2 --world-size 8 --stage 3 --sequence-length 0", "sequence length: got 0; allowed: at least 1"),
+            ("gpt2 --world-size 8 --stage 3 --utilisation 40", "utilisation: got 40; allowed: a number above 0 and up to 1"),
+            ("gpt2 --world-size 8 --stage 3 --saving 5", "saving: got 5; allowed: a share of the step between 0 and 1"),
             ("gpt2 --world-size 8 --stage 2 --expert-parallel 3", "expert parallel: got 3; allowed: a divisor of 8 ranks"),
             ("gpt2 --world-size 8 --stage 3 --config none.json", "none.json: No such file"),
         ],

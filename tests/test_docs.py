@@ -105,6 +105,14 @@ def test_the_measured_best_rate_stays_put_over_eight_times_the_width(scale: str)
     assert loss_at_the_narrowest_models_rate - loss < 0.02
 
 
+def test_the_examples_of_planning_are_what_is_printed() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    page = (DOCS / "planning.md").read_text(encoding="utf-8")
+    assert page.count("<!-- plan -->") == page.count("$ ds-optforge plan") == 3
+    made = runpy.run_path(str(DOCS / "planning_examples.py"))["rewritten"](page)
+    assert page == made, "stale: run `python docs/planning_examples.py`"
+
+
 def test_its_example_is_a_configuration() -> None:
     (example,) = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)
     attention = nn.ModuleDict({"qkv": nn.Linear(768, 1280, bias=False)})

@@ -15,22 +15,13 @@ from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.errors import ConfigError
 from ds_optforge.forecast import skeletons
+from ds_optforge.forecast.advice import better_bucket
 from ds_optforge.forecast.catalog import MODEL_SHAPES
-from ds_optforge.forecast.forecast import (
-    AFFORDABLE,
-    Forecast,
-    Hardware,
-    Mode,
-    Topology,
-    best_mode,
-    better_bucket,
-    exchange_sizes,
-    forecast,
-    forecast_routes,
-    lay_out,
-    modes,
-    zero_seconds,
-)
+from ds_optforge.forecast.exchange_sizes import exchange_sizes
+from ds_optforge.forecast.forecast import Forecast, forecast, forecast_routes, lay_out
+from ds_optforge.forecast.hardware import Hardware
+from ds_optforge.forecast.step_time import Mode, Workload, model_seconds, modes, recommended
+from ds_optforge.forecast.topology import Topology
 from ds_optforge.routing import roles, tags
 from ds_optforge.routing.roles import Route
 from ds_optforge.zero.buckets import Kept, exchange_buckets
@@ -42,6 +33,8 @@ from tests.rules.summing import SilentSettings, Summing, SummingSettings
 
 MUON = OptimizerConfig({"name": "muon"})
 ONE_SUB_GROUP = 10**15
+HARDWARE = Hardware(100.0, 100.0)
+WORKLOAD = Workload(2**19, 6 * 8e9)
 
 
 def routed(model: nn.Module, config: OptimizerConfig = MUON) -> list[Route]:
@@ -142,8 +135,8 @@ class TestBytes:
             )
         added = [one.sent_bytes - other.sent_bytes for one, other in zip(summed.ranks, silent.ranks, strict=True)]
         assert added == [8 * (4 * 2 + 5 * (24 + 40))] * 2
-        assert [mode.name for mode in modes(summed, Hardware(100.0, 100.0))] == ["gather"]  # what `check` would refuse
-        assert len(modes(silent, Hardware(100.0, 100.0))) > 2
+        assert [mode.name for mode in modes(summed, HARDWARE, WORKLOAD)] == ["gather"]  # what `check` would refuse
+        assert len(modes(silent, HARDWARE, WORKLOAD)) > 2
 
     @pytest.mark.parametrize("world_size", [2, 4, 8, 32])
     def test_on_zero_3_every_matrix_travels_there_and_back_but_for_the_owners_part(self, world_size: int) -> None:
@@ -270,35 +263,64 @@ class TestTopology:
 
 
 class TestModes:
-    def figures(self, tflops: float, link_gbps: float) -> tuple[Mode, list[Mode]]:
-        hardware = Hardware(tflops, link_gbps)
-        found = predicted("llama3-8b", 64, 3)
-        return best_mode(found, hardware), modes(found, hardware)
+    """Llama 3 8B on 64 ranks and ZeRO-3."""
+
+    FOUND = ("llama3-8b", 64, 3)
+
+    def figures(self, tflops: float, link_gbps: float) -> list[Mode]:
+        return modes(predicted(*self.FOUND), Hardware(tflops, link_gbps), WORKLOAD)
 
     def test_seconds_come_from_the_slowest_rank(self) -> None:
-        found, (_, candidates) = predicted("llama3-8b", 64, 3), self.figures(100, 400)
-        gather = candidates[0]
+        found, candidates = predicted(*self.FOUND), self.figures(100, 400)
+        gather, alone = candidates[0].seconds, candidates[-1].seconds
         assert gather.orthogonalization == pytest.approx(found.critical_path / 1e14)
         assert gather.traffic == pytest.approx(max(rank.sent_bytes for rank in found.ranks) * 8 / 4e11)
-        assert candidates[-1].traffic == 0
+        assert alone.traffic == 0
+        assert alone.optimizer == pytest.approx(max(rank.shard_flops for rank in found.ranks) / 1e14 + alone.elementwise)
+
+    def test_all_but_the_first_and_last_of_the_exchanges_hide_behind_products(self) -> None:
+        found, (gather, *_) = predicted(*self.FOUND), self.figures(100, 400)
+        products, traffic = gather.seconds.orthogonalization, gather.seconds.traffic
+        assert products > traffic
+        expected = products + traffic / found.exchanges + gather.seconds.elementwise
+        assert gather.seconds.optimizer == pytest.approx(expected)
 
     def test_a_period_averages_its_steps(self) -> None:
-        _, (gather, every_2, *_, alone) = self.figures(100, 400)
+        gather, every_2, *_, alone = self.figures(100, 400)
         assert every_2.settings == {"mode": "shard_local", "gather_every": 2}
-        assert every_2.orthogonalization == pytest.approx((gather.orthogonalization + alone.orthogonalization) / 2)
-        assert every_2.traffic == pytest.approx(gather.traffic / 2)
+        for name in ("orthogonalization", "traffic", "optimizer"):
+            both = getattr(gather.seconds, name) + getattr(alone.seconds, name)
+            assert getattr(every_2.seconds, name) == pytest.approx(both / 2)
 
-    @pytest.mark.parametrize("index", [0, 1, 2, 3, 4])
-    def test_the_most_exact_mode_that_is_small_beside_zeros_own_traffic_is_best(self, index: int) -> None:
-        """On a processor that is just fast enough for it, and so too slow for all modes before."""
-        found = predicted("llama3-8b", 64, 3)
-        at_one = modes(found, Hardware(1, 400))[index]
-        bound = AFFORDABLE * zero_seconds(found, Hardware(1, 400))
-        chosen, _ = self.figures(1.01 * at_one.orthogonalization / bound, 400)
-        assert chosen.name == at_one.name
+    def test_gather_is_recommended_until_another_mode_saves_the_stated_share_of_the_step(self) -> None:
+        candidates = self.figures(100, 400)
+        saved = 1 - candidates[-1].seconds.iteration / candidates[0].seconds.iteration
+        assert saved > 0
+        assert recommended(candidates, 1.001 * saved).name == "gather"
+        assert recommended(candidates, 0.999 * saved).name != "gather"
 
-    def test_shard_local_is_best_where_nothing_is_small(self) -> None:
-        assert self.figures(0.001, 400)[0].name == "shard_local"
+    @pytest.mark.parametrize("tflops", [0.1, 1, 10, 100, 1000])
+    def test_no_less_exact_mode_saves_it_beyond_the_recommendation(self, tflops: float) -> None:
+        candidates = self.figures(tflops, 400)
+        chosen = recommended(candidates, 0.05)
+        index = candidates.index(chosen)
+        assert all(each.seconds.iteration > 0.95 * chosen.seconds.iteration for each in candidates[index + 1 :])
+        for before in candidates[:index]:
+            assert min(each.seconds.iteration for each in candidates) <= 0.95 * before.seconds.iteration
+
+    def test_where_no_matrix_is_cut_there_is_nothing_to_choose(self) -> None:
+        """The newcomer's case: Mixtral on 8 ranks and ZeRO-2, for which shard_local was once recommended."""
+        found = predicted("mixtral-8x7b", 8, 2)
+        assert not found.shard_rows
+        assert [mode.name for mode in modes(found, HARDWARE, WORKLOAD)] == ["gather"]
+
+    def test_an_iteration_is_no_shorter_than_zeros_own_traffic(self) -> None:
+        """On ZeRO-3 every rank sends its part of all weights twice and of all gradients once."""
+        found = predicted("llama3-8b", 8, 3)
+        padded = found.ranks[0].slice_numel
+        slow = model_seconds(found, Hardware(100.0, 1.0), Workload(1, 1.0))
+        assert slow == pytest.approx(3 * 7 * padded * 2 * 8 / 1e9)
+        assert model_seconds(found, Hardware(100.0, 1e9, 400.0), WORKLOAD) == pytest.approx(2**19 * 6 * 8e9 / (8 * 4e14))
 
     @pytest.mark.parametrize("speeds", [(0, 100), (100, -1), (float("nan"), 100), (100, float("inf"))])
     def test_speeds_are_positive(self, speeds: tuple[float, float]) -> None:

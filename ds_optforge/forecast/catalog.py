@@ -99,3 +99,17 @@ MODEL_SHAPES: Mapping[str, tuple[tuple[str, Shape], ...]] = MappingProxyType(
         "kimi-k2": tuple(_kimi_k2()),
     }
 )
+
+# (layers, heads times width of a head: the mean of q's and v's, share of the experts that a token is sent to)
+MODEL_GEOMETRY: Mapping[str, tuple[int, int, float]] = MappingProxyType(
+    {
+        "gpt2": (12, 768, 1.0),
+        "gpt2-medium": (24, 1024, 1.0),
+        "gpt2-large": (36, 1280, 1.0),
+        "gpt2-xl": (48, 1600, 1.0),
+        "llama3-8b": (32, 4096, 1.0),
+        "llama3-70b": (80, 8192, 1.0),
+        "mixtral-8x7b": (32, 4096, 2 / 8),
+        "kimi-k2": (61, 64 * (192 + 128) // 2, 8 / 384),
+    }
+)

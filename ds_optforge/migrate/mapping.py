@@ -35,8 +35,8 @@ _JORDAN = "Muon's own value (Jordan et al. 2024, kellerjordan.github.io/posts/mu
 RECIPES: dict[Purpose, Recipe] = {
     "pretrain": Recipe(
         rms=0.4,
-        why_rms="NVIDIA's NeMo RL recommends 0.2 to 0.5 (its guide to Muon; 0.2 is Moonlight's, arXiv 2502.16982); momenta that "
-        "are not of full rank reach two thirds of it, and AdamW's updates measured 0.2 to 0.3 (docs/from_adamw.md)",
+        why_rms="NVIDIA's NeMo RL recommends 0.2 to 0.5 (its guide to Muon; 0.2 is Moonlight's, arXiv 2502.16982); momenta "
+        "that are not of full rank reach two thirds of it, and AdamW's updates measured 0.2 to 0.3 (docs/from_adamw.md)",
         momentum=0.95,
         nesterov=True,
         why=_JORDAN,

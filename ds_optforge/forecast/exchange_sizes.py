@@ -1,0 +1,69 @@
+"""Elements that travel in each exchange of a plan, without the buckets of all ranks."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ds_optforge.zero.buckets import NO_STATISTICS, Kept
+from ds_optforge.zero.partition import PartitionLayout, Range
+from ds_optforge.zero.plan import ExchangePlan
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSizes:
+    """Elements of one exchange's buffers, by rank.
+
+    Attributes:
+        sends, receives: elements of the rank's send and receive buffer.
+        keeps: elements that it would send to itself.
+    """
+
+    sends: list[int]
+    receives: list[int]
+    keeps: list[int]
+
+    def travels(self, rank: int) -> int:
+        """Elements that the rank sends to others: fragments to the owners, and updates back."""
+        return self.sends[rank] + self.receives[rank] - 2 * self.keeps[rank]
+
+
+def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[ExchangeSizes]:
+    """Sizes of the buffers that `exchange_buckets` makes on every rank, in O(fragments) time."""
+    sizes = []
+    for exchange in plan.exchanges:
+        size = ExchangeSizes(*([0] * plan.layout.world_size for _ in range(3)))
+        for alike in cut_alike(plan.layout, exchange):
+            matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
+            elements = [
+                within.numel + 1 + kept.words * sum(matrix.values_in(per, within).numel for per in kept.per)
+                for _, within in fragments(plan.layout, alike[0])
+            ]
+            for rank, count in enumerate(elements, start=first):
+                size.sends[rank] += len(alike) * count
+            for owner in (plan.owners[index] for index in alike):
+                size.receives[owner] += sum(elements)
+                size.keeps[owner] += elements[owner - first]
+        sizes.append(size)
+    return sizes
+
+
+def cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list[int]]:
+    """Group matrices by shape and cuts: on ZeRO-3, the layers of a model are alike."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index in indices:
+        matrix = layout.matrices[index]
+        cut = layout.cuts[matrix.parameter]
+        key = (cut.base + matrix.start, cut.size, matrix.rows, matrix.cols, matrix.transposed, matrix.joins)
+        groups.setdefault(key, []).append(index)
+    return groups.values()
+
+
+def fragments(layout: PartitionLayout, index: int) -> Iterator[tuple[int, Range]]:
+    """Yield (rank, elements within the matrix) for each fragment of a matrix."""
+    matrix = layout.matrices[index]
+    cut = layout.cuts[matrix.parameter]
+    begin = cut.base + matrix.start
+    at = 0
+    for rank in layout.holders(index):
+        end = min((rank + 1) * cut.size - begin, matrix.numel)
+        yield rank, Range(at, end - at)
+        at = end
