@@ -77,6 +77,7 @@ NOT_A_CHOICE = {
     "sharding.wire_dtype": (muon(sharding={"wire_dtype": "fp16"}), "'fp16'", ["float32", "bfloat16"]),
     "orthogonalization.method": (orthogonalization(method="svd"), "'svd'", ["auto", "standard", "gram"]),
     "orthogonalization.dtype": (orthogonalization(dtype="float16"), "'float16'", ["float32", "bfloat16"]),
+    "orthogonalization.rms": (orthogonalization(rms=0.0, scale="match_rms_adamw"), "0", "greater than 0"),
     "orthogonalization.scale": (orthogonalization(scale="rms"), "'rms'", ["shape", "match_rms_adamw", "spectral", "none"]),
     "orthogonalization.coefficients": (
         orthogonalization(coefficients="quintc"),

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optforge.orthogonalize import COEFFICIENT_SETS
 from ds_optforge.rules.base import Batch, ElementwiseRule, MatrixRule
-from ds_optforge.rules.muon import Muon, Orthogonalization, Scale
+from ds_optforge.rules.muon import Muon, MuonSettings, Orthogonalization, Scale
 from tests.layers import bytes_per_parameter
 from tests.oracles import newton_schulz
 
@@ -47,6 +47,13 @@ def test_the_update_is_the_orthogonal_factor_times_the_scale(scale: str, rows: i
     found = rule(scale=scale).update(Batch(given.clone(), torch.ones(2)), {})
     expected = torch.stack([newton_schulz(one) for one in given]) * SCALES[scale][rows, cols]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_size_of_match_rms_adamw_can_be_set() -> None:
+    """An orthogonal 12 by 3 matrix has the root mean square 1 / sqrt(12)."""
+    assert rule(scale="match_rms_adamw", rms=0.7).rms(12, 3, transposed=False) == pytest.approx(0.7)
+    settings = MuonSettings(orthogonalization={"scale": "match_rms_adamw", "rms": 0.7})
+    assert settings.build().rms(3, 12, transposed=False) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(12, 3), (3, 12), (5, 5)])
