@@ -35,7 +35,7 @@ from workload import HEADERS
 
 USER = Path(__file__).parent / "compare" / "adamw_deepspeed.json"
 UNTUNED = 3e-4  # the rate in that file
-RATES = (UNTUNED, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (UNTUNED, 1e-3, 2e-3, 4e-3)
 SEEDS, TUNING_SEEDS, PRETRAINING_SEED = (0, 1, 2, 3, 4), (0, 1), 100
 PRETRAINING_STEPS, PRETRAINING_RATE = 1000, 0.002
 QUICK_STEPS = 12  # 10 of which are warm-up
