@@ -3,6 +3,7 @@
 # make quick   an answer in two minutes: the same without ranks and launches, but for a few tests on two ranks
 # make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
 # make evidence   AdamW, tuned, against what `ds-optforge init` makes of it: the tables of docs/from_adamw.md, in half an hour
+# make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
 # make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
 # make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
 # make venv    only the set-up that both begin with
@@ -14,7 +15,7 @@ PYTHON ?= python3
 # has; and with the result kept in the environment, two clones do not rebuild each other's.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 
-.PHONY: train test quick bench evidence soak test-versions venv clean
+.PHONY: train test quick bench evidence bench-gpu test-gpu soak test-versions venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -42,6 +43,15 @@ bench: venv
 
 evidence: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/from_adamw.py --parallel 2
+
+# With another environment than .venv, whose torch may be for CPUs alone: make bench-gpu GPU_ENV=/path/of/it
+GPU_ENV ?= $(CURDIR)/.venv
+
+bench-gpu: $(if $(filter $(CURDIR)/.venv,$(GPU_ENV)),venv)
+	PATH="$(GPU_ENV)/bin:$$PATH" PYTHONPATH="$(CURDIR)" torchrun --nproc-per-node auto benchmarks/gpu.py
+
+test-gpu: $(if $(filter $(CURDIR)/.venv,$(GPU_ENV)),venv)
+	PATH="$(GPU_ENV)/bin:$$PATH" pytest tests/gpu
 
 soak: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py

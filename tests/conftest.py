@@ -56,8 +56,15 @@ def missing_fp16() -> str | None:
     return None if accelerator.is_fp16_supported() else unsupported
 
 
+@functools.cache
+def missing_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else f"needs a CUDA device: torch {torch.__version__} finds none here"
+
+
 # By marker; registered in setup.cfg.
-NEEDS = {"fp16": missing_fp16, "root": missing_root, "two_hosts": hosts.missing, "slurm": missing_slurm}
+NEEDS = {"gpu": missing_gpu, "fp16": missing_fp16, "root": missing_root, "two_hosts": hosts.missing, "slurm": missing_slurm}
 
 
 # Their tests start ranks and launches. `make quick` has only those of them that are marked for it, and all other tests.
@@ -65,6 +72,7 @@ WITH_RANKS = (
     "tests/distributed/",
     "tests/launch/",
     "tests/experiments/",
+    "tests/gpu/",
     "tests/testing/",
     "tests/test_benchmarks.py",
     "tests/test_wheel.py",

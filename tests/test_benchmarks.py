@@ -69,6 +69,32 @@ def test_telemetry(tmp_path: Path) -> None:
     assert all(row["cpu_long_iteration_ms"] > row["cpu_iteration_ms"] for row in rows.values())
 
 
+class TestGpu:
+    """benchmarks/gpu.py, so that it works the first time."""
+
+    def test_a_dry_run_on_the_cpu_has_every_number(self, tmp_path: Path) -> None:
+        options = "--device cpu --size tiny --stages 3 --sequence 8 --accumulation 2 --steps 1"
+        finished = on_this_machine(f"{TORCHRUN} benchmarks/gpu.py {options} --out {shlex.quote(str(tmp_path))}")
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        written = json.loads((tmp_path / "gpu.json").read_text())
+        rows = {row["optimizer"]: row for row in written["rows"]}
+        assert list(rows) == ["AdamW", "gather", "shard_local", "gather, normuon", "DeepSpeed's Muon", "AdamW, again"]
+        for row in rows.values():
+            assert row["step_ms"] > row["in_step_ms"] > 0
+            assert row["tokens_per_second"] == pytest.approx(8 * 2 * 2 / row["step_ms"] * 1e3)
+            assert row["launches"] > 0
+        assert rows["AdamW"]["over_adamw"] == pytest.approx(-rows["AdamW, again"]["over_adamw"])
+        assert rows["gather"]["planned_over_adamw"] > 0
+        assert [row["optimizer"] for row in written["alone"]][1:] == ["torch.optim.Muon", "ds_optforge muon"]
+        assert len(list(tmp_path.glob("gpu_*.json"))) == 6 + 3  # traces
+
+    def test_without_a_device_it_says_so(self) -> None:
+        finished = on_this_machine("CUDA_VISIBLE_DEVICES= python benchmarks/gpu.py")
+        assert finished.returncode == 2
+        assert "--device: got cuda, and torch" in finished.stderr
+        assert "allowed: cpu, for a dry run" in finished.stderr
+
+
 @pytest.mark.promise("lr-transfer")
 def test_lr_transfer(tmp_path: Path) -> None:
     """Every search ends with two rates on either side of the best one."""
