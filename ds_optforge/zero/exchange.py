@@ -20,6 +20,10 @@ from ds_optforge.zero.plan import ExchangePlan
 # Stands for a statistic that another rank keeps: the first row of a fragment that is stepped alone may begin there.
 NO_STATISTIC = -1.0
 
+# float32 values travel as integers of the wire's size, which no copy rounds: a kernel that copies bfloat16 may go through
+# float32, and half of a value may be the pattern of a NaN.
+_PATTERNS = {2: torch.int16, 4: torch.int32}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixBatch:
@@ -141,6 +145,7 @@ class BucketExchange:
         self.bucket = bucket
         self._binding = binding
         self._wire = wire
+        self._pattern = _PATTERNS[wire.itemsize]
         self._flag_index = _index([place.flag for place in bucket.sent], binding.device)
         self._batches = _batches(layout, bucket, binding.device, batch_numel)
         self._work: dist.Work | None = None
@@ -173,7 +178,7 @@ class BucketExchange:
             self._send[self._flag_index] = active.to(self._send)
         if statistics:
             into = self._statistics(self._send, bucket.sent)
-            torch._foreach_copy_(into, [values.view(self._wire) for values in statistics])
+            torch._foreach_copy_(into, [values.view(self._pattern) for values in statistics])
         if bucket.travels:
             self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=self._binding.device)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
@@ -210,7 +215,7 @@ class BucketExchange:
             for per in self.bucket.kept.per
         )
         if statistics:
-            inside = _values_within(batch, statistics, self._wire)
+            inside = _values_within(batch, statistics, self._pattern)
             torch._foreach_copy_(inside, self._statistics(self._receive, batch.places))
         if batch.joins:
             active, matrices = active.repeat_interleave(batch.joins.parts), batch.parted(matrices)
@@ -231,7 +236,7 @@ class BucketExchange:
         active = given.active[:: batch.joins.parts] if batch.joins else given.active
         self._receive[batch.flag_index] = active[batch.slot_index]
         if given.statistics:
-            places = _values_within(batch, tuple(map(batch.values_together, given.statistics)), self._wire)
+            places = _values_within(batch, tuple(map(batch.values_together, given.statistics)), self._pattern)
             torch._foreach_copy_(self._statistics(self._receive, batch.places), places)
 
     def give_back(self) -> None:
@@ -253,7 +258,8 @@ class BucketExchange:
     def returned_statistics(self, into: Sequence[Tensor]) -> None:
         """Write the statistics that came back, after ``updates``, ``into`` the (values,) float32 tensors as in `collect`."""
         if into:
-            torch._foreach_copy_([values.view(self._wire) for values in into], self._statistics(self._send, self.bucket.sent))
+            patterns = [values.view(self._pattern) for values in into]
+            torch._foreach_copy_(patterns, self._statistics(self._send, self.bucket.sent))
 
     def release(self) -> None:
         """Free the buffers."""
@@ -277,8 +283,8 @@ class BucketExchange:
 
     def _statistics(self, buffer: Tensor, places: Sequence[BufferPlace]) -> list[Tensor]:
         """Return views of the statistics' bit patterns: a float32 value is two elements of a bfloat16 buffer."""
-        words = self.bucket.kept.words
-        return [buffer.narrow(0, v.position, v.within.numel * words) for place in places for v in place.statistics]
+        words, patterns = self.bucket.kept.words, buffer.view(self._pattern)
+        return [patterns.narrow(0, v.position, v.within.numel * words) for place in places for v in place.statistics]
 
 
 def _elements_within(batch: _Batch, matrices: Tensor) -> list[Tensor]:
@@ -287,10 +293,10 @@ def _elements_within(batch: _Batch, matrices: Tensor) -> list[Tensor]:
     return [flat[slot].narrow(0, s.within.start, s.within.numel) for slot, s in zip(batch.slots, batch.places, strict=True)]
 
 
-def _values_within(batch: _Batch, statistics: Sequence[Tensor], wire: torch.dtype) -> list[Tensor]:
-    """Return views of the fragments' values in (n, outputs) or (n, 1) float32 statistics, as elements of the wire dtype."""
+def _values_within(batch: _Batch, statistics: Sequence[Tensor], pattern: torch.dtype) -> list[Tensor]:
+    """Return views of the fragments' values in (n, outputs) or (n, 1) float32 statistics, as integers of that dtype."""
     return [
-        kept[slot].narrow(0, values.within.start, values.within.numel).view(wire)
+        kept[slot].narrow(0, values.within.start, values.within.numel).view(pattern)
         for slot, place in zip(batch.slots, batch.places, strict=True)
         for kept, values in zip(statistics, place.statistics, strict=True)
     ]
