@@ -66,6 +66,7 @@ class Stepped:
     Attributes:
         counts: of the step.
         hidden: for each collective, the launches between its issue and the wait for it.
+        most_under_way: collectives at a time.
         exchanges: that the step has.
         buckets: that travel or do not.
         batches: of matrices in them.
@@ -75,6 +76,7 @@ class Stepped:
 
     counts: Launches
     hidden: list[int]
+    most_under_way: int
     exchanges: int
     buckets: int
     batches: int
@@ -150,9 +152,10 @@ def steady_step(shapes: Sequence[Shape], stage: int, world: int, rank: int = 0, 
     return Stepped(
         collectives.counter,
         collectives.hidden,
+        collectives.most_under_way,
         len(slices.travelling),
         len(every),
         sum(len(bucket.exchange.batches) for bucket in every),
         sum(len(bucket.portions) for bucket in every),
-        sum(len(bucket.fragments) for bucket in every),
+        sum(len(bucket.exchange.bucket.fragments) for bucket in every),
     )

@@ -291,7 +291,7 @@ class _Group:
             # One exchange returns, one is orthogonalized in its receive buffer, one is collected; done, the second returns too.
             under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
             in_flight = max(under_way, default=0)
-            bucket = max(min(local[rank], plan.local_numel), largest_local[rank])
+            bucket = max(min(local[rank], plan.local_numel()), largest_local[rank])
             own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
 
 

@@ -174,8 +174,12 @@ def _standard(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, 
     tall = given.shape[1] > given.shape[2]
     x = _transposed(given, out.view(given.mT.shape)) if tall else given
     last = given.view(x.shape) if tall else out
-    gram = torch.bmm(x, x.mT)
-    x.mul_(_normalise(gram, chosen))
+    if x.device.type == "cpu":
+        gram = torch.bmm(x, x.mT)
+        x.mul_(_normalise(gram, chosen))
+    else:  # reads X once more, and launches half as many kernels
+        x.mul_(_inverse_norm(x, chosen))
+        gram = torch.bmm(x, x.mT)
     polynomial, buffers = torch.empty_like(gram), (last if len(triples) % 2 else torch.empty_like(x), x)
     for step, (a, b, c) in enumerate(triples):
         if step > 0:
@@ -219,9 +223,22 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
 
 def _unit(given: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
     """Return X0 = X / (||X||_F * safety + eps) of ``given``, (batch, n, m), in ``dtype``."""
-    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    inverse = norm.mul_(chosen.safety).add_(chosen.eps).reciprocal_()
-    return torch.mul(given, inverse, out=torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format))
+    unit = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(given, _inverse_norm(given, chosen), out=unit)
+
+
+def _inverse_norm(given: Tensor, chosen: CoefficientSet) -> Tensor:
+    """Return the factor from X, (batch, n, m), to X0, (batch, 1, 1) in float32 or wider."""
+    wide = torch.promote_types(given.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
+    return _inverse(norm, chosen)
+
+
+def _inverse(norm: Tensor, chosen: CoefficientSet) -> Tensor:
+    """Turn ||X||_F into 1 / (||X||_F * safety + eps), in place."""
+    if chosen.safety != 1.0:
+        norm.mul_(chosen.safety)
+    return norm.add_(chosen.eps).reciprocal_()
 
 
 def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
@@ -235,7 +252,7 @@ def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
     """
     wide = torch.promote_types(gram.dtype, torch.float32)
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide).sqrt_()
-    inverse = norm.mul_(chosen.safety).add_(chosen.eps).reciprocal_().to(gram.dtype).view(-1, 1, 1)
+    inverse = _inverse(norm, chosen).to(gram.dtype).view(-1, 1, 1)
     gram.mul_(inverse).mul_(inverse)
     return inverse
 
