@@ -99,6 +99,7 @@ class OptForge(torch.optim.Optimizer):
                 loss = closure()
         shown = [group for group in self.param_groups if group["params"]]
         held = self._held(shown)
+        self._bring_back_steps(held)
         self._groups.refuse_unfrozen(shown)
         self._check_schedule(shown, held)
         self._allocate_others(held)
@@ -115,6 +116,16 @@ class OptForge(torch.optim.Optimizer):
     def _held(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave out the groups of which other stages of a pipeline have all parameters."""
         return [group for group in groups if self._groups[group].parameters]
+
+    def _bring_back_steps(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Move numbers of steps to the host, where DeepSpeed's `reload_states` has put them on the device with all state.
+
+        Each step reads them, and would make the host wait for the device.
+        """
+        for tensor in (tensor for group in groups for tensor in group["params"]):
+            state = self.state.get(tensor, {})
+            if "step" in state and state["step"].device.type != "cpu":
+                state["step"] = state["step"].cpu()
 
     def _allocate_others(self, stepped: Sequence[dict[str, Any]]) -> None:
         """Allocate the state of the groups that ZeRO-1/2 steps later, in the first call. Collective.

@@ -107,8 +107,11 @@ class EightBit:
         for at, length, blocks in self._cut(offset, numel):
             absmax = state[f"{buffer.name}_absmax"][blocks]
             part = values.narrow(0, at - offset, length)
-            code = _code(buffer.signed, codes.device)
-            part.copy_(dequantize_blockwise(codes.narrow(0, at, length), absmax=absmax, code=code, blocksize=BLOCK))
+            how = {"absmax": absmax, "code": _code(buffer.signed, codes.device), "blocksize": BLOCK}
+            if codes.device.type == "cpu":  # where bitsandbytes cannot write into a tensor that it is given
+                part.copy_(dequantize_blockwise(codes.narrow(0, at, length), **how))
+            else:
+                dequantize_blockwise(codes.narrow(0, at, length), out=part, **how)
         return values
 
     def write(self, state: MutableMapping[str, Any], buffer: Buffer, offset: int, values: Tensor) -> None:
@@ -251,8 +254,11 @@ def _quantized(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_blockwise
 
     codes, how = quantize_blockwise(values, code=_code(signed, values.device), blocksize=BLOCK)
-    # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would step by its sign.
-    return codes.masked_fill_(values == 0, _zero(signed)), how.absmax
+    # On a CPU bitsandbytes rounds zero to 2e-5 of the block's largest value, and Lion would step by its sign. Elsewhere it
+    # finds the code that is nearest, which is that of zero.
+    if values.device.type == "cpu":
+        codes.masked_fill_(values == 0, _zero(signed))
+    return codes, how.absmax
 
 
 @cache

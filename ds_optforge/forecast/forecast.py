@@ -236,7 +236,7 @@ class _Group:
             matrix = self.layout.matrices[alike[0]]
             for rank, within in fragments(self.layout, alike[0]):
                 touched = matrix.rows_touched(within).numel
-                bucket = max(within.numel, min(plan.local_numel, self.slice_numel))
+                bucket = max(within.numel, min(plan.local_numel(), self.slice_numel))
                 figures[rank].local_workspace_bytes = max(figures[rank].local_workspace_bytes, 2 * self.wire_bytes * bucket)
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched, joins=None))
                 if within.numel < matrix.numel:
@@ -258,7 +258,7 @@ class _Group:
             # One exchange returns, one is orthogonalized in its receive buffer, one is collected; done, the second returns too.
             under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
             in_flight = max(under_way, default=0)
-            bucket = max(min(local[rank], plan.local_numel), largest_local[rank])
+            bucket = max(min(local[rank], plan.local_numel()), largest_local[rank])
             own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
 
 

@@ -31,7 +31,7 @@ class CoefficientSet:
 
     @property
     def steep(self) -> bool:
-        """Whether small singular values rise so fast that the Gram form is inaccurate in 16 bits.
+        """Whether small singular values rise so fast that the Gram form is inaccurate in bfloat16.
 
         Measured on matrices of low rank: sets whose first coefficient is at most 4.1 keep their range; of those above 8,
         ``cans`` takes a direction to 0.23 (exact: 0.84) and ``polar_express`` the largest singular value to 1.6 (exact:

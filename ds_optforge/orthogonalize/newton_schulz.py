@@ -16,9 +16,9 @@ from ds_optforge.orthogonalize.coefficients import CoefficientSet, Triple, coeff
 Method = Literal["auto", "standard", "gram"]
 
 
-# The Gram form's rounding errors in 16 bits grow with each step. On matrices with singular values from 1 to 0.01 the largest
+# The Gram form's rounding errors in bfloat16 grow with each step. On matrices with singular values from 1 to 0.01 the largest
 # singular value after five quintic steps is 1.4 (1.2 in standard form), after six 3.1, after seven 400.
-_GRAM_STEPS_IN_16_BITS = 5
+_GRAM_STEPS_IN_BFLOAT16 = 5
 
 
 # Elements of the matrices that a processor's cache holds beside their Gram matrices.
@@ -54,7 +54,7 @@ def orthogonalize(
         steps: the number of steps; None takes the set's own (5 for ``quintic``).
         method: ``standard``, ``gram``, or ``auto``, which takes the form with fewer FLOPs for this shape if that form is
             accurate in ``dtype``.
-        dtype: of the matrix products; not float16. The norm is the root of the trace of X X^T.
+        dtype: of the matrix products; not float16, but see `gram_dtype`.
         overwrite: whether ``matrices`` may serve as workspace; else they are left unchanged.
 
     Returns:
@@ -62,7 +62,7 @@ def orthogonalize(
 
     Raises:
         ValueError: fewer than two dimensions, float16, an unknown set, more steps than the set holds, or the Gram form of
-            more than five steps in 16 bits.
+            more than five steps in bfloat16 on a CPU.
     """
     if matrices.ndim < 2:
         raise ValueError(f"matrices: got shape {tuple(matrices.shape)}; allowed: (..., rows, cols)")
@@ -74,7 +74,7 @@ def orthogonalize(
     if matrices.numel() == 0:
         return torch.empty_like(matrices, dtype=dtype)
     batch = matrices.reshape(-1, rows, cols).to(dtype)
-    method = accurate_method(method, len(triples), dtype, chosen.steep)
+    method = accurate_method(method, len(triples), gram_dtype(batch), chosen.steep)
     iterate = _gram if uses_gram(rows, cols, len(triples), method) else _standard
     if iterate is _standard and (not batch.is_contiguous() or (not overwrite and batch.data_ptr() == matrices.data_ptr())):
         batch = batch.clone(memory_format=torch.contiguous_format)
@@ -114,26 +114,37 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
     return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[method]
 
 
+def gram_dtype(batch: Tensor) -> torch.dtype:
+    """Return the dtype of the Gram form's products of ``batch``: its own, but on accelerators float16 for bfloat16.
+
+    Where cuBLAS adds up a sum in parts, and rounds each to 16 bits, five quintic steps in bfloat16 take the largest singular
+    value to 1.8; float16 has eight times the precision and, once X is normalised, the range. (Emulated, up to eight parts: at
+    most 1.25 with every set.) A CPU adds up in float32, and is slow in float16.
+    """
+    onto_half = batch.dtype == torch.bfloat16 and batch.device.type != "cpu"
+    return torch.float16 if onto_half else batch.dtype
+
+
 def accurate_method(method: Method, steps: int, dtype: torch.dtype, steep: bool = False) -> Method:
     """Return ``standard`` for ``auto`` where the Gram form diverges or is inaccurate, and any other method as it is.
 
     Args:
         method: as configured.
-        steps: number of steps; more than five diverge in 16 bits.
-        dtype: of the matrix products; with 32 bits or more every form is accurate.
-        steep: see `CoefficientSet.steep`; the Gram form is then inaccurate in 16 bits.
+        steps: number of steps; more than five diverge in bfloat16.
+        dtype: of the Gram form's products: it is accurate in all but bfloat16.
+        steep: see `CoefficientSet.steep`; the Gram form is then inaccurate in bfloat16.
 
     Raises:
         ValueError: ``gram`` where it diverges.
     """
-    diverges = steps > _GRAM_STEPS_IN_16_BITS
-    if method == "standard" or not (diverges or steep) or torch.finfo(dtype).bits >= 32:
+    diverges = steps > _GRAM_STEPS_IN_BFLOAT16
+    if method == "standard" or not (diverges or steep) or dtype != torch.bfloat16:
         return method
     if method == "auto":
         return "standard"
     if diverges:
         raise ValueError(
-            f"method: got 'gram' with {steps} steps in {dtype}; allowed: up to {_GRAM_STEPS_IN_16_BITS} steps, 'auto', "
+            f"method: got 'gram' with {steps} steps in {dtype}; allowed: up to {_GRAM_STEPS_IN_BFLOAT16} steps, 'auto', "
             "'standard', or float32"
         )
     return method
@@ -163,8 +174,12 @@ def _standard(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, 
     tall = given.shape[1] > given.shape[2]
     x = _transposed(given, out.view(given.mT.shape)) if tall else given
     last = given.view(x.shape) if tall else out
-    gram = torch.bmm(x, x.mT)
-    x.mul_(_normalise(gram, chosen))
+    if x.device.type == "cpu":
+        gram = torch.bmm(x, x.mT)
+        x.mul_(_normalise(gram, chosen))
+    else:  # reads X once more, and launches half as many kernels
+        x.mul_(_inverse_norm(x, chosen))
+        gram = torch.bmm(x, x.mT)
     polynomial, buffers = torch.empty_like(gram), (last if len(triples) % 2 else torch.empty_like(x), x)
     for step, (a, b, c) in enumerate(triples):
         if step > 0:
@@ -181,10 +196,13 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
 
     Q accumulates the product of the steps; X <- Q X before a restart.
     """
-    x, q = given, None
+    x, q, inverse = given, None, None
+    if gram_dtype(given) != given.dtype:
+        x = _unit(given, chosen, gram_dtype(given))
     tall = x.shape[1] > x.shape[2]
     r = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-    inverse = _normalise(r, chosen)
+    if x is given:
+        inverse = _normalise(r, chosen)
     for step, triple in enumerate(triples):
         if q is not None and _restarts(step):
             x = torch.bmm(x, q) if tall else torch.bmm(q, x)
@@ -192,11 +210,35 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
         z = _polynomial(r, triple)
         if step + 1 < len(triples) and not _restarts(step + 1):
             r = torch.bmm(torch.bmm(r, z), z)
-        if step == 0:
+        if step == 0 and inverse is not None:
             z.mul_(inverse)
         q = z if q is None else torch.bmm(q, z)
     assert q is not None  # at least one triple
-    torch.bmm(*((x, q) if tall else (q, x)), out=out)
+    last = (x, q) if tall else (q, x)
+    if x.dtype == out.dtype:
+        torch.bmm(*last, out=out)
+    else:
+        out.copy_(torch.bmm(*last))
+
+
+def _unit(given: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
+    """Return X0 = X / (||X||_F * safety + eps) of ``given``, (batch, n, m), in ``dtype``."""
+    unit = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(given, _inverse_norm(given, chosen), out=unit)
+
+
+def _inverse_norm(given: Tensor, chosen: CoefficientSet) -> Tensor:
+    """Return the factor from X, (batch, n, m), to X0, (batch, 1, 1) in float32 or wider."""
+    wide = torch.promote_types(given.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
+    return _inverse(norm, chosen)
+
+
+def _inverse(norm: Tensor, chosen: CoefficientSet) -> Tensor:
+    """Turn ||X||_F into 1 / (||X||_F * safety + eps), in place."""
+    if chosen.safety != 1.0:
+        norm.mul_(chosen.safety)
+    return norm.add_(chosen.eps).reciprocal_()
 
 
 def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
@@ -210,7 +252,7 @@ def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
     """
     wide = torch.promote_types(gram.dtype, torch.float32)
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide).sqrt_()
-    inverse = norm.mul_(chosen.safety).add_(chosen.eps).reciprocal_().to(gram.dtype).view(-1, 1, 1)
+    inverse = _inverse(norm, chosen).to(gram.dtype).view(-1, 1, 1)
     gram.mul_(inverse).mul_(inverse)
     return inverse
 

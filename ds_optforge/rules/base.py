@@ -11,6 +11,7 @@ the dtype in which the parameters are stepped (float32 under DeepSpeed, the mode
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -99,6 +100,7 @@ class Batch:
         statistics: by name, (n, outputs) or (n, 1) in float32, to be advanced in place; negative where another rank keeps
             the value (``sharding.mode: shard_local``).
         sums: by name, (n, outputs) or (n, 1) in float32.
+        has_all: whether no statistic is another rank's, so that none is negative.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
             telemetry.
     """
@@ -108,6 +110,7 @@ class Batch:
     transposed: bool = False
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     sums: Mapping[str, Tensor] = field(default_factory=dict)
+    has_all: bool = False
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
 
 
@@ -268,7 +271,7 @@ class MatrixRule(Rule):
 
         Args:
             parameters: (elements,) each; each lies within one matrix.
-            updates: (elements,) each, in the wire's dtype.
+            updates: (elements,) each, rounded to the wire's dtype, in that of the parameters or in a wider one of the wire.
             active: (parameters,) 0 or 1: 0 leaves a parameter, and its state, as it is.
             state: by buffer of the update, (elements,) each.
             sums: by sum, all of the rule's: (elements,) each for one per row, (1,) each for one per matrix; float32.
@@ -281,7 +284,7 @@ class MatrixRule(Rule):
         Args:
             name: of one of `sums`.
             weights: (elements,) each; empty for a sum of the gradient, unless ``reads_weights``.
-            values: (elements,) each: the gradients, or the updates in the wire's dtype.
+            values: (elements,) each: the gradients, or the updates as `apply` will get them.
             state: by buffer, (elements,) each, as `direction` or `apply` will get it: not yet advanced.
             now: the hyperparameters that `begin` returned.
 
@@ -317,17 +320,53 @@ def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, ac
     """
     if rate == 0:
         return
-    if not cautious:
-        # Factors are tensors, since foreach rounds numbers to the parameters' dtype first. In a list each has one
-        # dimension, since type promotion would round those without dimensions too.
-        if active is None:
-            torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
-        else:
-            wide = torch.promote_types(parameters[0].dtype, torch.float32)
-            torch._foreach_mul_(list(parameters), list((1.0 - rate * active.to(wide)).view(-1, 1).unbind()))
+    if active is None and not cautious:
+        # The factor is a tensor, since foreach rounds numbers to the parameters' dtype first.
+        torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
         return
-    agrees = torch._foreach_mul(list(parameters), list(updates))
-    masked = [parameter * (product >= 0) for parameter, product in zip(parameters, agrees, strict=True)]
-    if active is not None:
-        torch._foreach_mul_(masked, list(active.to(masked[0].dtype).unbind()))
-    torch._foreach_add_(list(parameters), masked, alpha=-rate)
+    blocks = _blocks(parameters, updates if cautious else parameters)
+    if not cautious:
+        assert active is not None  # seen above
+        wide = torch.promote_types(parameters[0].dtype, torch.float32)
+        factors = torch.rsub(active.to(wide), 1.0, alpha=rate).view(-1, 1)
+        for (weights, _), factor in zip(blocks, torch.split(factors, [len(w) for w, _ in blocks]), strict=True):
+            weights.mul_(factor)
+        return
+    flags = None if active is None else torch.split(active.to(parameters[0].dtype).view(-1, 1), [len(w) for w, _ in blocks])
+    for index, (weights, steps) in enumerate(blocks):
+        masked = weights * (weights * steps >= 0)
+        if flags is not None:
+            masked.mul_(flags[index])
+        weights.add_(masked, alpha=-rate)
+
+
+def descend(parameters: Tensors, updates: Tensors, rate: float) -> None:
+    """Subtract ``rate`` times the updates, (elements,) each, from the parameters, (elements,) each, in place."""
+    blocks = _blocks(parameters, updates)
+    torch._foreach_add_([weights for weights, _ in blocks], [steps for _, steps in blocks], alpha=-rate)
+
+
+def _blocks(first: Tensors, second: Tensors) -> list[tuple[Tensor, Tensor]]:
+    """Put flat tensors that lie side by side in memory, and are alike in size, together.
+
+    Args:
+        first: (elements,) each.
+        second: (elements,) each, of the same sizes.
+
+    Returns:
+        (count, elements) views of both, of as many tensors as are side by side in both, in order.
+    """
+    starts: list[int] = []
+    end: tuple[Any, ...] = ()
+    for index, (one, other) in enumerate(zip(first, second, strict=True)):
+        numel, at, beside = one.numel(), one.storage_offset(), other.storage_offset()
+        storages = one.untyped_storage()._cdata, other.untyped_storage()._cdata
+        if end != (numel, at, beside, *storages):
+            starts.append(index)
+        end = (numel, at + numel, beside + numel, *storages)
+    counts = [after - start for start, after in pairwise([*starts, len(first)])]
+    return [(_block(first[at], count), _block(second[at], count)) for at, count in zip(starts, counts, strict=True)]
+
+
+def _block(tensor: Tensor, count: int) -> Tensor:
+    return tensor.as_strided((count, tensor.numel()), (tensor.numel(), 1))

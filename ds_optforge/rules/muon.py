@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from torch import Tensor
 
 from ds_optforge.orthogonalize import Healthy, Method, accurate_method, coefficient_set, flops, healthy, orthogonalize
-from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay
+from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
 from ds_optforge.validation import Section
@@ -129,10 +129,12 @@ class Muon(MatrixRule):
         orthogonal = self.orthogonalization(batch.matrices).to(batch.matrices.dtype)
         batch.watch(orthogonal)
         scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
-        factors = (batch.active.float() * scale).view(-1, 1, 1)
-        if scale == torch.tensor(scale, dtype=orthogonal.dtype).item():  # mostly a power of two: avoid mixed dtypes
-            factors = factors.to(orthogonal.dtype)
-        return orthogonal.mul_(factors)
+        active = batch.active
+        if (
+            scale != torch.tensor(scale, dtype=orthogonal.dtype).item()
+        ):  # it mostly is a power of two, which avoids mixed dtypes
+            active = active.float()
+        return orthogonal.mul_((active if scale == 1.0 else active * scale).view(-1, 1, 1))
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         """Return scale / sqrt(max(rows, cols)); arguments as in `MatrixRule.rms`."""
@@ -147,7 +149,7 @@ class Muon(MatrixRule):
     ) -> None:
         """Decay the parameters and subtract lr times the updates; arguments as in `MatrixRule.apply`."""
         decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious, active)
-        torch._foreach_add_(list(parameters), list(updates), alpha=-now["lr"])
+        descend(parameters, updates, now["lr"])
 
 
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]

@@ -37,12 +37,15 @@ class NorMuon(Muon):
         norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
         into = -2 if batch.transposed else -1
         square = orthogonal.square().mean(into)
-        # A row whose statistic another rank keeps (shard_local) is normalised by its mean square of this step.
-        moved = torch.where(rows < 0, square, torch.lerp(rows, square, 1.0 - self.beta2))
-        rows.copy_(torch.where((batch.active != 0).view(-1, 1), moved, rows.clamp(min=0)))
+        moved, kept = torch.lerp(rows, square, 1.0 - self.beta2), rows
+        if not batch.has_all:  # shard_local: a row that another rank keeps is normalised by its mean square of this step
+            moved, kept = torch.where(rows < 0, square, moved), rows.clamp(min=0)
+        torch.where((batch.active != 0).view(-1, 1), moved, kept, out=rows)
         orthogonal.div_((rows.sqrt() + _EPS).unsqueeze(into))
         factor = norm / (torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True) + _EPS)
-        factor.mul_(self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed))
+        scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
+        if scale != 1.0:
+            factor.mul_(scale)
         return orthogonal.mul_(factor.mul_(batch.active.view(-1, 1, 1)))
 
 

@@ -18,6 +18,7 @@ from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.group_plan import GroupPlan, PlannedBucket, Wanted, plan_group
 from ds_optforge.zero.partition import Fragment, PartitionLayout, Range
 from ds_optforge.zero.placement import Held
+from ds_optforge.zero.views import Views
 
 logger = logging.getLogger("ds_optforge")
 
@@ -79,7 +80,7 @@ def _elementwise_spans(
     """
     if state_dtype == "float32" and rule.in_place:
         return (tuple(Span(index, Range(0, tensor.numel()), (tensor.numel(),)) for index, tensor in enumerate(tensors)),)
-    calls: list[list[Span]] = []
+    calls: list[list[tuple[int, int, int]]] = []  # (tensor, start, numel)
     room = 0
     limit = chunk_numel(tensors[0].device)
     for index, fragments in enumerate(held):
@@ -87,9 +88,9 @@ def _elementwise_spans(
             if numel > room:
                 calls.append([])
                 room = limit
-            calls[-1].append(Span(index, Range(start, numel), (numel,)))
+            calls[-1].append((index, start, numel))
             room -= numel
-    return tuple(map(tuple, calls))
+    return tuple(map(_merged, calls))
 
 
 def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment], rank: int) -> None:
@@ -124,21 +125,30 @@ class _BucketBuilder:
 
     def build(self, buckets: Sequence[PlannedBucket], alone: bool = False) -> tuple[Bucket, ...]:
         """Build a bucket from each of the plan's; ``alone`` tells that fragments are orthogonalized separately."""
-        return tuple(
-            Bucket(
-                bucket.exchange,
-                bucket.fragments,
-                self._portions(bucket),
-                tuple(
-                    (statistic.name, values)
-                    for of_fragment in bucket.kept
-                    for statistic, values in zip(self._rule.statistics, of_fragment, strict=True)
-                ),
-                self._norms(bucket.exchange.bucket) if alone else None,
-                BucketSums(self._rule.sums, self._layout, bucket.exchange.bucket, self._binding) if self._rule.sums else None,
-            )
-            for bucket in buckets
+        return tuple(self._bucket(bucket, alone) for bucket in buckets)
+
+    def _bucket(self, bucket: PlannedBucket, alone: bool) -> Bucket:
+        packed = self._packed(bucket)
+        own, sums = bucket.exchange.bucket, self._rule.sums
+        flags = [own.sent[item.fragment].flag for portion in packed for item in portion]
+        return Bucket(
+            bucket.exchange,
+            Views([(lies.tensor, lies.within.start, lies.within.numel) for lies in bucket.fragments]),
+            tuple(map(_portion, packed)),
+            torch.tensor(flags, dtype=torch.long, device=self._binding.device),
+            self._kept(bucket),
+            self._norms(own) if alone else None,
+            BucketSums(sums, self._layout, own, self._binding) if sums else None,
         )
+
+    def _kept(self, bucket: PlannedBucket) -> tuple[tuple[str, Views], ...]:
+        words = bucket.exchange.bucket.kept.words
+        found = []
+        for number, statistic in enumerate(self._rule.statistics):
+            places = [of_fragment[number] for of_fragment in bucket.kept]
+            ranges = [(place.tensor, place.within.start * words, place.within.numel * words) for place in places]
+            found.append((statistic.name, Views(ranges)))
+        return tuple(found)
 
     def _norms(self, bucket: RankBucket) -> Tensor:
         """Return the norm of each fragment's update, (fragments,), that gives it the root mean square of a whole matrix's."""
@@ -148,8 +158,8 @@ class _BucketBuilder:
             norms.append(self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) * math.sqrt(fragment.numel))
         return torch.tensor(norms, dtype=torch.float32, device=self._binding.device)
 
-    def _portions(self, bucket: PlannedBucket) -> tuple[Portion, ...]:
-        """Cut the bucket's fragments into portions of a bounded number of elements."""
+    def _packed(self, bucket: PlannedBucket) -> list[list["_Item"]]:
+        """Cut the bucket's fragments into items, and pack these into portions of a bounded number of elements."""
         limit = chunk_numel(self._binding.device)
         found: list[list[_Item]] = []
         room = 0
@@ -165,24 +175,7 @@ class _BucketBuilder:
                 within = fragment.within.start + done
                 found[-1].append(_Item(lies.tensor, start, numel, index, place.position + done, fragment.matrix, within))
                 room -= numel
-        return tuple(self._portion(items) for items in found)
-
-    def _portion(self, items: Sequence["_Item"]) -> Portion:
-        """Merge what lies side by side in one tensor into spans."""
-        spans: list[tuple[int, int, list[int]]] = []  # tensor, start, sizes
-        end = (-1, -1)
-        for item in items:
-            if (item.tensor, item.tensor_start) != end:
-                spans.append((item.tensor, item.tensor_start, []))
-            spans[-1][2].append(item.numel)
-            end = item.tensor, item.tensor_start + item.numel
-        fragments = torch.tensor([item.fragment for item in items], device=self._binding.device)
-        return Portion(
-            tuple(Span(tensor, Range(start, sum(sizes)), tuple(sizes)) for tensor, start, sizes in spans),
-            fragments,
-            tuple(item.position for item in items),
-            tuple((item.matrix, item.matrix_start) for item in items),
-        )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +197,23 @@ class _Item:
     position: int
     matrix: int
     matrix_start: int
+
+
+def _portion(items: Sequence[_Item]) -> Portion:
+    return Portion(
+        _merged([(item.tensor, item.tensor_start, item.numel) for item in items]),
+        Views([(0, item.position, item.numel) for item in items]),
+        tuple((item.matrix, item.matrix_start) for item in items),
+    )
+
+
+def _merged(items: Sequence[tuple[int, int, int]]) -> tuple[Span, ...]:
+    """Merge what lies side by side in one tensor into spans; an item is (tensor, start, numel)."""
+    spans: list[tuple[int, int, list[int]]] = []  # tensor, start, sizes
+    end = (-1, -1)
+    for tensor, start, numel in items:
+        if (tensor, start) != end:
+            spans.append((tensor, start, []))
+        spans[-1][2].append(numel)
+        end = tensor, start + numel
+    return tuple(Span(tensor, Range(start, sum(sizes)), tuple(sizes)) for tensor, start, sizes in spans)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, State, Sums, Tensors, buffers_of
-from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, view_of
+from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.zero.exchange import any_rank
 
@@ -207,53 +207,75 @@ class _MatrixStep:
     def _run_exchanges(self) -> None:
         """Keep one exchange returning and one travelling out while another is orthogonalized; local matrices fill the gaps.
 
-        The order of the collectives is the same on every rank: those of collect(k + 1) are issued before give_back(k).
+        While exchange k travels, exchange k + 1 is filled; that it is sent only once k has arrived leaves five buffers at most.
+        The order of the collectives is the same on every rank.
         """
-        travelling, local = self._call.slices.travelling, self._call.slices.local
+        travelling, local = self._call.slices.travelling, list(self._call.slices.local)
+        if not travelling:
+            return self._run_alone(local)
+        late = [local.pop()] if local else []  # is orthogonalized while the last exchange travels out, applied while it returns
         last = len(travelling) - 1
         shares = [local[k :: last + 2] for k in range(last + 2)]
-        if travelling:
-            self._collect(travelling[0])
+        self._fill(travelling[0])
+        self._send(travelling[0])
         for k, bucket in enumerate(travelling):
+            self._run_alone(shares[k])
+            if k < last:
+                self._fill(travelling[k + 1])
+            else:
+                self._prepare(late)
             bucket.exchange.arrive()
             if k < last:
-                self._collect(travelling[k + 1])
-            self._run_alone(shares[k])
+                self._send(travelling[k + 1])
             self._update(bucket)
+            if k == last:
+                bucket.exchange.give_back()
             if k > 0:
                 self._apply(travelling[k - 1])
-            bucket.exchange.give_back()
+            if k < last:
+                bucket.exchange.give_back()
         self._run_alone(shares[-1])
-        if travelling:
-            self._apply(travelling[-1])
+        for bucket in (*late, travelling[-1]):
+            self._apply(bucket)
 
     def _run_alone(self, buckets: Sequence[Bucket]) -> None:
         """Step buckets that do not travel."""
         for bucket in buckets:
-            self._collect(bucket)
-            self._update(bucket)
+            self._prepare([bucket])
             self._apply(bucket)
 
-    def _collect(self, bucket: Bucket) -> None:
-        call, rule = self._call, self._rule
+    def _prepare(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            self._fill(bucket)
+            self._send(bucket)
+            self._update(bucket)
+
+    def _fill(self, bucket: Bucket) -> None:
+        """Put the rule's directions into the send buffer."""
         self._sum(bucket, of_update=False)
         bucket.exchange.open()
         for portion in bucket.portions:
-            gradients, weights = portion.views(call.gradients), self._weights(portion)
-            with call.slices.opened(self._by_gradient, call.states, portion.spans) as state:
-                if bucket.sums:  # no tensor may span two matrices
-                    sums = self._sums(bucket, portion, gradients[0].device, (False,))
-                    given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
-                    directions = rule.direction(*given, sums, call.now)
-                    self._require_alike("direction", directions, given[0])
-                else:
-                    directions = rule.direction(gradients, weights, state, {}, call.now)
-                    self._require_alike("direction", directions, gradients)
-                    directions = portion.split(directions)
-                torch._foreach_copy_(portion.in_buffer(bucket.exchange.outgoing), list(directions))
-                if call.watch:
-                    call.watch.momentum(portion.spans, gradients, state)
-        active = _nonzero([view_of(call.gradients, fragment) for fragment in bucket.fragments])
+            self._fill_portion(bucket, portion)
+
+    def _fill_portion(self, bucket: Bucket, portion: Portion) -> None:
+        call, rule = self._call, self._rule
+        gradients, weights = portion.views(call.gradients), self._weights(portion)
+        with call.slices.opened(self._by_gradient, call.states, portion.spans) as state:
+            if bucket.sums:  # no tensor may span two matrices
+                sums = self._sums(bucket, portion, gradients[0].device, (False,))
+                given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
+                directions = rule.direction(*given, sums, call.now)
+                self._require_alike("direction", directions, given[0])
+            else:
+                directions = rule.direction(gradients, weights, state, {}, call.now)
+                self._require_alike("direction", directions, gradients)
+                directions = portion.split(directions)
+            torch._foreach_copy_(portion.in_buffer(bucket.exchange.outgoing), list(directions))
+            if call.watch:
+                call.watch.momentum(portion.spans, gradients, state)
+
+    def _send(self, bucket: Bucket) -> None:
+        active = _nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
         bucket.exchange.collect(active, self._kept(bucket))
 
     def _weights(self, portion: Portion) -> list[Tensor]:
@@ -274,6 +296,7 @@ class _MatrixStep:
                 found.transposed,
                 dict(zip(names, found.statistics, strict=True)),
                 bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
+                found.has_all,
                 watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
             )
             updates = self._rule.update(batch, self._call.now)
@@ -282,24 +305,28 @@ class _MatrixStep:
             bucket.exchange.put(index, updates, found)
 
     def _apply(self, bucket: Bucket) -> None:
-        call, rule = self._call, self._rule
-        updates, active = bucket.exchange.updates()
+        bucket.exchange.await_updates()
         if bucket.norms is not None:
-            scale_to(updates, bucket.norms)
+            scale_to(bucket.exchange.elements(), bucket.norms)
         bucket.exchange.returned_statistics(self._kept(bucket))
         self._sum(bucket, of_update=True)
-        for portion in bucket.portions:
-            views = portion.views(call.parameters)
-            parameters = portion.split(views)
-            device = parameters[0].device
-            returned = self._returned(bucket, portion, device)
-            sums = self._sums(bucket, portion, device, (False, True))
-            chosen = active[portion.fragments].to(device)
-            with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
-                rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
+        device = self._call.parameters[0].device
+        counts = [len(portion.places) for portion in bucket.portions]
+        of_items = torch.split(bucket.exchange.outgoing[bucket.flags].to(device, torch.float32), counts)
+        for portion, chosen in zip(bucket.portions, of_items, strict=True):
+            self._apply_portion(bucket, portion, chosen)
         bucket.exchange.release()
         if bucket.sums:
             bucket.sums.release()
+
+    def _apply_portion(self, bucket: Bucket, portion: Portion, chosen: Tensor) -> None:
+        call = self._call
+        views = portion.views(call.parameters)
+        parameters = portion.split(views)
+        returned = self._returned(bucket, portion, parameters[0])
+        sums = self._sums(bucket, portion, parameters[0].device, (False, True))
+        with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
+            self._rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
 
     def _sum(self, bucket: Bucket, of_update: bool) -> None:
         """Add up the rule's terms of each portion's elements, over all ranks that hold a fragment of a matrix."""
@@ -323,11 +350,18 @@ class _MatrixStep:
         if not of_update:
             return self._split_weights(portion), portion.split(portion.views(self._call.gradients))
         parameters = portion.split(portion.views(self._call.parameters))
-        return parameters, self._returned(bucket, portion, parameters[0].device)
+        return parameters, self._returned(bucket, portion, parameters[0])
 
-    def _returned(self, bucket: Bucket, portion: Portion, device: torch.device) -> list[Tensor]:
-        """Return the updates of a portion's items on the parameters' device: with offload not where the buckets are."""
-        return [update.to(device) for update in portion.in_buffer(bucket.exchange.outgoing)]
+    def _returned(self, bucket: Bucket, portion: Portion, like: Tensor) -> list[Tensor]:
+        """Return the updates of a portion's items, side by side, in the dtype and on the device of ``like``, a parameter.
+
+        Of one dtype, a kernel of a rule's foreach operators takes many tensors; of two, one. (A wider wire's stays.)
+        """
+        buffer = bucket.exchange.outgoing
+        dtype = torch.promote_types(like.dtype, buffer.dtype)
+        updates = torch.split(like.new_empty(sum(portion.sizes), dtype=dtype), portion.sizes)
+        torch._foreach_copy_(updates, portion.in_buffer(buffer))
+        return list(updates)
 
     def _require_alike(self, member: str, found: Any, given: Tensors) -> None:
         """Raise TypeError unless a member of the rule returned a tensor for each that it was given, of the same shape.
@@ -350,9 +384,9 @@ class _MatrixStep:
         return bucket.sums.given(portion.places, portion.sizes, device, of_update)
 
     def _kept(self, bucket: Bucket) -> list[Tensor]:
-        """Return views of the statistics that are kept with the bucket's fragments."""
-        states = self._call.states
-        return [states[place.tensor][name].narrow(0, place.within.start, place.within.numel) for name, place in bucket.kept]
+        """Return views of the bits of the statistics that are kept with the bucket's fragments."""
+        states, pattern = self._call.states, bucket.exchange.pattern
+        return [view for name, values in bucket.kept for view in values.of([state[name].view(pattern) for state in states])]
 
 
 def _split(portion: Portion, state: State) -> State:
@@ -371,11 +405,12 @@ def _flat_gradient(tensor: Tensor) -> Tensor:
     return gradient.reshape(-1).to(tensor.dtype)
 
 
-def _nonzero(fragments: Sequence[Tensor]) -> Tensor:
-    """Return (fragments,) flags: 1 where the norm in float32 is not zero (NaN counts as not zero), else 0."""
+def _nonzero(fragments: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return (fragments,) flags in ``dtype``: 1 where the norm in float32 is not zero (NaN counts as not zero), else 0."""
     if not fragments:
-        return torch.empty(0)
-    return (torch.stack(torch._foreach_norm(list(fragments))) != 0).float()
+        return torch.empty(0, dtype=dtype)
+    norms = torch.stack(torch._foreach_norm(list(fragments)))
+    return torch.ne(norms, 0, out=torch.empty_like(norms, dtype=dtype))
 
 
 def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:

@@ -20,12 +20,13 @@ from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
-from ds_optforge.zero.placement import Placement, TensorRange
+from ds_optforge.zero.placement import Placement
+from ds_optforge.zero.views import Views
 
 # Elements that are read and updated together, which bounds temporary tensors. On a CPU they fit its cache (measured: half the
 # time of whole buckets); on other devices the number of kernels counts more.
 _CHUNK_NUMEL = {"cpu": 2**18}
-_CHUNK_NUMEL_ELSEWHERE = 2**22
+_CHUNK_NUMEL_ELSEWHERE = 2**25
 
 
 def chunk_numel(device: torch.device) -> int:
@@ -62,25 +63,18 @@ class Span:
         return tensors[self.tensor].narrow(0, self.within.start, self.within.numel)
 
 
-def view_of(tensors: Sequence[Tensor], place: TensorRange) -> Tensor:
-    """Return a view, (elements,), of the range ``place`` in flat ``tensors``."""
-    return tensors[place.tensor].narrow(0, place.within.start, place.within.numel)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Portion:
     """Spans of a bucket that are read and updated together.
 
     Attributes:
         spans: the ranges of the tensors, made of items.
-        fragments: (items,) number of each item's fragment within the bucket.
-        positions: place of each item in the exchange's send buffer.
+        in_send: views of the items in the exchange's send buffer.
         places: (matrix, start in the matrix) of each item.
     """
 
     spans: tuple[Span, ...]
-    fragments: Tensor
-    positions: tuple[int, ...]
+    in_send: Views
     places: tuple[tuple[int, int], ...]
 
     @property
@@ -98,7 +92,7 @@ class Portion:
 
     def in_buffer(self, buffer: Tensor) -> list[Tensor]:
         """Return one view per item, (elements,) each, of the send ``buffer``."""
-        return [buffer.narrow(0, at, size) for at, size in zip(self.positions, self.sizes, strict=True)]
+        return self.in_send.of([buffer])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,17 +101,19 @@ class Bucket:
 
     Attributes:
         exchange: brings fragments to the owners of their matrices, and updates back.
-        fragments: place of each fragment in the tensors.
+        fragments: views of each fragment in the tensors.
         portions: the same elements, a bounded number in each portion.
-        kept: for each fragment, and each statistic in turn: (name, place of the values that are kept with the fragment).
+        flags: (items of all portions,) place in the exchange's send buffer of the flag of each item's fragment.
+        kept: by statistic, views of the values that are kept with each fragment, as the exchange's ``pattern``.
         norms: (fragments,) norms to which updates are scaled; None if matrices are orthogonalized whole.
         sums: of the rule; None if it has none.
     """
 
     exchange: BucketExchange
-    fragments: tuple[TensorRange, ...]
+    fragments: Views
     portions: tuple[Portion, ...]
-    kept: tuple[tuple[str, TensorRange], ...]
+    flags: Tensor
+    kept: tuple[tuple[str, Views], ...]
     norms: Tensor | None
     sums: BucketSums | None
 

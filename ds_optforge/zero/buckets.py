@@ -114,17 +114,20 @@ def exchange_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) 
     return [_exchange_bucket(plan, exchange, rank, kept) for exchange in plan.exchanges]
 
 
-def local_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
-    """Return buckets of the matrices that lie whole on ``rank``.
+def local_buckets(plan: ExchangePlan, rank: int, numel: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+    """Return buckets of the matrices that lie whole on ``rank``, those of one shape in as few as possible.
 
     Args:
-        plan: of the group; a bucket has at most ``plan.local_numel`` elements, or one matrix.
+        plan: of the group.
         rank: within the group's process group.
+        numel: most elements of a bucket; a larger matrix is one of its own.
         kept: the rule's statistics.
     """
     layout = plan.layout
     local = [m for m in range(len(layout.matrices)) if layout.holders(m) == range(rank, rank + 1)]
-    return [_local_bucket(layout, matrices, rank, kept) for matrices in split_evenly(local, layout.matrices, plan.local_numel)]
+    local.sort(key=lambda index: (layout.matrices[index].rows, layout.matrices[index].cols))
+    buckets = split_evenly(local, layout.matrices, numel)
+    return [_local_bucket(layout, sorted(matrices), rank, kept) for matrices in buckets]
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
@@ -154,12 +157,13 @@ def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, k
     return RankBucket(tuple(held), places, tuple(matrices), shapes, whole, places, (), (), kept, tuple(matrices))
 
 
-def lone_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
+def lone_buckets(plan: ExchangePlan, rank: int, numel: int, kept: Kept = NO_STATISTICS) -> list[RankBucket]:
     """Return buckets of the fragments of straddling matrices on ``rank``, each as a matrix of the rows that it touches.
 
     Args:
-        plan: of the group; a bucket has at most ``plan.local_numel`` elements, or one fragment.
+        plan: of the group.
         rank: within the group's process group.
+        numel: most elements of a bucket; a larger fragment is one of its own.
         kept: the rule's statistics.
     """
     layout = plan.layout
@@ -170,7 +174,7 @@ def lone_buckets(plan: ExchangePlan, rank: int, kept: Kept = NO_STATISTICS) -> l
     for fragment in held:
         if not found or fragment.numel > room:
             found.append([])
-            room = plan.local_numel
+            room = numel
         found[-1].append(fragment)
         room -= fragment.numel
     return [_lone_bucket(layout, fragments, rank, kept) for fragments in found]

@@ -16,9 +16,14 @@ from ds_optforge.zero.buckets import BufferPlace, RankBucket
 from ds_optforge.zero.layout import Binding, LayoutError
 from ds_optforge.zero.partition import Joined, PartitionLayout
 from ds_optforge.zero.plan import ExchangePlan
+from ds_optforge.zero.views import Views
 
 # Stands for a statistic that another rank keeps: the first row of a fragment that is stepped alone may begin there.
 NO_STATISTIC = -1.0
+
+# float32 values travel as integers of the wire's size, which no copy rounds: a kernel that copies bfloat16 may go through
+# float32, and half of a value may be the pattern of a NaN.
+_PATTERNS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,12 +35,14 @@ class MatrixBatch:
         active: (n,) 1 for a matrix with any gradient that is not zero, else 0; in the wire dtype.
         statistics: one for each of the rule's: (n, outputs) or (n, 1) in float32, negative where another rank keeps a value.
         transposed: whether the matrices are stored (in, out).
+        has_all: whether no statistic is another rank's.
     """
 
     matrices: Tensor
     active: Tensor
     statistics: tuple[Tensor, ...]
     transposed: bool
+    has_all: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,11 +51,16 @@ class _Batch:
 
     Attributes:
         count: number of matrices.
-        places: of all of their fragments.
-        slots: for each fragment, its matrix's number in the batch; ``slot_index`` is the same as a tensor.
-        flag_index: for each fragment, the place of its flag.
+        numbers: of each matrix in the layout.
+        received: views of all of their fragments in the receive buffer.
+        inside: views of the same elements in the flat matrices.
+        values_received: views of the fragments' values in the receive buffer, by statistic.
+        values_inside: views of the same values in the flat statistics.
+        first: number of the first matrix among all that the rank owns of the bucket, in the order of the batches.
+        flags: for each fragment, its matrix's number in the batch and the place of its flag in the receive buffer.
         start: of the batch in the receive buffer if its elements lie there in order, else -1.
         partial: whether fragments of a matrix are missing, so that the rest is zeros.
+        lacks_values: whether another rank keeps some of the statistics' values.
         folds: number of blocks of columns in which the elements of a matrix are counted.
         joins: the matrices that each of them joins; None if it is one itself.
     """
@@ -57,12 +69,16 @@ class _Batch:
     cols: int
     transposed: bool
     count: int
-    places: tuple[BufferPlace, ...]
-    slots: tuple[int, ...]
-    slot_index: Tensor
-    flag_index: Tensor
+    numbers: tuple[int, ...]
+    received: Views
+    inside: Views
+    values_received: Views
+    values_inside: Views
+    first: int
+    flags: tuple[tuple[int, int], ...]
     start: int
     partial: bool
+    lacks_values: bool
     folds: int
     joins: Joined | None
 
@@ -123,7 +139,7 @@ class BucketExchange:
     """Exchange of one bucket: fragments travel to the owners of their matrices, and updates return.
 
     The order of a step is ``open``, ``collect``, ``arrive``, ``matrices`` and ``put`` for each batch, ``give_back``,
-    ``updates``, ``returned_statistics``, ``release``. The caller fills ``outgoing`` between ``open`` and ``collect``. The
+    ``await_updates``, ``returned_statistics``, ``release``. The caller fills ``outgoing`` between ``open`` and ``collect``. The
     collectives are asynchronous; their buffers stay referenced until they are waited for. The object is built once and used
     in every step; a bucket that does not travel takes the same steps without collectives.
 
@@ -133,6 +149,9 @@ class BucketExchange:
         binding: tells the process group and the device.
         wire: dtype in which fragments and updates travel.
         batch_numel: most elements of a batch of matrices (or one matrix); bounds the workspace of orthogonalization.
+
+    Attributes:
+        pattern: the integer dtype of the wire's size, in which the bits of statistics travel.
     """
 
     def __init__(
@@ -141,8 +160,19 @@ class BucketExchange:
         self.bucket = bucket
         self._binding = binding
         self._wire = wire
+        self.pattern = _PATTERNS[wire.itemsize]
         self._flag_index = _index([place.flag for place in bucket.sent], binding.device)
-        self._batches = _batches(layout, bucket, binding.device, batch_numel)
+        self._sent = Views([(0, place.position, place.within.numel) for place in bucket.sent])
+        self._values_sent = _values_in_buffer(bucket, bucket.sent)
+        self._batches = _batches(layout, bucket, batch_numel)
+        flags: dict[int, list[int]] = {}
+        for batch in self._batches:
+            for slot, flag in batch.flags:
+                flags.setdefault(batch.first + slot, []).append(flag)
+        # A matrix with fewer fragments than others counts its last flag more than once.
+        most = max(map(len, flags.values()), default=1)
+        filled = [places + places[-1:] * (most - len(places)) for places in flags.values()]
+        self._owned_flags = _index(filled, binding.device).view(len(filled), most)
         self._work: dist.Work | None = None
         self.release()
 
@@ -164,33 +194,42 @@ class BucketExchange:
         """Start sending the elements in ``outgoing`` to the owners of the matrices. Collective if the bucket travels.
 
         Args:
-            active: (fragments,) 1 where the norm of the fragment's gradient is not zero, else 0.
-            statistics: for each fragment, and each statistic of the rule in turn, the (values,) kept with it in float32;
-                empty without statistics.
+            active: (fragments,) in the wire dtype: 1 where the norm of the fragment's gradient is not zero, else 0.
+            statistics: for each statistic of the rule, and each fragment in turn, the (values,) kept with it, as ``pattern``;
+                without those that are empty.
         """
         bucket = self.bucket
         if bucket.sent:
-            self._send[self._flag_index] = active.to(self._send)
+            self._send[self._flag_index] = active.to(self._send.device)
         if statistics:
-            into = self._statistics(self._send, bucket.sent)
-            torch._foreach_copy_(into, [values.view(self._wire) for values in statistics])
+            torch._foreach_copy_(self._values_sent.of([self._send.view(self.pattern)]), list(statistics))
         if bucket.travels:
             self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=self._binding.device)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
         else:
             self._receive = self._send
+            self._join_flags()
 
     def arrive(self) -> None:
         """Wait for the fragments, and free the send buffer, which is not needed until `give_back`."""
         if self._work is not None:
             self._wait()
             self._send = self._send.new_empty(0)
+            self._join_flags()
+
+    def _join_flags(self) -> None:
+        """Read which owned matrices are active, (matrices,): any of their fragments is. All fragments are to be told."""
+        found = self._receive[self._owned_flags]
+        if found.shape[1] == 1:
+            self._active = found.view(-1)
+        elif len(found):
+            self._active = found.amax(1)
+            self._receive[self._owned_flags] = self._active.view(-1, 1)
 
     def owned(self, index: int) -> tuple[int, ...]:
         """Return the numbers in the layout of the matrices of batch ``index``, in order; for parts that of what joins them."""
         batch = self._batches[index]
-        matrices = dict(zip(batch.slots, (place.matrix for place in batch.places), strict=True)).values()
-        return tuple(matrix for matrix in matrices for _ in range(batch.joins.parts if batch.joins else 1))
+        return tuple(matrix for matrix in batch.numbers for _ in range(batch.joins.parts if batch.joins else 1))
 
     def matrices(self, index: int) -> MatrixBatch:
         """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it."""
@@ -200,22 +239,22 @@ class BucketExchange:
         else:
             fill = self._receive.new_zeros if batch.partial else self._receive.new_empty
             matrices = fill(batch.count, batch.rows, batch.cols)
-            torch._foreach_copy_(_elements_within(batch, matrices), self._elements(self._receive, batch.places))
+            torch._foreach_copy_(batch.inside.of([matrices.view(-1)]), batch.received.of([self._receive]))
         matrices = batch.folded(matrices)
-        active = self._receive.new_zeros(batch.count)
-        active.scatter_reduce_(0, batch.slot_index, self._receive[batch.flag_index], "amax")
+        active = self._active.narrow(0, batch.first, batch.count)
         outputs = batch.cols if batch.transposed else batch.rows
-        statistics = tuple(
-            torch.full((batch.count, outputs if per == "row" else 1), NO_STATISTIC, dtype=torch.float32, device=matrices.device)
-            for per in self.bucket.kept.per
-        )
+        shapes = [(batch.count, outputs if per == "row" else 1) for per in self.bucket.kept.per]
+        statistics = tuple(torch.empty(shape, dtype=torch.float32, device=matrices.device) for shape in shapes)
+        if batch.lacks_values:
+            for kept in statistics:
+                kept.fill_(NO_STATISTIC)
         if statistics:
-            inside = _values_within(batch, statistics, self._wire)
-            torch._foreach_copy_(inside, self._statistics(self._receive, batch.places))
+            inside = batch.values_inside.of([kept.view(self.pattern).view(-1) for kept in statistics])
+            torch._foreach_copy_(inside, batch.values_received.of([self._receive.view(self.pattern)]))
         if batch.joins:
             active, matrices = active.repeat_interleave(batch.joins.parts), batch.parted(matrices)
             statistics = tuple(map(batch.parted_values, statistics))
-        return MatrixBatch(matrices, active, statistics, batch.transposed)
+        return MatrixBatch(matrices, active, statistics, batch.transposed, not batch.lacks_values)
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
         """Put updates in the place of a batch of matrices.
@@ -226,13 +265,15 @@ class BucketExchange:
             given: what `matrices` returned for it, with its statistics advanced.
         """
         batch = self._batches[index]
-        elements = _elements_within(batch, batch.unfolded(batch.together(updates)))
-        torch._foreach_copy_(self._elements(self._receive, batch.places), elements)
-        active = given.active[:: batch.joins.parts] if batch.joins else given.active
-        self._receive[batch.flag_index] = active[batch.slot_index]
+        elements = batch.unfolded(batch.together(updates)).reshape(-1)
+        if batch.start >= 0:
+            self._receive.narrow(0, batch.start, batch.numel).copy_(elements)
+        else:
+            torch._foreach_copy_(batch.received.of([self._receive]), batch.inside.of([elements]))
         if given.statistics:
-            places = _values_within(batch, tuple(map(batch.values_together, given.statistics)), self._wire)
-            torch._foreach_copy_(self._statistics(self._receive, batch.places), places)
+            values = [batch.values_together(kept).contiguous().view(self.pattern).view(-1) for kept in given.statistics]
+            received = batch.values_received.of([self._receive.view(self.pattern)])
+            torch._foreach_copy_(received, batch.values_inside.of(values))
 
     def give_back(self) -> None:
         """Start returning the updates and statistics that were `put`. Collective if the bucket travels."""
@@ -240,24 +281,22 @@ class BucketExchange:
             self.open()
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
-    def updates(self) -> tuple[list[Tensor], Tensor]:
-        """Wait for the updates.
-
-        Returns:
-            One flat view of the send buffer per fragment, (elements,) in the wire dtype; and (fragments,) flags, 1 where the
-            fragment's matrix is active, else 0.
-        """
+    def await_updates(self) -> None:
+        """Wait for the updates, which are then in ``outgoing``; its flags tell which fragments' matrices are active."""
         self._wait()
-        return self._elements(self._send, self.bucket.sent), self._send[self._flag_index]
+
+    def elements(self) -> list[Tensor]:
+        """Return one flat view of ``outgoing`` per fragment, (elements,) in the wire dtype."""
+        return self._sent.of([self._send])
 
     def returned_statistics(self, into: Sequence[Tensor]) -> None:
-        """Write the statistics that came back, after ``updates``, ``into`` the (values,) float32 tensors as in `collect`."""
+        """Write the statistics that came back, after ``await_updates``, ``into`` the tensors that `collect` took them from."""
         if into:
-            torch._foreach_copy_([values.view(self._wire) for values in into], self._statistics(self._send, self.bucket.sent))
+            torch._foreach_copy_(list(into), self._values_sent.of([self._send.view(self.pattern)]))
 
     def release(self) -> None:
         """Free the buffers."""
-        self._send = self._receive = torch.empty(0, dtype=self._wire, device=self._binding.device)
+        self._send = self._receive = self._active = torch.empty(0, dtype=self._wire, device=self._binding.device)
 
     def _all_to_all(self, out: Tensor, into: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]) -> dist.Work:
         group = self._binding.process_group
@@ -272,35 +311,19 @@ class BucketExchange:
             self._work.wait()
             self._work = None
 
-    def _elements(self, buffer: Tensor, places: Sequence[BufferPlace]) -> list[Tensor]:
-        return [buffer.narrow(0, place.position, place.within.numel) for place in places]
 
-    def _statistics(self, buffer: Tensor, places: Sequence[BufferPlace]) -> list[Tensor]:
-        """Return views of the statistics' bit patterns: a float32 value is two elements of a bfloat16 buffer."""
-        words = self.bucket.kept.words
-        return [buffer.narrow(0, v.position, v.within.numel * words) for place in places for v in place.statistics]
-
-
-def _elements_within(batch: _Batch, matrices: Tensor) -> list[Tensor]:
-    """Return flat views of the fragments' elements in (n, rows, cols) matrices."""
-    flat = matrices.reshape(batch.count, -1)
-    return [flat[slot].narrow(0, s.within.start, s.within.numel) for slot, s in zip(batch.slots, batch.places, strict=True)]
+def _values_in_buffer(bucket: RankBucket, places: Sequence[BufferPlace]) -> Views:
+    """Return views of the statistics' bit patterns in a buffer: a float32 value is two elements of a bfloat16 buffer."""
+    words = bucket.kept.words
+    values = [place.statistics[number] for number in range(len(bucket.kept.per)) for place in places]
+    return Views([(0, found.position, found.within.numel * words) for found in values])
 
 
-def _values_within(batch: _Batch, statistics: Sequence[Tensor], wire: torch.dtype) -> list[Tensor]:
-    """Return views of the fragments' values in (n, outputs) or (n, 1) float32 statistics, as elements of the wire dtype."""
-    return [
-        kept[slot].narrow(0, values.within.start, values.within.numel).view(wire)
-        for slot, place in zip(batch.slots, batch.places, strict=True)
-        for kept, values in zip(statistics, place.statistics, strict=True)
-    ]
-
-
-def _index(values: Sequence[int], device: torch.device) -> Tensor:
+def _index(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
 
 
-def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, batch_numel: int) -> list[_Batch]:
+def _batches(layout: PartitionLayout, bucket: RankBucket, batch_numel: int) -> list[_Batch]:
     """Group a bucket's owned matrices by shape, at most ``batch_numel`` elements (or one matrix) at a time."""
     places: dict[int, list[BufferPlace]] = {}
     for place in bucket.received:
@@ -309,33 +332,59 @@ def _batches(layout: PartitionLayout, bucket: RankBucket, device: torch.device, 
     for index, shape, folds in zip(bucket.owned, bucket.shapes, bucket.folds, strict=True):
         matrix = layout.matrices[index]
         by_shape.setdefault((*shape, matrix.transposed, folds, matrix.joins), []).append(index)
-    batches = []
+    batches: list[_Batch] = []
+    before = 0
     for (rows, cols, transposed, folds, joins), matrices in by_shape.items():
         size = max(1, batch_numel // (rows * cols))
         for first in range(0, len(matrices), size):
             members = matrices[first : first + size]
-            batches.append(_batch((rows, cols), transposed, [places[matrix] for matrix in members], device, folds, joins))
+            found = [places[matrix] for matrix in members]
+            batches.append(_batch(bucket, (rows, cols), transposed, found, before, folds, joins))
+            before += len(members)
     return batches
 
 
 def _batch(
+    bucket: RankBucket,
     shape: tuple[int, int],
     transposed: bool,
     members: Sequence[Sequence[BufferPlace]],
-    device: torch.device,
+    before: int,
     folds: int,
     joins: Joined | None,
 ) -> _Batch:
     numel = shape[0] * shape[1]
-    places = tuple(place for member in members for place in member)
-    slots = tuple(slot for slot, member in enumerate(members) for _ in member)
+    placed = [(slot, place) for slot, member in enumerate(members) for place in member]
+    places = [place for _, place in placed]
     # What tensor parallelism does not cut arrives from each tensor rank, alike.
     partial = any(sum(within.numel for within in {place.within for place in member}) < numel for member in members)
     first = places[0].position
     whole = [place.position for place in places] == [first + numel * slot for slot in range(len(members))]
-    slot_index, flag_index = _index(slots, device), _index([place.flag for place in places], device)
-    start = first if whole and not partial else -1
-    return _Batch(*shape, transposed, len(members), places, slots, slot_index, flag_index, start, partial, folds, joins)
+    words, outputs = bucket.kept.words, shape[1] if transposed else shape[0]
+    values_inside = [
+        (number, words * (slot * (outputs if per == "row" else 1) + place.statistics[number].within.start), values * words)
+        for number, per in enumerate(bucket.kept.per)
+        for slot, place in placed
+        if (values := place.statistics[number].within.numel)
+    ]
+    wanted = words * len(members) * sum(outputs if per == "row" else 1 for per in bucket.kept.per)
+    return _Batch(
+        *shape,
+        transposed,
+        len(members),
+        tuple(member[0].matrix for member in members),
+        received=Views([(0, place.position, place.within.numel) for place in places]),
+        inside=Views([(0, slot * numel + place.within.start, place.within.numel) for slot, place in placed]),
+        values_received=_values_in_buffer(bucket, places),
+        values_inside=Views(values_inside),
+        first=before,
+        flags=tuple((slot, place.flag) for slot, place in placed),
+        start=first if whole and not partial else -1,
+        partial=partial,
+        lacks_values=sum(numel for *_, numel in set(values_inside)) < wanted,
+        folds=folds,
+        joins=joins,
+    )
 
 
 def sum_over_ranks(values: Tensor, binding: Binding) -> None:

@@ -127,21 +127,27 @@ def plan_group(
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
     cost = wanted.cost
-    plan = make_plan(layout, lambda matrix: matrix.parts * cost(*matrix.part_shape) if cost else 0, wanted.bucket_numel)
+    device = binding.device.type
+
+    def cost_of(matrix: Matrix) -> int:
+        return matrix.parts * cost(*matrix.part_shape) if cost else 0
+
+    plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
     require_agreement(plan, agreed, binding)
     held = tuple(map(tuple, placement.held_fragments()))
     if cost is None:
         return GroupPlan(binding, placement, held)
     kept = Kept(wanted.statistics, torch.float32.itemsize // wanted.wire.itemsize)
-    bucket_of = _Planner(binding, placement, wanted, plan.local_numel)  # batches as large as what does not travel
+    numel = plan.local_numel(device)
+    bucket_of = _Planner(binding, placement, wanted, numel)
     return GroupPlan(
         binding,
         placement,
         held,
         tuple(tuple(placement.value_counts(per)) for per in wanted.statistics),
         tuple(map(bucket_of, exchange_buckets(plan, binding.rank, kept))) if wanted.gathers else (),
-        tuple(map(bucket_of, local_buckets(plan, binding.rank, kept))),
-        tuple(map(bucket_of, lone_buckets(plan, binding.rank, kept))) if wanted.alone else (),
+        tuple(map(bucket_of, local_buckets(plan, binding.rank, numel, kept))),
+        tuple(map(bucket_of, lone_buckets(plan, binding.rank, numel, kept))) if wanted.alone else (),
     )
 
 

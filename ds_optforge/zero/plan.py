@@ -16,8 +16,13 @@ from ds_optforge.zero.partition import Matrix, PartitionLayout
 # is orthogonalized in its receive buffer. These five buffers are to fit into the four of two buckets.
 _BUFFERS, _BUFFERS_UNDER_WAY = 4, 5
 
-# Buckets that do not travel gain nothing from size: smaller ones stay in the processor's cache.
-_LOCAL_DIVISOR = 16
+# On a CPU, buckets that do not travel gain nothing from size: smaller ones stay in the processor's cache. On other devices
+# each batch of matrices costs some forty kernels, whatever its size.
+_LOCAL_DIVISOR = {"cpu": 16}
+
+# An exchange hides behind the orthogonalization of another one, where there are as many as this. On a CPU, whose collectives
+# take its own time, nothing hides, and an exchange of fewer elements per rank is not worth its kernels.
+_LEAST_EXCHANGES, _LEAST_NUMEL = 3, 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,15 @@ class ExchangePlan:
     bucket_numel: int
     fingerprint: str
 
-    @property
-    def local_numel(self) -> int:
-        """Elements of a bucket that does not travel; a larger matrix is a bucket of its own."""
-        return max(self.bucket_numel // _LOCAL_DIVISOR, 1)
+    def local_numel(self, device: str = "cpu") -> int:
+        """Return the elements of a bucket that does not travel on that type of ``device``; a larger matrix is one of its own.
+
+        Batches of matrices are as large.
+        """
+        return max(self.bucket_numel // _LOCAL_DIVISOR.get(device, 1), 1)
 
 
-def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_numel: int) -> ExchangePlan:
+def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_numel: int, device: str = "cpu") -> ExchangePlan:
     """Choose owners and exchanges.
 
     An owner holds a fragment of its matrix. If no two matrices cross the same boundary between ranks (ZeRO-1/2), the largest
@@ -58,6 +65,7 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         layout: of one group.
         cost: of orthogonalizing one matrix (FLOPs; any unit).
         bucket_numel: elements of one bucket per rank; an exchange holds at most world_size times 4/5 as many, or one matrix.
+        device: type of the device of the weights. But on a CPU there are several exchanges where they hide behind each other.
     """
     holders = [layout.holders(matrix) for matrix in range(len(layout.matrices))]
     costs = [cost(matrix) for matrix in layout.matrices]
@@ -73,8 +81,10 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         _own_straddling(straddling, holders, costs, owners, load)
         exchanges = _one_or_two_exchanges(straddling, owners, layout.matrices, bucket_numel)
     else:
-        numel = layout.world_size * bucket_numel * _BUFFERS // _BUFFERS_UNDER_WAY
-        exchanges = list(split_evenly(straddling, layout.matrices, max(numel, 1)))
+        numel = max(layout.world_size * bucket_numel * _BUFFERS // _BUFFERS_UNDER_WAY, 1)
+        exchanges = list(split_evenly(straddling, layout.matrices, numel))
+        if device != "cpu" and len(exchanges) < _LEAST_EXCHANGES:
+            exchanges = _several(exchanges, layout, numel)
         clocks = Clocks(load, len(exchanges))
         _own_longest_first(straddling, holders, costs, owners, load)
         _swap_equals(exchanges, holders, costs, owners, clocks)
@@ -107,6 +117,42 @@ def split_evenly(indices: Sequence[int], matrices: Sequence[Matrix], limit: int)
         numel += size
     if taken:
         yield tuple(taken)
+
+
+def _several(few: Sequence[tuple[int, ...]], layout: PartitionLayout, limit: int) -> list[tuple[int, ...]]:
+    """Cut few exchanges into three or more, by shape, so that one is orthogonalized while others travel.
+
+    They stay as they are if an exchange had fewer matrices than there are ranks, or little to send.
+
+    Args:
+        few: the exchanges.
+        layout: of the group.
+        limit: most elements of an exchange, or one matrix.
+    """
+
+    def numel(indices: Sequence[int]) -> int:
+        return sum(layout.matrices[index].numel for index in indices)
+
+    straddling = list(chain.from_iterable(few))
+    least = _LEAST_NUMEL * layout.world_size
+    if numel(straddling) < _LEAST_EXCHANGES * least or len(straddling) < _LEAST_EXCHANGES * layout.world_size:
+        return list(few)
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for index in straddling:
+        by_shape.setdefault((layout.matrices[index].rows, layout.matrices[index].cols), []).append(index)
+    groups: list[list[int]] = []
+    for alike in by_shape.values():
+        if groups and numel(alike) < least:
+            groups[-1] += alike
+        else:
+            groups.append(alike)
+    while len(groups) < _LEAST_EXCHANGES or numel(max(groups, key=numel)) > limit:
+        largest = max(groups, key=lambda group: (len(group) > 1, numel(group)))
+        if len(largest) == 1:
+            break
+        place, half = groups.index(largest), len(largest) // 2
+        groups[place : place + 1] = [largest[:half], largest[half:]]
+    return [tuple(sorted(group)) for group in groups]
 
 
 def _at_most_one_a_boundary(straddling: Sequence[int], holders: Sequence[range], load: Sequence[int]) -> bool:

@@ -221,7 +221,7 @@ class TestOwners:
         done = [
             (matrix, rank)
             for rank in range(world.layout.world_size)
-            for bucket in exchange_buckets(plan, rank) + local_buckets(plan, rank)
+            for bucket in exchange_buckets(plan, rank) + local_buckets(plan, rank, plan.local_numel())
             for matrix in bucket.owned
         ]
         assert sorted(done) == list(enumerate(plan.owners))
@@ -232,7 +232,7 @@ class TestOwners:
         shared = [m for m in range(len(world.layout.matrices)) if len(world.layout.holders(m)) > 1]
         assert sorted(matrix for exchange in plan.exchanges for matrix in exchange) == shared
         for rank in range(world.layout.world_size):
-            for bucket in local_buckets(plan, rank):
+            for bucket in local_buckets(plan, rank, plan.local_numel()):
                 assert not bucket.travels
                 assert all(world.layout.holders(m) == range(rank, rank + 1) for m in bucket.owned)
 
@@ -358,7 +358,7 @@ class TestBuckets:
     def test_a_local_bucket_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         for rank in range(world.layout.world_size):
-            for bucket in local_buckets(plan, rank):
+            for bucket in local_buckets(plan, rank, plan.local_numel()):
                 numel = sum(fragment.numel for fragment in bucket.fragments)
                 assert numel <= bucket_numel or len(bucket.owned) == 1
 
@@ -471,7 +471,7 @@ class TestExchange:
     def test_local_matrices_are_whole_in_the_send_buffer_itself(self, world: World, bucket_numel: int, kept: Kept) -> None:
         plan = plan_of(world, bucket_numel)
         for rank, piece in enumerate(world.slices):
-            for bucket in local_buckets(plan, rank, kept):
+            for bucket in local_buckets(plan, rank, plan.local_numel(), kept):
                 buffer = pack(bucket, piece, rank, world.layout)
                 unpack(bucket, buffer, world.layout)
                 assert update(bucket, buffer) == [("updated", item) for item in buffer]
@@ -480,7 +480,7 @@ class TestExchange:
     def test_every_fragment_is_in_one_bucket_of_its_rank(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
         for rank in range(world.layout.world_size):
-            buckets = exchange_buckets(plan, rank) + local_buckets(plan, rank)
+            buckets = exchange_buckets(plan, rank) + local_buckets(plan, rank, plan.local_numel())
             fragments = [fragment for bucket in buckets for fragment in bucket.fragments]
             assert sorted(fragments, key=lambda f: f.matrix) == list(world.layout.fragments(rank))
 
@@ -576,6 +576,6 @@ class TestScale:
         plan = make_plan(self.layout(stage), cubic, 2**26)
         owned = [plan.owners.count(rank) for rank in (0, self.RANKS - 1)]
         for rank, expected in zip((0, self.RANKS - 1), owned, strict=True):
-            buckets = exchange_buckets(plan, rank) + local_buckets(plan, rank)
+            buckets = exchange_buckets(plan, rank) + local_buckets(plan, rank, plan.local_numel())
             assert sum(len(bucket.owned) for bucket in buckets) == expected
         assert 1 <= max(owned) <= 4  # 2.4 on average
