@@ -62,9 +62,9 @@ def answer(question: Question) -> Plan:
     loaded = load_config(question.config) if question.config else {}
     config = OptimizerConfig(optimizer_section(loaded) if loaded else {"name": "muon"})
     asked = _stages(question, loaded)
+    sub_group_size = _size_of(loaded, "sub_group_size", SUB_GROUP_SIZE)
     topologies = [
-        Topology(question.world_size, stage, question.expert_parallel, _size_of(loaded, "sub_group_size", SUB_GROUP_SIZE))
-        for stage in asked
+        Topology(question.world_size, stage, question.expert_parallel, sub_group_size, device="cuda") for stage in asked
     ]
     tokens = question.tokens
     if tokens is None:

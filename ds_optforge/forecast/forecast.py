@@ -168,6 +168,7 @@ class _Group:
 
     def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
         self.siblings = topology.expert_parallel if experts else 1
+        self.device = topology.device
         self.rule = built(routes[0].settings)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
@@ -179,7 +180,7 @@ class _Group:
         if isinstance(self.rule, MatrixRule):
             self.cost = _remembered(self.rule.cost)
             self.kept = Kept(tuple(statistic.per for statistic in self.rule.statistics), 4 // self.wire_bytes)
-            self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel)
+            self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
 
     def enter(self, ranks: Sequence[RankFigures]) -> Counter[int]:
@@ -236,7 +237,7 @@ class _Group:
             matrix = self.layout.matrices[alike[0]]
             for rank, within in fragments(self.layout, alike[0]):
                 touched = matrix.rows_touched(within).numel
-                bucket = max(within.numel, min(plan.local_numel(), self.slice_numel))
+                bucket = max(within.numel, min(plan.local_numel(self.device), self.slice_numel))
                 figures[rank].local_workspace_bytes = max(figures[rank].local_workspace_bytes, 2 * self.wire_bytes * bucket)
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched, joins=None))
                 if within.numel < matrix.numel:
@@ -258,7 +259,7 @@ class _Group:
             # One exchange returns, one is orthogonalized in its receive buffer, one is collected; done, the second returns too.
             under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
             in_flight = max(under_way, default=0)
-            bucket = max(min(local[rank], plan.local_numel()), largest_local[rank])
+            bucket = max(min(local[rank], plan.local_numel(self.device)), largest_local[rank])
             own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
 
 

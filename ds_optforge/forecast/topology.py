@@ -19,6 +19,7 @@ class Topology:
         stage: ZeRO stage: 1, 2 or 3.
         expert_parallel: number of ranks that each bank of experts is split over, before ZeRO cuts the shares over the others.
         sub_group_size: elements per rank that ZeRO-3 steps at a time.
+        device: type of the ranks' devices, on which the sizes of buckets and batches depend.
 
     Raises:
         ConfigError: no run can have these numbers.
@@ -28,6 +29,7 @@ class Topology:
     stage: int
     expert_parallel: int = 1
     sub_group_size: int = SUB_GROUP_SIZE
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check the numbers."""
