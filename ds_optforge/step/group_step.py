@@ -310,9 +310,8 @@ class _MatrixStep:
             scale_to(bucket.exchange.elements(), bucket.norms)
         bucket.exchange.returned_statistics(self._kept(bucket))
         self._sum(bucket, of_update=True)
-        device = self._call.parameters[0].device
         counts = [len(portion.places) for portion in bucket.portions]
-        of_items = torch.split(bucket.exchange.outgoing[bucket.flags].to(device, torch.float32), counts)
+        of_items = torch.split(bucket.exchange.outgoing[bucket.flags].float(), counts)
         for portion, chosen in zip(bucket.portions, of_items, strict=True):
             self._apply_portion(bucket, portion, chosen)
         bucket.exchange.release()
