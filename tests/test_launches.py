@@ -107,6 +107,12 @@ def test_few_or_small_matrices_travel_in_one_exchange(shapes: tuple[Shape, ...])
     assert steady_step(shapes, 3, 4, name="muon").exchanges == 1
 
 
+def test_fragments_that_are_orthogonalized_alone_take_it_too() -> None:
+    found = steady_step(SMALL, 3, 3, name="muon", weight_decay=0.1, sharding={"mode": "shard_local"})
+    assert not found.counts.slow
+    assert not found.hidden
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("rule", ["muon", "normuon"])
 def test_with_offload_a_bucket_is_copied_once_each_way(rule: str, stage: int) -> None:
