@@ -107,6 +107,21 @@ def test_few_or_small_matrices_travel_in_one_exchange(shapes: tuple[Shape, ...])
     assert steady_step(shapes, 3, 4, name="muon").exchanges == 1
 
 
+def test_fragments_that_are_orthogonalized_alone_take_it_too() -> None:
+    found = steady_step(SMALL, 3, 3, name="muon", weight_decay=0.1, sharding={"mode": "shard_local"})
+    assert not found.counts.slow
+    assert not found.hidden
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+def test_with_offload_a_bucket_is_copied_once_each_way(rule: str, stage: int) -> None:
+    """The host waits for what comes back, once; each fragment on its own would be hundreds of waits."""
+    found = steady_step(((256, 256),) * 14 + ((256, 1024),) * 6, stage, 3, offload=True, name=rule, weight_decay=0.1)
+    assert found.fragments >= 13
+    assert (found.counts.waits, found.counts.copies) == (found.buckets, 2 * found.buckets)
+
+
 @pytest.mark.parametrize("rule", ["muon", "adamw"])
 def test_a_number_of_steps_that_was_put_on_the_device_comes_back_once(rule: str) -> None:
     """As DeepSpeed's reload_states does with all state: the host would wait for it in every step."""

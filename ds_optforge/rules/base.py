@@ -324,7 +324,7 @@ def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, ac
         # The factor is a tensor, since foreach rounds numbers to the parameters' dtype first.
         torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
         return
-    blocks = _blocks(parameters, updates if cautious else parameters)
+    blocks = side_by_side(parameters, updates if cautious else parameters)
     if not cautious:
         assert active is not None  # seen above
         wide = torch.promote_types(parameters[0].dtype, torch.float32)
@@ -342,11 +342,11 @@ def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, ac
 
 def descend(parameters: Tensors, updates: Tensors, rate: float) -> None:
     """Subtract ``rate`` times the updates, (elements,) each, from the parameters, (elements,) each, in place."""
-    blocks = _blocks(parameters, updates)
+    blocks = side_by_side(parameters, updates)
     torch._foreach_add_([weights for weights, _ in blocks], [steps for _, steps in blocks], alpha=-rate)
 
 
-def _blocks(first: Tensors, second: Tensors) -> list[tuple[Tensor, Tensor]]:
+def side_by_side(first: Tensors, second: Tensors) -> list[tuple[Tensor, Tensor]]:
     """Put flat tensors that lie side by side in memory, and are alike in size, together.
 
     Args:

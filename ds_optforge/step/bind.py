@@ -46,7 +46,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     alone: tuple[Bucket, ...] = ()
     spans: tuple[tuple[Span, ...], ...] = ()
     if isinstance(rule, MatrixRule):
-        builder = _BucketBuilder(found, rule, in_blocks=state_dtype == "8bit")
+        builder = _BucketBuilder(found, rule, state_dtype == "8bit", tensors[0].device)
         travelling, local = builder.build(found.travelling), builder.build(found.local)
         alone = builder.build(found.alone, alone=True)
         fragments = [fragment for bucket in found.alone for fragment in bucket.exchange.bucket.fragments]
@@ -119,9 +119,9 @@ def warn_of_thin_fragments(layout: PartitionLayout, fragments: Sequence[Fragment
 class _BucketBuilder:
     """Builder of buckets of one rank's tensors from planned buckets."""
 
-    def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool) -> None:
+    def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool, near: torch.device) -> None:
         self._rule, self._layout, self._binding = rule, found.placement.layout, found.binding
-        self._in_blocks = in_blocks
+        self._in_blocks, self._near = in_blocks, near
 
     def build(self, buckets: Sequence[PlannedBucket], alone: bool = False) -> tuple[Bucket, ...]:
         """Build a bucket from each of the plan's; ``alone`` tells that fragments are orthogonalized separately."""
@@ -135,7 +135,7 @@ class _BucketBuilder:
             bucket.exchange,
             Views([(lies.tensor, lies.within.start, lies.within.numel) for lies in bucket.fragments]),
             tuple(map(_portion, packed)),
-            torch.tensor(flags, dtype=torch.long, device=self._binding.device),
+            torch.tensor(flags, dtype=torch.long, device=self._near),
             self._kept(bucket),
             self._norms(own) if alone else None,
             BucketSums(sums, self._layout, own, self._binding) if sums else None,
@@ -156,11 +156,11 @@ class _BucketBuilder:
         for fragment in bucket.fragments:
             matrix = self._layout.matrices[fragment.matrix]
             norms.append(self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) * math.sqrt(fragment.numel))
-        return torch.tensor(norms, dtype=torch.float32, device=self._binding.device)
+        return torch.tensor(norms, dtype=torch.float32, device=self._near)
 
     def _packed(self, bucket: PlannedBucket) -> list[list["_Item"]]:
         """Cut the bucket's fragments into items, and pack these into portions of a bounded number of elements."""
-        limit = chunk_numel(self._binding.device)
+        limit = chunk_numel(self._near)
         found: list[list[_Item]] = []
         room = 0
         fragments, sent = bucket.exchange.bucket.fragments, bucket.exchange.bucket.sent

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, State, Sums, Tensors, buffers_of
+from ds_optforge.rules.base import (
+    Batch,
+    ElementwiseRule,
+    Hyperparameters,
+    MatrixRule,
+    State,
+    Sums,
+    Tensors,
+    buffers_of,
+    side_by_side,
+)
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.zero.exchange import any_rank
@@ -310,9 +320,8 @@ class _MatrixStep:
             scale_to(bucket.exchange.elements(), bucket.norms)
         bucket.exchange.returned_statistics(self._kept(bucket))
         self._sum(bucket, of_update=True)
-        device = self._call.parameters[0].device
         counts = [len(portion.places) for portion in bucket.portions]
-        of_items = torch.split(bucket.exchange.outgoing[bucket.flags].to(device, torch.float32), counts)
+        of_items = torch.split(bucket.exchange.outgoing[bucket.flags].float(), counts)
         for portion, chosen in zip(bucket.portions, of_items, strict=True):
             self._apply_portion(bucket, portion, chosen)
         bucket.exchange.release()
@@ -422,4 +431,6 @@ def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:
     """
     found = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
     factors = torch.where(found > 0, norms / found, torch.zeros_like(found))
-    torch._foreach_mul_(list(updates), list(factors.view(-1, 1).unbind()))
+    blocks = [block for block, _ in side_by_side(updates, updates)]
+    for block, of_block in zip(blocks, torch.split(factors.view(-1, 1), [len(block) for block in blocks]), strict=True):
+        block.mul_(of_block)

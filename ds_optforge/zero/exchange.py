@@ -149,19 +149,28 @@ class BucketExchange:
         binding: tells the process group and the device.
         wire: dtype in which fragments and updates travel.
         batch_numel: most elements of a batch of matrices (or one matrix); bounds the workspace of orthogonalization.
+        near: device of the stepped tensors: with CPU offload not that of the weights. What is sent then goes through a buffer
+            there, by one copy each way.
 
     Attributes:
         pattern: the integer dtype of the wire's size, in which the bits of statistics travel.
     """
 
     def __init__(
-        self, layout: PartitionLayout, bucket: RankBucket, binding: Binding, wire: torch.dtype, batch_numel: int
+        self,
+        layout: PartitionLayout,
+        bucket: RankBucket,
+        binding: Binding,
+        wire: torch.dtype,
+        batch_numel: int,
+        near: torch.device,
     ) -> None:
         self.bucket = bucket
+        self._near, self._staged = near, is_staged(near, binding.device)
         self._binding = binding
         self._wire = wire
         self.pattern = _PATTERNS[wire.itemsize]
-        self._flag_index = _index([place.flag for place in bucket.sent], binding.device)
+        self._flag_index = _index([place.flag for place in bucket.sent], near)
         self._sent = Views([(0, place.position, place.within.numel) for place in bucket.sent])
         self._values_sent = _values_in_buffer(bucket, bucket.sent)
         self._batches = _batches(layout, bucket, batch_numel)
@@ -183,12 +192,20 @@ class BucketExchange:
 
     @property
     def outgoing(self) -> Tensor:
-        """The send buffer, (send_numel,): fragment i lies at ``bucket.sent[i].position``, and its update returns there."""
-        return self._send
+        """The send buffer, (send_numel,): fragment i lies at ``bucket.sent[i].position``, and its update returns there.
+
+        It is on the device of the stepped tensors.
+        """
+        return self._outgoing
 
     def open(self) -> None:
         """Allocate the send buffer, uninitialized."""
-        self._send = torch.empty(self.bucket.send_numel, dtype=self._wire, device=self._binding.device)
+        # From pinned memory a copy makes nobody wait; torch keeps it until that is done.
+        pinned = self._staged and torch.accelerator.is_available()
+        self._outgoing = torch.empty(self.bucket.send_numel, dtype=self._wire, device=self._near, pin_memory=pinned)
+
+    def _empty(self, numel: int) -> Tensor:
+        return torch.empty(numel, dtype=self._wire, device=self._binding.device)
 
     def collect(self, active: Tensor, statistics: Sequence[Tensor]) -> None:
         """Start sending the elements in ``outgoing`` to the owners of the matrices. Collective if the bucket travels.
@@ -200,11 +217,14 @@ class BucketExchange:
         """
         bucket = self.bucket
         if bucket.sent:
-            self._send[self._flag_index] = active.to(self._send.device)
+            self._outgoing[self._flag_index] = active
         if statistics:
-            torch._foreach_copy_(self._values_sent.of([self._send.view(self.pattern)]), list(statistics))
+            torch._foreach_copy_(self._values_sent.of([self._outgoing.view(self.pattern)]), list(statistics))
+        self._send = self._outgoing
+        if self._staged:
+            self._send = self._empty(bucket.send_numel).copy_(self._outgoing, non_blocking=True)
         if bucket.travels:
-            self._receive = torch.empty(bucket.receive_numel, dtype=self._wire, device=self._binding.device)
+            self._receive = self._empty(bucket.receive_numel)
             self._work = self._all_to_all(self._receive, self._send, bucket.receives, bucket.sends)
         else:
             self._receive = self._send
@@ -214,7 +234,7 @@ class BucketExchange:
         """Wait for the fragments, and free the send buffer, which is not needed until `give_back`."""
         if self._work is not None:
             self._wait()
-            self._send = self._send.new_empty(0)
+            self._send = self._outgoing = self._empty(0)
             self._join_flags()
 
     def _join_flags(self) -> None:
@@ -278,25 +298,30 @@ class BucketExchange:
     def give_back(self) -> None:
         """Start returning the updates and statistics that were `put`. Collective if the bucket travels."""
         if self.bucket.travels:
-            self.open()
+            self._send = self._empty(self.bucket.send_numel)
             self._work = self._all_to_all(self._send, self._receive, self.bucket.sends, self.bucket.receives)
 
     def await_updates(self) -> None:
         """Wait for the updates, which are then in ``outgoing``; its flags tell which fragments' matrices are active."""
         self._wait()
+        if self._staged:
+            self.open()
+            self._outgoing.copy_(self._send)  # and wait for it
+        else:
+            self._outgoing = self._send
 
     def elements(self) -> list[Tensor]:
         """Return one flat view of ``outgoing`` per fragment, (elements,) in the wire dtype."""
-        return self._sent.of([self._send])
+        return self._sent.of([self._outgoing])
 
     def returned_statistics(self, into: Sequence[Tensor]) -> None:
         """Write the statistics that came back, after ``await_updates``, ``into`` the tensors that `collect` took them from."""
         if into:
-            torch._foreach_copy_(list(into), self._values_sent.of([self._send.view(self.pattern)]))
+            torch._foreach_copy_(list(into), self._values_sent.of([self._outgoing.view(self.pattern)]))
 
     def release(self) -> None:
         """Free the buffers."""
-        self._send = self._receive = self._active = torch.empty(0, dtype=self._wire, device=self._binding.device)
+        self._outgoing = self._send = self._receive = self._active = self._empty(0)
 
     def _all_to_all(self, out: Tensor, into: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]) -> dist.Work:
         group = self._binding.process_group
@@ -310,6 +335,11 @@ class BucketExchange:
         if self._work is not None:
             self._work.wait()
             self._work = None
+
+
+def is_staged(near: torch.device, device: torch.device) -> bool:
+    """Whether tensors ``near`` are sent through a buffer of their own, since matrices are orthogonalized on ``device``."""
+    return near != device
 
 
 def _values_in_buffer(bucket: RankBucket, places: Sequence[BufferPlace]) -> Views:

@@ -139,7 +139,7 @@ def plan_group(
         return GroupPlan(binding, placement, held)
     kept = Kept(wanted.statistics, torch.float32.itemsize // wanted.wire.itemsize)
     numel = plan.local_numel(device)
-    bucket_of = _Planner(binding, placement, wanted, numel)
+    bucket_of = _Planner(binding, placement, wanted, numel, tensors[0].device)
     return GroupPlan(
         binding,
         placement,
@@ -154,12 +154,14 @@ def plan_group(
 class _Planner:
     """Finds the places of buckets in the tensors."""
 
-    def __init__(self, binding: Binding, placement: Placement, wanted: Wanted, batch_numel: int) -> None:
+    def __init__(self, binding: Binding, placement: Placement, wanted: Wanted, batch_numel: int, near: torch.device) -> None:
+        self._near = near
         self._binding, self._placement, self._wire, self._batch_numel = binding, placement, wanted.wire, batch_numel
         self._values = [placement.value_places(per) for per in wanted.statistics]
 
     def __call__(self, bucket: RankBucket) -> PlannedBucket:
-        exchange = BucketExchange(self._placement.layout, bucket, self._binding, self._wire, self._batch_numel)
+        layout = self._placement.layout
+        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near)
         fragments = tuple(self._placement.range_of(fragment) for fragment in bucket.fragments)
         kept = tuple(tuple(values[fragment.matrix] for values in self._values) for fragment in bucket.fragments)
         return PlannedBucket(exchange, fragments, kept)

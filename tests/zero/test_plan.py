@@ -354,6 +354,28 @@ class TestBuckets:
         plan = make_plan(spread(4, [8] * 10), cubic, 80)
         assert [len(exchange) for exchange in plan.exchanges] == [3, 4, 3]
 
+    @pytest.mark.parametrize(
+        ("sides", "world_size", "bucket_numel", "expected"),
+        [
+            ([1024, 1024, 1024, 1024, 2048, 2048] * 8, 4, 2**26, 3),  # 32 and 16: by shape, the larger half in two
+            ([1024] * 512, 8, 2**26, 3),  # of one shape: halved until there are three
+            ([1024] * 512, 8, 2**20, 86),  # six each: as on a CPU
+            ([1024] * 20, 8, 2**26, 1),  # fewer than three a rank
+            ([64] * 512, 8, 2**26, 1),  # little to send
+        ],
+    )
+    def test_accelerators_have_three_exchanges_where_one_hides_behind_another(
+        self, sides: list[int], world_size: int, bucket_numel: int, expected: int
+    ) -> None:
+        layout = spread(world_size, sides)
+        plan, on_cpu = (make_plan(layout, cubic, bucket_numel, device) for device in ("cuda", "cpu"))
+        assert len(plan.exchanges) == expected
+        assert sorted(index for exchange in plan.exchanges for index in exchange) == list(range(len(sides)))
+        assert all(list(exchange) == sorted(exchange) for exchange in plan.exchanges)
+        numel = [sum(layout.matrices[index].numel for index in exchange) for exchange in plan.exchanges]
+        assert max(numel) <= world_size * bucket_numel
+        assert max(loads(plan)) == max(loads(on_cpu))
+
     @holds_for(worlds, bucket_sizes)
     def test_a_local_bucket_is_bounded_unless_it_is_one_matrix(self, world: World, bucket_numel: int) -> None:
         plan = plan_of(world, bucket_numel)
