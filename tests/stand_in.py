@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_optforge import build_optimizer
 from ds_optforge.optimizer import OptForge
-from ds_optforge.zero import exchange, group_plan
+from ds_optforge.zero import agreement, exchange, group_plan
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import cuts_of_group, cuts_of_parameters
 from tests.launches import Launches
@@ -135,6 +135,7 @@ def standing(
     with (
         mock.patch.object(group_plan, "bind", return_value=binding),
         mock.patch.object(exchange, "dist", stub),
+        mock.patch.object(agreement, "dist", stub),
         counter,
     ):
         yield optimizer, collectives

@@ -22,7 +22,7 @@ from ds_optforge.rules.base import (
 )
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
 from ds_optforge.step.telemetry import Telemetry, Watch
-from ds_optforge.zero.exchange import any_rank
+from ds_optforge.zero.agreement import any_rank
 
 
 class GroupStep:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_optforge.rules.base import Sum
+from ds_optforge.zero.agreement import sum_over_ranks
 from ds_optforge.zero.buckets import RankBucket
-from ds_optforge.zero.exchange import sum_over_ranks
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Matrix, PartitionLayout, Range
 

@@ -22,7 +22,8 @@ from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
 from ds_optforge.step.health import EXPECTED, Expected, Health, expected, healthy_ranges
 from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
-from ds_optforge.zero.exchange import BucketExchange, on_first_rank, sum_over_ranks
+from ds_optforge.zero.agreement import on_first_rank, sum_over_ranks
+from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.pipeline import Stage, replicated, sum_over_stages

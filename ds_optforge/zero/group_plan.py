@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ds_optforge.zero.agreement import require_agreement
 from ds_optforge.zero.buckets import Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
-from ds_optforge.zero.exchange import BucketExchange, require_agreement
+from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
 from ds_optforge.zero.placement import Held, Placement, TensorRange
