@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.buckets import BufferPlace, RankBucket
+from ds_optforge.zero.batches import batches_of, values_in_buffer
+from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.layout import Binding
-from ds_optforge.zero.partition import Joined, PartitionLayout
+from ds_optforge.zero.partition import PartitionLayout
 from ds_optforge.zero.views import Views
 
 # Stands for a statistic that another rank keeps: the first row of a fragment that is stepped alone may begin there.
@@ -41,96 +42,6 @@ class MatrixBatch:
     statistics: tuple[Tensor, ...]
     transposed: bool
     has_all: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """Owned matrices of one shape: the places of their fragments in the receive buffer.
-
-    Attributes:
-        count: number of matrices.
-        numbers: of each matrix in the layout.
-        received: views of all of their fragments in the receive buffer.
-        inside: views of the same elements in the flat matrices.
-        values_received: views of the fragments' values in the receive buffer, by statistic.
-        values_inside: views of the same values in the flat statistics.
-        first: number of the first matrix among all that the rank owns of the bucket, in the order of the batches.
-        flags: for each fragment, its matrix's number in the batch and the place of its flag in the receive buffer.
-        start: of the batch in the receive buffer if its elements lie there in order, else -1.
-        partial: whether fragments of a matrix are missing, so that the rest is zeros.
-        lacks_values: whether another rank keeps some of the statistics' values.
-        folds: number of blocks of columns in which the elements of a matrix are counted.
-        joins: the matrices that each of them joins; None if it is one itself.
-    """
-
-    rows: int
-    cols: int
-    transposed: bool
-    count: int
-    numbers: tuple[int, ...]
-    received: Views
-    inside: Views
-    values_received: Views
-    values_inside: Views
-    first: int
-    flags: tuple[tuple[int, int], ...]
-    start: int
-    partial: bool
-    lacks_values: bool
-    folds: int
-    joins: Joined | None
-
-    @property
-    def numel(self) -> int:
-        return self.count * self.rows * self.cols
-
-    def folded(self, elements: Tensor) -> Tensor:
-        """Return (n, rows, cols) matrices from their elements as these are counted, in the same shape."""
-        if self.folds == 1:
-            return elements
-        blocks = elements.view(self.count, self.folds, self.rows, self.cols // self.folds)
-        return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
-
-    def parted(self, matrices: Tensor) -> Tensor:
-        """Return the (n parts, rows, cols) matrices that (n, rows, cols) ones join, those of one matrix after each other."""
-        if self.joins is None:
-            return matrices
-        turns = (self.count, -1, self.joins.parts, self.joins.block)
-        if self.transposed:
-            apart = matrices.mT.reshape(*turns, self.rows).transpose(1, 2)
-            return apart.reshape(self.count * self.joins.parts, -1, self.rows).mT.contiguous()
-        return matrices.reshape(*turns, self.cols).transpose(1, 2).reshape(self.count * self.joins.parts, -1, self.cols)
-
-    def together(self, parts: Tensor) -> Tensor:
-        """Undo `parted`."""
-        if self.joins is None:
-            return parts
-        apart = (self.count, self.joins.parts, -1, self.joins.block)
-        if self.transposed:
-            turns = parts.mT.reshape(*apart, self.rows).transpose(1, 2)
-            return turns.reshape(self.count, self.cols, self.rows).mT
-        return parts.reshape(*apart, self.cols).transpose(1, 2).reshape(self.count, self.rows, self.cols)
-
-    def parted_values(self, values: Tensor) -> Tensor:
-        """Return (n parts, outputs) values of the outputs of the parts, from (n, outputs) of the matrices."""
-        if self.joins is None:
-            return values
-        turns = values.reshape(self.count, -1, self.joins.parts, self.joins.block).transpose(1, 2)
-        return turns.reshape(self.count * self.joins.parts, -1)
-
-    def values_together(self, values: Tensor) -> Tensor:
-        """Undo `parted_values`."""
-        if self.joins is None:
-            return values
-        apart = values.reshape(self.count, self.joins.parts, -1, self.joins.block).transpose(1, 2)
-        return apart.reshape(self.count, -1)
-
-    def unfolded(self, matrices: Tensor) -> Tensor:
-        """Undo `folded`."""
-        if self.folds == 1:
-            return matrices
-        blocks = matrices.reshape(self.count, self.rows, self.folds, self.cols // self.folds)
-        return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
 
 
 class BucketExchange:
@@ -170,8 +81,8 @@ class BucketExchange:
         self.pattern = _PATTERNS[wire.itemsize]
         self._flag_index = _index([place.flag for place in bucket.sent], near)
         self._sent = Views([(0, place.position, place.within.numel) for place in bucket.sent])
-        self._values_sent = _values_in_buffer(bucket, bucket.sent)
-        self._batches = _batches(layout, bucket, batch_numel)
+        self._values_sent = values_in_buffer(bucket, bucket.sent)
+        self._batches = batches_of(layout, bucket, batch_numel)
         flags: dict[int, list[int]] = {}
         for batch in self._batches:
             for slot, flag in batch.flags:
@@ -340,76 +251,5 @@ def is_staged(near: torch.device, device: torch.device) -> bool:
     return near != device
 
 
-def _values_in_buffer(bucket: RankBucket, places: Sequence[BufferPlace]) -> Views:
-    """Return views of the statistics' bit patterns in a buffer: a float32 value is two elements of a bfloat16 buffer."""
-    words = bucket.kept.words
-    values = [place.statistics[number] for number in range(len(bucket.kept.per)) for place in places]
-    return Views([(0, found.position, found.within.numel * words) for found in values])
-
-
 def _index(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device=device)
-
-
-def _batches(layout: PartitionLayout, bucket: RankBucket, batch_numel: int) -> list[_Batch]:
-    """Group a bucket's owned matrices by shape, at most ``batch_numel`` elements (or one matrix) at a time."""
-    places: dict[int, list[BufferPlace]] = {}
-    for place in bucket.received:
-        places.setdefault(place.matrix, []).append(place)
-    by_shape: dict[tuple[int, int, bool, int, Joined | None], list[int]] = {}
-    for index, shape, folds in zip(bucket.owned, bucket.shapes, bucket.folds, strict=True):
-        matrix = layout.matrices[index]
-        by_shape.setdefault((*shape, matrix.transposed, folds, matrix.joins), []).append(index)
-    batches: list[_Batch] = []
-    before = 0
-    for (rows, cols, transposed, folds, joins), matrices in by_shape.items():
-        size = max(1, batch_numel // (rows * cols))
-        for first in range(0, len(matrices), size):
-            members = matrices[first : first + size]
-            found = [places[matrix] for matrix in members]
-            batches.append(_batch(bucket, (rows, cols), transposed, found, before, folds, joins))
-            before += len(members)
-    return batches
-
-
-def _batch(
-    bucket: RankBucket,
-    shape: tuple[int, int],
-    transposed: bool,
-    members: Sequence[Sequence[BufferPlace]],
-    before: int,
-    folds: int,
-    joins: Joined | None,
-) -> _Batch:
-    numel = shape[0] * shape[1]
-    placed = [(slot, place) for slot, member in enumerate(members) for place in member]
-    places = [place for _, place in placed]
-    # What tensor parallelism does not cut arrives from each tensor rank, alike.
-    partial = any(sum(within.numel for within in {place.within for place in member}) < numel for member in members)
-    first = places[0].position
-    whole = [place.position for place in places] == [first + numel * slot for slot in range(len(members))]
-    words, outputs = bucket.kept.words, shape[1] if transposed else shape[0]
-    values_inside = [
-        (number, words * (slot * (outputs if per == "row" else 1) + place.statistics[number].within.start), values * words)
-        for number, per in enumerate(bucket.kept.per)
-        for slot, place in placed
-        if (values := place.statistics[number].within.numel)
-    ]
-    wanted = words * len(members) * sum(outputs if per == "row" else 1 for per in bucket.kept.per)
-    return _Batch(
-        *shape,
-        transposed,
-        len(members),
-        tuple(member[0].matrix for member in members),
-        received=Views([(0, place.position, place.within.numel) for place in places]),
-        inside=Views([(0, slot * numel + place.within.start, place.within.numel) for slot, place in placed]),
-        values_received=_values_in_buffer(bucket, places),
-        values_inside=Views(values_inside),
-        first=before,
-        flags=tuple((slot, place.flag) for slot, place in placed),
-        start=first if whole and not partial else -1,
-        partial=partial,
-        lacks_values=sum(numel for *_, numel in set(values_inside)) < wanted,
-        folds=folds,
-        joins=joins,
-    )
