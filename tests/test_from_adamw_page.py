@@ -1,5 +1,6 @@
 """What docs/from_adamw_table.py makes of the results of benchmarks/from_adamw.py."""
 
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,24 @@ def test_the_page_has_a_place_for_each_table_and_keeps_the_rest() -> None:
     assert all(table in made for table in GENERATOR["tables"](RESULTS).values())
     emptied = GENERATOR["rewritten"](made, {"evidence": "", "tuning": ""})
     assert emptied == GENERATOR["rewritten"](page, {"evidence": "", "tuning": ""})
+
+
+class TestTheEvidence:
+    """What `make evidence` has put on record, and the page shows."""
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return dict(json.loads(GENERATOR["RECORD"].read_text(encoding="utf-8")))
+
+    def test_the_page_shows_what_is_on_record(self) -> None:
+        page = GENERATOR["PAGE"].read_text(encoding="utf-8")
+        assert GENERATOR["rewritten"](page, GENERATOR["tables"](self.results)) == page
+
+    def test_no_workloads_tuned_rate_is_at_the_edge_of_the_grid(self) -> None:
+        for workload, losses in self.results["tuning"].items():
+            rates = sorted(losses, key=float)
+            assert min(losses, key=lambda rate: losses[rate]) not in (rates[0], rates[-1]), workload
+
+    def test_what_init_writes_from_a_tuned_rate_is_better_than_adamw_on_every_workload(self) -> None:
+        tuned = [row for row in self.results["rows"] if row["optimizer"] == "init" and row["rate"] != 3e-4]
+        assert {row["workload"]: row["beats"] for row in tuned} == {"gpt": True, "llama": True, "finetune": True}
