@@ -30,7 +30,7 @@ quick: venv
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
-	$(IN_VENV) pytest -m quick
+	$(IN_VENV) pytest -m quick -n 2 --dist loadgroup --no-loadscope-reorder
 
 bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/orthogonalization.py

@@ -441,7 +441,7 @@ class TestInit:
         assert '-    "type": "AdamW",\n+    "type": "OptForge",' in difference
         assert '+        "betas": [0.9, 0.999],' in difference
         assert "train_batch_size" not in difference.partition("@@")[2].replace('   "train_batch_size": 8,', "")
-        assert "- `optimizer.params.lr` is `0.001`: from optimizer.params.lr, the same" in reasons
+        assert "- `optimizer.params.lr` is `0.001`: from optimizer.params.lr: updates are of one size" in reasons
         assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
     @pytest.mark.parametrize("there", ["new.json", "new.json.reasons.md"])
