@@ -14,6 +14,7 @@ PYTHON ?= python3
 # On a CPU, DeepSpeed compiles an operator when it first runs. It looks on the path for ninja, which the environment
 # has; and with the result kept in the environment, two clones do not rebuild each other's.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
+IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: train test quick bench evidence bench-gpu test-gpu soak test-versions venv clean
 
@@ -24,13 +25,13 @@ test: venv
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
-	$(IN_VENV) pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(IN_VENV) pytest $(IN_TWO)
 
 quick: venv
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
-	$(IN_VENV) pytest -m quick -n 2 --dist loadgroup --no-loadscope-reorder
+	$(IN_VENV) pytest -m quick $(IN_TWO)
 
 bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/orthogonalization.py

@@ -1,6 +1,5 @@
 """What a configuration does to each parameter of a model, and why: the table of ``ds-optforge explain``."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,21 +60,11 @@ def scale_of(route: Route) -> float | None:
         return None
     rule = route.settings.build()
     assert isinstance(rule, MatrixRule)
-    rows, cols = next(route.stepped)
-    return rule.rms(rows, cols, route.transposed) * math.sqrt(max(rows, cols))
+    return next(route.scales(rule))
 
 
 def explained(model: nn.Module, config: str | Path | Mapping[str, Any], full: bool = False) -> tuple[list[Row], list[str]]:
-    """Return what the configuration does to the parameters of ``model``, and the warnings that building would log.
-
-    Args:
-        model: any module, also one on the meta device.
-        config: a DeepSpeed configuration (dict or path), or the "params" of its optimizer section alone.
-        full: whether to have a row for each parameter; False has one for what is alike in all layers.
-
-    Raises:
-        ConfigError: the configuration is invalid or does not fit the model.
-    """
+    """Return the rows of `explain`, and the warnings that building would log; arguments and errors are as there."""
     checked = OptimizerConfig(optimizer_section(load_config(config)))
     routes = routes_of(model, checked)
     rows = [Row(route.name, 1, route) for route in routes] if full else list(_folded(routes))
@@ -93,8 +82,7 @@ def explain(model: nn.Module, config: str | Path | Mapping[str, Any], full: bool
     Raises:
         ConfigError: the configuration is invalid or does not fit the model.
     """
-    rows, warnings = explained(model, config, full)
-    return table_of(rows, warnings)
+    return table_of(*explained(model, config, full))
 
 
 def table_of(rows: Sequence[Row], warnings: Sequence[str]) -> str:

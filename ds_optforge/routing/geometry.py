@@ -102,13 +102,13 @@ def _blocks(
 ) -> list[int] | None:
     """Return the rows of each block that a matrix of ``rows`` is cut into, in order; None if nothing cuts it."""
     blocks = None
-    for key, automatic, cut in (("split", _parts_of, _split), ("heads", _heads_of, _heads)):
+    for key, cut in (("split", _split), ("heads", _heads)):
         asked = _asked(key, config, matched)
         if asked is None:
             continue
         value, where = asked.value, asked.where(name, key)
         if value == "auto":
-            found = automatic(fused, rows, transposed, blocks)
+            found = _parts_of(fused, rows, transposed) if key == "split" else _heads_of(fused, rows, transposed, blocks)
             if found is not None:
                 blocks = found
             elif asked.override is not None and not (key == "split" and _turns(fused, transposed)):
@@ -146,7 +146,7 @@ def _turns(fused: Fused | None, transposed: bool) -> Joined | None:
     return Joined(len(fused.parts), fused.block or fused.parts[0])
 
 
-def _parts_of(fused: Fused | None, rows: int, transposed: bool, blocks: Sequence[int] | None) -> list[int] | None:
+def _parts_of(fused: Fused | None, rows: int, transposed: bool) -> list[int] | None:
     """Return the parts of a weight whose parts follow each other whole; None for any other."""
     if fused is None or transposed or fused.block or len(fused.parts) == 1 or sum(fused.parts) != rows:
         return None

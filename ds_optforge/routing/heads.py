@@ -35,10 +35,10 @@ def _weights(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
     weight = getattr(get_output_embeddings(), "weight", None) if get_output_embeddings else None
     if isinstance(weight, Tensor):
         yield weight, "output embedding"
+    numbered = 1 if is_pipeline(model) else 0  # parts of a name that are the layer's number
     for name, module in model.named_modules():
         *path, own = _TRAINED_WHOLE.sub("", name).split(".")
-        if is_pipeline(model):
-            path = path[1:]  # the layer's number
+        path = path[numbered:]
         if any(part.isdigit() for part in path):
             continue
         if isinstance(module, nn.Linear) and _NAME.match(own):

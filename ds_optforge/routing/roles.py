@@ -1,6 +1,7 @@
 """Decides which rule each parameter gets, from its tags, its shape and the configuration."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,11 @@ class Route:
         for _, rows, cols in self.matrices:
             shape = part_shape(rows, cols, self.transposed, self.joins)
             yield from [shape] * (self.joins.parts if self.joins else 1)
+
+    def scales(self, rule: MatrixRule) -> Iterator[float]:
+        """Yield the factor of each matrix's orthogonal update, where ``rule`` is that of the settings."""
+        for rows, cols in self.stepped:
+            yield rule.rms(rows, cols, self.transposed) * math.sqrt(max(rows, cols))
 
 
 def route(

@@ -372,11 +372,7 @@ def _scales(members: Members, rate: float) -> tuple[float, float]:
     rule = members.rule
     if not members.routes or not isinstance(rule, MatrixRule):
         return (rate, 1.0) if members.routes else (0.0, 0.0)
-    scales = [
-        rule.rms(rows, cols, route.transposed) * math.sqrt(max(rows, cols))
-        for route in members.routes
-        for rows, cols in route.stepped
-    ]
+    scales = [scale for route in members.routes for scale in route.scales(rule)]
     return rate * sum(scales), float(len(scales))
 
 

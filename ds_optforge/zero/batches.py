@@ -60,37 +60,29 @@ class OwnedBatch:
 
     def parted(self, matrices: Tensor) -> Tensor:
         """Return the (n parts, rows, cols) matrices that (n, rows, cols) ones join, those of one matrix after each other."""
-        if self.joins is None:
-            return matrices
-        turns = (self.count, -1, self.joins.parts, self.joins.block)
-        if self.transposed:
-            apart = matrices.mT.reshape(*turns, self.rows).transpose(1, 2)
-            return apart.reshape(self.count * self.joins.parts, -1, self.rows).mT.contiguous()
-        return matrices.reshape(*turns, self.cols).transpose(1, 2).reshape(self.count * self.joins.parts, -1, self.cols)
+        if self.joins is None or not self.transposed:
+            return self.parted_values(matrices)
+        return self.parted_values(matrices.mT).mT.contiguous()
 
     def together(self, parts: Tensor) -> Tensor:
         """Undo `parted`."""
-        if self.joins is None:
-            return parts
-        apart = (self.count, self.joins.parts, -1, self.joins.block)
-        if self.transposed:
-            turns = parts.mT.reshape(*apart, self.rows).transpose(1, 2)
-            return turns.reshape(self.count, self.cols, self.rows).mT
-        return parts.reshape(*apart, self.cols).transpose(1, 2).reshape(self.count, self.rows, self.cols)
+        return self.values_together(parts.mT).mT if self.joins and self.transposed else self.values_together(parts)
 
     def parted_values(self, values: Tensor) -> Tensor:
-        """Return (n parts, outputs) values of the outputs of the parts, from (n, outputs) of the matrices."""
+        """Return what there is of each output of the parts, (n parts, outputs, ...), from (n, outputs, ...) of the matrices."""
         if self.joins is None:
             return values
-        turns = values.reshape(self.count, -1, self.joins.parts, self.joins.block).transpose(1, 2)
-        return turns.reshape(self.count * self.joins.parts, -1)
+        parts, each = self.joins.parts, values.shape[2:]
+        turns = values.reshape(self.count, -1, parts, self.joins.block, *each).transpose(1, 2)
+        return turns.reshape(self.count * parts, -1, *each)
 
     def values_together(self, values: Tensor) -> Tensor:
         """Undo `parted_values`."""
         if self.joins is None:
             return values
-        apart = values.reshape(self.count, self.joins.parts, -1, self.joins.block).transpose(1, 2)
-        return apart.reshape(self.count, -1)
+        parts, each = self.joins.parts, values.shape[2:]
+        apart = values.reshape(self.count, parts, -1, self.joins.block, *each).transpose(1, 2)
+        return apart.reshape(self.count, -1, *each)
 
     def unfolded(self, matrices: Tensor) -> Tensor:
         """Undo `folded`."""
