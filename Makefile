@@ -1,6 +1,7 @@
 # make train   train the tiny GPT with Muon on two ranks, ZeRO-2
 # make test    lint, type check and run all tests, in two processes
 # make quick   an answer in two minutes: the same without ranks and launches, but for a few tests on two ranks
+# make docs    the documentation site, into site/: a dead link fails
 # make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
 # make evidence   AdamW, tuned, against what `ds-optforge init` makes of it: the tables of docs/from_adamw.md, in half an hour
 # make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
@@ -16,7 +17,7 @@ PYTHON ?= python3
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: train test quick bench evidence bench-gpu test-gpu soak test-versions venv clean
+.PHONY: train test quick docs bench evidence bench-gpu test-gpu soak test-versions venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -32,6 +33,9 @@ quick: venv
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 	$(IN_VENV) pytest -m quick $(IN_TWO)
+
+docs: venv
+	$(IN_VENV) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/orthogonalization.py
@@ -74,5 +78,5 @@ venv: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .versions build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .versions build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+"""What the documentation site needs beside the pages: the changelog, and links that leave the pages as text.
+
+mkdocs.yml names this file; mkdocs calls the functions by their names.
+"""
+
+import re
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+# A link to a file of the repository, which the site does not have.
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
+_INTO_DOCS = re.compile(r"\]\(docs/")
+_OF_THE_ROOT = re.compile(r"\[([^\]]+)\]\((?!docs/)[\w.]+\)")  # CONTRIBUTING.md, say
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add CHANGELOG.md of the repository's root as a page."""
+    with open("CHANGELOG.md", encoding="utf-8") as file:
+        content = _OF_THE_ROOT.sub(r"\1", file.read())
+    files.append(File.generated(config, "changelog.md", content=_INTO_DOCS.sub("](", content)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Leave the text of links to files of the repository."""
+    return _OUTSIDE.sub(r"\1", markdown)
