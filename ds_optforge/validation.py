@@ -80,8 +80,32 @@ def problem(model: type[BaseModel], detail: Any, where: str, beside: Iterable[st
     if detail["type"] == "value_error":  # of ours: about one field of the section, or about the value itself
         message = str(detail["ctx"]["error"])
         return f"{where}.{message}" if isinstance(found, Mapping) else f"{where}: {_got(found)}; allowed: {message}"
-    allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Input should ")
-    return f"{where}: {_got(found)}; allowed: {allowed}"
+    return f"{where}: {_got(found)}; allowed: {_allowed(detail)}"
+
+
+# In our words, by pydantic's name of the problem, with what pydantic says of it filled in.
+_WORDS = {
+    "too_short": "{min_length} or more entries",
+    "too_long": "{max_length} entries at most",
+    "string_too_short": "a text",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+}
+
+
+def _allowed(detail: Any) -> str:
+    words = _WORDS.get(detail["type"])
+    if words:
+        return words.format(**detail.get("ctx", {}))
+    message: str = detail["msg"]
+    return message.removeprefix("Input should be ").removeprefix("Input should ")
 
 
 def _got(found: Any) -> str:

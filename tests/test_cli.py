@@ -289,7 +289,7 @@ BAD = {
     "another optimizer": ({"optimizer": {"type": "AdamW"}}, "optimizer.type: got 'AdamW'; allowed: 'OptForge'"),
     "a bad value": (
         {"optimizer": {"type": "OptForge", "params": {"name": "muon", "lr": "x"}}},
-        "optimizer.params.lr: got 'x' (str); allowed: a valid number",
+        "optimizer.params.lr: got 'x' (str); allowed: a number",
     ),
 }
 

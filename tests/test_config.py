@@ -50,19 +50,19 @@ OUT_OF_RANGE = {
 }
 
 WRONG_TYPE = {
-    "lr": (muon(lr="0.02"), "'0.02' (str)", "a valid number"),
-    "lr ": (muon(lr=True), "True (bool)", "a valid number"),
-    "weight_decay": (muon(weight_decay=None), "None (NoneType)", "a valid number"),
-    "nesterov": (muon(nesterov=1), "1 (int)", "a valid boolean"),
-    "adamw": (muon(adamw=3), "3 (int)", "a valid dictionary"),
-    "roles.matrix": (muon(roles={"matrix": 5}), "5 (int)", "a valid dictionary"),
-    "orthogonalization": (muon(orthogonalization=5), "5 (int)", "a valid dictionary"),
-    "orthogonalization.steps": (orthogonalization(steps=5.0), "5.0 (float)", "a valid integer"),
-    "betas": (adamw(betas=0.9), "0.9 (float)", "tuple"),
-    "betas[0]": (adamw(betas=["0.9", 0.95]), "'0.9' (str)", "a valid number"),
-    "overrides": (muon(overrides={"match": "blocks"}), "{'match': 'blocks'} (dict)", "tuple"),
-    "overrides[0]": (muon(overrides=["blocks"]), "'blocks' (str)", "a valid dictionary"),
-    "overrides[0].match": (muon(overrides=[{"match": 3}]), "3 (int)", "a valid string"),
+    "lr": (muon(lr="0.02"), "'0.02' (str)", "a number"),
+    "lr ": (muon(lr=True), "True (bool)", "a number"),
+    "weight_decay": (muon(weight_decay=None), "None (NoneType)", "a number"),
+    "nesterov": (muon(nesterov=1), "1 (int)", "true or false"),
+    "adamw": (muon(adamw=3), "3 (int)", "an object"),
+    "roles.matrix": (muon(roles={"matrix": 5}), "5 (int)", "an object"),
+    "orthogonalization": (muon(orthogonalization=5), "5 (int)", "an object"),
+    "orthogonalization.steps": (orthogonalization(steps=5.0), "5.0 (float)", "a whole number"),
+    "betas": (adamw(betas=0.9), "0.9 (float)", "a list"),
+    "betas[0]": (adamw(betas=["0.9", 0.95]), "'0.9' (str)", "a number"),
+    "overrides": (muon(overrides={"match": "blocks"}), "{'match': 'blocks'} (dict)", "a list"),
+    "overrides[0]": (muon(overrides=["blocks"]), "'blocks' (str)", "an object"),
+    "overrides[0].match": (muon(overrides=[{"match": 3}]), "3 (int)", "a text"),
     "overrides[0].heads": (override(heads="all"), "'all' (str)", "integer"),
 }
 
@@ -403,7 +403,7 @@ SCHEDULE_ERRORS = {
     "both": ({"warmup_ratio": 0.1, "warmup_num_steps": 3, "total_num_steps": 9}, "warmup_ratio: got both", "one of them"),
     "negative": ({"warmup_num_steps": -1}, "warmup_num_steps: got -1", "greater than or equal to 0"),
     "fraction": ({"final_lr_fraction": 1.1}, "final_lr_fraction: got 1.1", "less than or equal to 1"),
-    "type": ({"total_num_steps": 10.0}, "total_num_steps: got 10.0 (float)", "a valid integer"),
+    "type": ({"total_num_steps": 10.0}, "total_num_steps: got 10.0 (float)", "a whole number"),
     "no step": ({"name": "cosine", "total_num_steps": 0}, "total_num_steps: got 0", "greater than or equal to 1"),
 }
 

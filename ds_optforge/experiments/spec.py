@@ -91,7 +91,7 @@ class PhaseSection(Section):
 
     name: str = Field(min_length=1, description="a title")
     experiments: dict[str, Any] | None = Field(None, min_length=1, description="by name")
-    grid: dict[str, list[Any]] | None = Field(None, min_length=2, description="two or more dotted paths, a list of values each")
+    grid: dict[str, list[Any]] | None = Field(None, min_length=1, description="dotted paths, a list of values each")
 
     @model_validator(mode="after")
     def _one(self) -> "PhaseSection":

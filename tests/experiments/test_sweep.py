@@ -198,6 +198,14 @@ def test_a_combination_that_is_impossible_is_a_crash_of_that_experiment(tmp_path
     assert "no configuration to run: scheduler.params.total_num_steps" in rows["B"]["description"]
 
 
+def test_a_grid_of_one_key_runs_each_of_its_values(tmp_path: Path) -> None:
+    grid = {"optimizer.params.lr": [0.1, 0.2, 0.3]}
+    section = read_sweep(sweep(tmp_path, [{"name": "rates", "grid": grid}])).phases[0]
+    assert [experiment.changes for experiment in section.experiments] == [
+        {"optimizer.params.lr": rate} for rate in (0.1, 0.2, 0.3)
+    ]
+
+
 @pytest.mark.promise("sweep-grid")
 def test_a_grid_runs_every_pair_and_its_best_is_the_next_baseline(tmp_path: Path) -> None:
     grid = {"optimizer.params.lr": [0.1, 0.3], "train_batch_size": [8, 16]}
