@@ -458,6 +458,8 @@ def plot_loss(path: Path, result: Result, title: str) -> None:
     """Draw the training loss, raw and smoothed, and the validation loss at the end."""
     from matplotlib.figure import Figure  # takes half a second, for which no other rank need wait
 
+    from ds_optforge.experiments.plots import smoothed
+
     steps = [row["step"] for row in result.metrics]
     losses = [row["loss"] for row in result.metrics]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -479,16 +481,6 @@ def plot_loss(path: Path, result: Result, title: str) -> None:
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def smoothed(values: list[float], reach: int = 5) -> list[float]:
-    """Smooth without lag: the mean over up to `reach` neighbours on each side, always equally many on both."""
-    out = []
-    for index in range(len(values)):
-        near = min(reach, index, len(values) - 1 - index)
-        window = values[index - near : index + near + 1]
-        out.append(sum(window) / len(window))
-    return out
 
 
 if __name__ == "__main__":

@@ -53,12 +53,17 @@ def _along(curves: Sequence[Curve], against: Literal["steps", "seconds"]) -> lis
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Smooth without lag: the mean over up to 2% of all values on each side, always equally many on both."""
-    reach = max(1, len(values) // 50)
+    """Smooth by the mean over 2% of all values on each side.
+
+    At the start, where a loss falls fast, the window shrinks evenly; at the end it keeps its width and stands still, because a
+    window that shrinks to the last value shows the noise of one batch as a turn of the curve.
+    """
+    reach = min(max(1, len(values) // 50), (len(values) - 1) // 2)
     means = []
     for index in range(len(values)):
-        near = min(reach, index, len(values) - 1 - index)
-        means.append(statistics.mean(values[index - near : index + near + 1]))
+        middle = min(index, len(values) - 1 - reach)
+        near = min(reach, middle)
+        means.append(statistics.mean(values[middle - near : middle + near + 1]))
     return means
 
 
