@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.json; default: the current one")
     command.set_defaults(run=_configs, config=None)
+    command = commands.add_parser("doctor", help="report versions, compilers, backends and a small run on two ranks")
+    command.add_argument("--no-run", dest="training", action="store_false", help="leave the small run out")
+    command.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    command.set_defaults(run=_doctor, config=None)
     _add_init(commands)
     _add_convert(commands)
     _add_experiments(commands)
@@ -200,6 +204,14 @@ def _check(options: argparse.Namespace) -> int:
     left_open = ", ".join(autos_of(config))
     print(f"{options.config}: valid" + (f", once Accelerate or the HF Trainer has filled {left_open}" if left_open else ""))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from ds_optforge.doctor import examine, report
+
+    findings = examine(options.training)
+    print(json.dumps([each.plain() for each in findings], indent=2) if options.json else report(findings), end="")
+    return int(any(each.verdict == "problem" for each in findings))
 
 
 def _init(options: argparse.Namespace) -> int:

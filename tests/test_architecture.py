@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedules",),
     ("checkpoint", "integrations", "forecast", "migrate"),
     ("experiments", "testing"),
+    ("doctor",),
     ("cli",),
 )
 KNOWS_DEEPSPEED = ("zero/layout.py", "zero/engine.py", "zero/pipeline.py", "zero/shards.py")
