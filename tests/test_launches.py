@@ -123,18 +123,48 @@ def test_with_offload_a_bucket_is_copied_once_each_way(rule: str, stage: int) ->
 
 
 @pytest.mark.parametrize("rule", ["muon", "adamw"])
-def test_a_number_of_steps_that_was_put_on_the_device_comes_back_once(rule: str) -> None:
-    """As DeepSpeed's reload_states does with all state: the host would wait for it in every step."""
+def test_a_number_of_steps_that_was_put_on_the_device_is_not_read_from_it(rule: str) -> None:
+    """As DeepSpeed's reload_states does with all state, here twice: the host's own number counts on."""
     with standing(SMALL, 2, 3, name=rule) as (optimizer, collectives):
         optimizer.step()
         (state,) = optimizer.state.values()
+        steps = []
+        for _ in range(2):
+            state["step"] = state["step"].to(META)
+            collectives.counter.clear()
+            optimizer.step()
+            assert collectives.counter.waits == 0
+            steps.append(state["step"].item())
+    assert steps == [2, 3]
+
+
+def test_a_number_of_steps_that_was_loaded_is_the_one_that_counts_on() -> None:
+    """It went to the device before any step saw it."""
+    with standing(SMALL, 2, 3, name="muon") as (optimizer, collectives):
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0]["step"] = torch.tensor(40.0)
+        optimizer.load_state_dict(saved)
+        (state,) = optimizer.state.values()
         state["step"] = state["step"].to(META)
-        waits = []
+        collectives.counter.clear()
+        optimizer.step()
+    assert (collectives.counter.waits, state["step"].item()) == (0, 41)
+
+
+def test_a_number_of_steps_that_was_changed_on_the_device_is_read_once() -> None:
+    """The host's is out of date. (What is read of the meta device is 0.)"""
+    with standing(SMALL, 2, 3, name="muon") as (optimizer, collectives):
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        state["step"] = state["step"].to(META).fill_(7.0)
+        waits, steps = [], []
         for _ in range(2):
             collectives.counter.clear()
             optimizer.step()
             waits.append(collectives.counter.waits)
-    assert waits == [1, 0]
+            steps.append(state["step"].item())
+    assert (waits, steps) == ([1, 0], [1, 2])
 
 
 def test_a_model_on_two_devices_is_stepped_device_by_device() -> None:
@@ -149,6 +179,21 @@ def test_a_model_on_two_devices_is_stepped_device_by_device() -> None:
         optimizer.step()
     assert counter.launches
     assert not torch.equal(model[0].weight, before)
+
+
+def test_in_plain_pytorch_the_host_waits_once_a_step() -> None:
+    """For the check that gradients are finite: once for all three groups (matrices, embedding and head, biases)."""
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(32, 8, device=META), "head": torch.nn.Linear(8, 32, device=META)})
+    model.add_module("layers", torch.nn.Sequential(*(torch.nn.Linear(8, 8, device=META) for _ in range(3))))
+    optimizer = build_optimizer(model, {"name": "normuon", "lr": 0.02, "adamw": {"lr": 1e-3}})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Launches() as counter:
+        optimizer.step()
+        counter.clear()
+        optimizer.step()
+    assert len(optimizer.param_groups) >= 3
+    assert (counter.waits, counter.copies) == (1, 1)
 
 
 class TestTheCounter:
