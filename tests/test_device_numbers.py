@@ -38,7 +38,7 @@ def test_float32_statistics_travel_through_bfloat16_bit_by_bit(steps: int) -> No
 def as_on_an_accelerator() -> Iterator[None]:
     """The Gram form of bfloat16 matrices takes the products that it takes there."""
     kept = {torch.bfloat16: torch.float16}
-    with mock.patch.object(newton_schulz, "gram_dtype", side_effect=lambda batch: kept.get(batch.dtype, batch.dtype)):
+    with mock.patch.object(newton_schulz, "gram_dtype", side_effect=lambda dtype, device: kept.get(dtype, dtype)):
         yield
 
 

@@ -181,6 +181,14 @@ def bank(index: int, count: int, rows: int, cols: int, transposed: bool) -> Rout
     return Route(f"p{index}", (count, rows, cols), count * rows * cols, "matrix", MUON.main, places, transposed, "matrix")
 
 
+def test_flops_are_those_of_the_device_that_is_planned_for() -> None:
+    """5 steps of a steep set on 8 x 64: the standard form on a CPU, 20 n^2 m + 10 n^3; on CUDA the Gram form, 8 and 28."""
+    config = OptimizerConfig({"name": "muon", "orthogonalization": {"coefficients": "polar_express"}})
+    net = nn.Sequential(nn.Linear(64, 8, bias=False))
+    on = {device: forecast(net, config, Topology(1, 3, device=device)).ranks[0].flops for device in ("cpu", "cuda")}
+    assert on == {"cpu": 20 * 8**2 * 64 + 10 * 8**3, "cuda": 8 * 8**2 * 64 + 28 * 8**3}
+
+
 class TestBalance:
     """The shipped models with default settings. FLOPs of the busiest rank over the mean."""
 

@@ -7,7 +7,7 @@ in training. It takes no process group and no tensors.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 from torch import nn
@@ -178,7 +178,7 @@ class _Group:
         self.cost: Cost = lambda matrix: 0
         self.kept = NO_STATISTICS
         if isinstance(self.rule, MatrixRule):
-            self.cost = _remembered(self.rule.cost)
+            self.cost = _remembered(partial(self.rule.cost_on, topology.device))
             self.kept = Kept(tuple(statistic.per for statistic in self.rule.statistics), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]

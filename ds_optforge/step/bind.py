@@ -61,7 +61,7 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
     statistics = tuple(statistic.per for statistic in rule.statistics)
-    return Wanted(sharding.bucket_numel, rule.cost, wire, statistics, sharding.travels, sharding.mode == "shard_local")
+    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, sharding.mode == "shard_local")
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
