@@ -109,6 +109,7 @@ class OptForge(torch.optim.Optimizer):
         steps = [step for group in held for step in self._group_steps(group)]
         refuse_nonfinite([gradients for step in steps if (gradients := step.checked)])
         if self._telemetry:
+            self._telemetry.report()
             self._telemetry.skip([(step.name, step.size) for step in steps if step.is_idle])
         for step in steps:
             if not step.is_idle:

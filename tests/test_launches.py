@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ds_optforge import build_optimizer
+from ds_optforge.optimizer import send_telemetry
 from tests.launches import Launches, launches_of
 from tests.stand_in import META, Shape, Stepped, standing, steady_step
 
@@ -179,6 +180,42 @@ def test_a_model_on_two_devices_is_stepped_device_by_device() -> None:
         optimizer.step()
     assert counter.launches
     assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adamw"])
+def test_a_record_of_telemetry_is_one_copy_for_which_the_host_does_not_wait(rule: str, stage: int) -> None:
+    found = steady_step(SMALL, stage, 3, name=rule, telemetry={"every": 1})
+    assert (found.counts.waits, found.counts.copies) == (0, 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_with_offload_a_record_is_a_copy_each_way(stage: int) -> None:
+    """Sums of weights and gradients are the host's, those of orthogonal factors the device's; ranks add both up there."""
+    shapes = ((256, 256),) * 14 + ((256, 1024),) * 6
+    plain, recorded = (
+        steady_step(shapes, stage, 3, offload=True, name="muon", **more).counts for more in ({}, {"telemetry": {"every": 1}})
+    )
+    assert (recorded.waits - plain.waits, recorded.copies - plain.copies) == (0, 2)
+
+
+def test_a_record_is_looked_at_in_the_next_step_or_when_it_is_asked_for() -> None:
+    class Monitor:
+        enabled = True
+        written = 0
+
+        def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
+            self.written += 1
+
+    with standing(SMALL, 2, 3, name="muon", telemetry={"every": 1}) as (optimizer, collectives):
+        monitor = Monitor()
+        send_telemetry(optimizer, monitor)
+        written = []
+        for _ in range(3):
+            optimizer.step()
+            written.append(monitor.written)
+        assert optimizer.telemetry["step"] == 3
+    assert (written, monitor.written) == ([0, 1, 2], 3)
 
 
 def test_in_plain_pytorch_the_host_waits_once_a_step() -> None:
