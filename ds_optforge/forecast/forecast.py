@@ -85,6 +85,8 @@ class Forecast:
         sub_groups: calls of ``step()`` that orthogonalize: one per parameter group with matrices, more on ZeRO-3.
         groups: number of parameter groups with matrices.
         zero_numel: elements that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3).
+        calls: of ``step()``, each with its layout and plan.
+        gathers_only: whether a rule has sums over whole matrices, which other sharding modes would not give it.
     """
 
     topology: Topology
@@ -97,6 +99,7 @@ class Forecast:
     sub_groups: int
     groups: int
     zero_numel: int
+    calls: tuple["PlannedCall", ...] = ()
     gathers_only: bool = False
 
     @cached_property
@@ -130,7 +133,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
     Raises:
         ConfigError: expert_parallel does not divide the experts.
     """
-    groups = [_Group(stepped, sharding, topology, experts) for stepped, experts in stepped_together(routes, topology)]
+    groups = [PlannedCall(stepped, sharding, topology, experts) for stepped, experts in stepped_together(routes, topology)]
     ranks = tuple(RankFigures() for _ in range(topology.world_size))
     rows: Counter[int] = Counter()
     for group in groups:
@@ -147,6 +150,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
         sub_groups=len(planned),
         groups=len({route.group for route in routes if route.matrices}),
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
+        calls=tuple(groups),
         gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums) for group in planned),
     )
 
@@ -160,19 +164,30 @@ def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[Parti
     return PartitionLayout(world_size, names, tuple(cuts), tuple(matrices)), slice_numel
 
 
-class _Group:
-    """One call of ``step()`` on all ranks. ``plan`` is None for an elementwise rule.
+class PlannedCall:
+    """One call of ``step()`` on all ranks.
 
     With expert parallelism there are ``siblings`` equal groups: rank r of this one stands for ranks r * siblings and following.
+
+    Attributes:
+        siblings: number of equal groups.
+        device: type of the ranks' devices.
+        settings, rule: of the parameters.
+        layout: of the parameters.
+        slice_numel: elements of a rank's slice, padding included.
+        plan: owners and exchanges; None for an elementwise rule.
+        kept: the rule's statistics.
+        wire_bytes: of an element that travels.
     """
 
     def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
         self.siblings = topology.expert_parallel if experts else 1
         self.device = topology.device
-        self.rule = built(routes[0].settings)
+        self.settings = routes[0].settings
+        self.rule = built(self.settings)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
-        self.state_dtype = routes[0].settings.state_dtype
+        self.state_dtype = self.settings.state_dtype
         self.wire_bytes = int(_BYTES[sharding.wire_dtype])
         self.plan: ExchangePlan | None = None
         self.cost: Cost = lambda matrix: 0
