@@ -14,8 +14,9 @@ from torch import nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import ShardingSettings
-from ds_optforge.forecast.exchange_sizes import ExchangeSizes, cut_alike, exchange_sizes, fragments
+from ds_optforge.forecast.exchange_sizes import cut_alike, exchange_sizes, fragments
 from ds_optforge.forecast.topology import Topology, stepped_together
+from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.state import BLOCK
@@ -48,7 +49,7 @@ class RankFigures:
         flops: FLOPs of orthogonalizing them.
         shard_flops: FLOPs of orthogonalizing its own fragments instead (shard_local).
         sent_bytes: bytes that it sends to other ranks, fragments and updates.
-        workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and its largest matrix together.
+        workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and temporary tensors together.
         local_workspace_bytes: the same where fragments are stepped alone: its largest bucket of them, read and written.
         state_bytes: bytes of optimizer state, without the weights.
         elementwise_bytes: bytes that everything but the matrix products reads and writes.
@@ -228,7 +229,10 @@ class PlannedCall:
             sizes = exchange_sizes(self.plan, self.kept)
             for rank, own in enumerate(figures):
                 own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes) + self._sum_bytes(self.plan)
-            self._add_workspace(self.plan, figures, sizes)
+            assert isinstance(self.rule, MatrixRule)
+            held = workspaces(self.rule, self.plan, sizes, self.wire_bytes, self.device)
+            for own, workspace in zip(figures, held, strict=True):
+                own.workspace_bytes = workspace
         return figures, rows
 
     def _bytes_of_an_element(self, state: float) -> float:
@@ -253,29 +257,22 @@ class PlannedCall:
             for rank, within in fragments(self.layout, alike[0]):
                 touched = matrix.rows_touched(within).numel
                 bucket = max(within.numel, min(plan.local_numel(self.device), self.slice_numel))
-                figures[rank].local_workspace_bytes = max(figures[rank].local_workspace_bytes, 2 * self.wire_bytes * bucket)
+                held = self._held_alone(replace(matrix, rows=touched, joins=None), len(alike), bucket)
+                figures[rank].local_workspace_bytes = max(figures[rank].local_workspace_bytes, held)
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched, joins=None))
                 if within.numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)
                 kept = sum(matrix.values_in(per, within).numel for per in self.kept.per)
                 figures[rank].state_bytes += 4 * len(alike) * kept
 
-    def _add_workspace(self, plan: ExchangePlan, figures: list[RankFigures], sizes: "Sequence[ExchangeSizes]") -> None:
-        travelling = {matrix for exchange in plan.exchanges for matrix in exchange}
-        local, largest_local, largest = ([0] * len(figures) for _ in range(3))
-        for index, (matrix, owner) in enumerate(zip(self.layout.matrices, plan.owners, strict=True)):
-            largest[owner] = max(largest[owner], matrix.numel)
-            if index not in travelling:
-                local[owner] += matrix.numel
-                largest_local[owner] = max(largest_local[owner], matrix.numel)
-        for rank, own in enumerate(figures):
-            received = [size.receives[rank] for size in sizes]
-            both = [0, *(size.sends[rank] + size.receives[rank] for size in sizes), 0]
-            # One exchange returns, one is orthogonalized in its receive buffer, one is collected; done, the second returns too.
-            under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
-            in_flight = max(under_way, default=0)
-            bucket = max(min(local[rank], plan.local_numel(self.device)), largest_local[rank])
-            own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
+    def _held_alone(self, matrix: Matrix, count: int, bucket: int) -> int:
+        """Bytes of a bucket of fragments that are stepped alone, of which ``count`` are alike: rows of a matrix each."""
+        if self.device == "cpu":
+            return 2 * self.wire_bytes * bucket
+        assert isinstance(self.rule, MatrixRule)
+        count = min(count, max(bucket // matrix.numel, 1))
+        each = self.wire_bytes * matrix.numel + temporaries(self.rule, matrix, self.wire_bytes, self.device)
+        return self.wire_bytes * bucket + max(count * each, scratch_bytes(bucket, self.device))
 
 
 def _remembered(cost: Callable[[int, int], int]) -> Cost:

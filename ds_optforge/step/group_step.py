@@ -286,23 +286,25 @@ class _MatrixStep:
         return portion.split(weights) if weights else []
 
     def _update(self, bucket: Bucket) -> None:
-        watch = self._call.watch
         for index in bucket.exchange.batches:
-            found = bucket.exchange.matrices(index)
-            names = (statistic.name for statistic in self._rule.statistics)
-            batch = Batch(
-                found.matrices,
-                found.active,
-                found.transposed,
-                dict(zip(names, found.statistics, strict=True)),
-                bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
-                found.has_all,
-                watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
-            )
-            updates = self._rule.update(batch, self._call.now)
-            if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
-                raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
-            bucket.exchange.put(index, updates, found)
+            self._update_batch(bucket, index)  # nothing of a batch is held while the next is orthogonalized
+
+    def _update_batch(self, bucket: Bucket, index: int) -> None:
+        watch, found = self._call.watch, bucket.exchange.matrices(index)
+        names = (statistic.name for statistic in self._rule.statistics)
+        batch = Batch(
+            found.matrices,
+            found.active,
+            found.transposed,
+            dict(zip(names, found.statistics, strict=True)),
+            bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
+            found.has_all,
+            watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
+        )
+        updates = self._rule.update(batch, self._call.now)
+        if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
+            raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
+        bucket.exchange.put(index, updates, found)
 
     def _apply(self, bucket: Bucket) -> None:
         bucket.exchange.await_updates()
