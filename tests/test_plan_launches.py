@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.forecast.command import Question, answer
 from ds_optforge.forecast.forecast import Forecast, forecast_routes
 from ds_optforge.forecast.launches import step_launches
+from ds_optforge.forecast.report import report
 from ds_optforge.forecast.topology import Topology
 from ds_optforge.routing.roles import routes_of
 from tests.stand_in import Shape, model_of, standing, steady_step
@@ -84,3 +86,16 @@ def test_the_workspace_on_an_accelerator_holds_what_a_step_does(case: str) -> No
         with StepTrace(allowed=2**60) as trace:
             optimizer.step()
     assert 0.78 * ranks[rank].workspace_bytes <= trace.peak <= 1.01 * ranks[rank].workspace_bytes
+
+
+def test_the_plan_prints_them_with_the_hosts_time() -> None:
+    """5 microseconds each; in JSON with the rank that was counted."""
+    plan = answer(Question("gpt2", 8, stage=3))
+    kernels = step_launches(plan.stages[0].predicted).kernels
+    assert f"launches {kernels:,} kernels a step" in " ".join(report(plan).split())
+    assert plan.plain()["stages"][0]["launches"] == {
+        "rank": step_launches(plan.stages[0].predicted).rank,
+        "kernels": kernels,
+        "uncounted": (),
+        "host_seconds": pytest.approx(5e-6 * kernels),
+    }

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 
 from ds_optforge.forecast.forecast import Forecast, PlannedCall
-from ds_optforge.forecast.rule_launches import counted_alone, in_apply, in_call, in_direction, in_update
 from ds_optforge.forecast.multi_tensor import copy_launches, multi_tensor_launches
+from ds_optforge.forecast.rule_launches import counted_alone, in_apply, in_call, in_direction, in_update
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule
 from ds_optforge.step.bind import elementwise_spans, pack, portion_of
 from ds_optforge.step.slices import Portion, chunk_numel
