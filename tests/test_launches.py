@@ -207,7 +207,7 @@ def test_a_record_is_looked_at_in_the_next_step_or_when_it_is_asked_for() -> Non
         def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
             self.written += 1
 
-    with standing(SMALL, 2, 3, name="muon", telemetry={"every": 1}) as (optimizer, collectives):
+    with standing(SMALL, 2, 3, name="muon", telemetry={"every": 1}) as (optimizer, _):
         monitor = Monitor()
         send_telemetry(optimizer, monitor)
         written = []

@@ -120,7 +120,8 @@ def _host(found: StagePlan) -> str:
     gather = next(each.seconds.optimizer for each in found.candidates if each.settings is not None)
     text = (
         f"gather on ZeRO-{found.stage} launches {kernels:,} kernels a step (rank {found.launches.rank}, which orthogonalizes "
-        f"most): {milliseconds:,.1f} ms of the host at {1e6 * LAUNCH_SECONDS:g} us each, beside {1e3 * gather:,.1f} ms of the device"
+        f"most): {milliseconds:,.1f} ms of the host at {1e6 * LAUNCH_SECONDS:g} us each, beside {1e3 * gather:,.1f} ms of the "
+        "device"
     )
     if found.launches.uncounted:
         text += f"; without {', '.join(found.launches.uncounted)}, of which no count is known"

@@ -115,7 +115,7 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
 
 
 def gram_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """Return the dtype of the Gram form's products of matrices of ``dtype``: the same, but on accelerators float16 for bfloat16.
+    """Return the dtype of the Gram form's products: that of the matrices, but on accelerators float16 for bfloat16.
 
     Where cuBLAS adds up a sum in parts, and rounds each to 16 bits, five quintic steps in bfloat16 take the largest singular
     value to 1.8; float16 has eight times the precision and, once X is normalised, the range. (Emulated, up to eight parts: at

@@ -29,7 +29,7 @@ _ALIGNMENT = 8
 
 
 def travelling_numel(numel: int, values: int, kept: Kept = NO_STATISTICS) -> int:
-    """Return the elements that a fragment of ``numel`` elements, with ``values`` of statistics and its flag, takes in a buffer."""
+    """Return the elements that a fragment of ``numel``, with ``values`` of statistics and its flag, takes in a buffer."""
     return -(-(numel + kept.words * values + 1) // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -530,7 +530,7 @@ class TestExchange:
         assert travelled == 2 * (world_size - 1) * elements // world_size + 2 * 8 * leaving
 
     def test_a_straddling_matrix_of_zero_2_sends_only_what_the_owner_lacks(self) -> None:
-        """Two 4x5 matrices on two slices of 20, the first matrix starting at 10: 10 elements and a flag, made 16, there and back."""
+        """Two 4x5 matrices on two slices of 20, the first starting at 10: 10 elements and a flag, made 16, there and back."""
         layout = PartitionLayout(2, ("a",), (Cut(10, 20, 0),), (Matrix(0, 0, 4, 5),))
         plan = make_plan(layout, cubic, 100)
         first, second = (exchange_buckets(plan, rank)[0] for rank in (0, 1))
