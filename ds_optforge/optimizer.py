@@ -14,17 +14,19 @@ from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
+from ds_optforge.step.finite import refuse_nonfinite
 from ds_optforge.step.group_step import GroupStep
 from ds_optforge.step.groups import GROUP, Groups
 from ds_optforge.step.schedule_check import ScheduleCheck
 from ds_optforge.step.slices import Members, Slices, buffer_dtype
+from ds_optforge.step.step_counts import StepCounts
 from ds_optforge.step.telemetry import Monitor, Telemetry
 
 logger = logging.getLogger("ds_optforge")
 
 
 # Attributes beside torch's that a copy has.
-_COPIED = ("_groups", "_schedule_check", "_warned", "_allocated", "_training_weights", "_telemetry")
+_COPIED = ("_groups", "_schedule_check", "_warned", "_allocated", "_training_weights", "_telemetry", "_step_counts")
 
 # What to do with a checkpoint of another optimizer; the end of messages.
 OTHER_OPTIMIZERS_CHECKPOINT = (
@@ -53,6 +55,7 @@ class OptForge(torch.optim.Optimizer):
         self._groups = Groups(params, checked)
         self._schedule_check = ScheduleCheck(self._groups)
         self._warned: set[str] = set()
+        self._step_counts = StepCounts()
         self._allocated = False  # the state of groups that are stepped in later calls
         self._training_weights: list[tuple[Tensor, Tensor]] | None = None  # while averaged weights are in their place
         super().__init__(self._groups.dicts, defaults={"lr": checked.main.lr})
@@ -99,33 +102,28 @@ class OptForge(torch.optim.Optimizer):
                 loss = closure()
         shown = [group for group in self.param_groups if group["params"]]
         held = self._held(shown)
-        self._bring_back_steps(held)
+        self._step_counts.bring_back(self._states(held))
         self._groups.refuse_unfrozen(shown)
         self._check_schedule(shown, held)
         self._allocate_others(held)
         steps = [step for group in held for step in self._group_steps(group)]
-        for step in steps:
-            step.check_gradients()
+        refuse_nonfinite([gradients for step in steps if (gradients := step.checked)])
         if self._telemetry:
+            self._telemetry.report()
             self._telemetry.skip([(step.name, step.size) for step in steps if step.is_idle])
         for step in steps:
             if not step.is_idle:
                 step.update_group()
+        self._step_counts.remember(self._states(held))
         return loss
 
     def _held(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave out the groups of which other stages of a pipeline have all parameters."""
         return [group for group in groups if self._groups[group].parameters]
 
-    def _bring_back_steps(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Move numbers of steps to the host, where DeepSpeed's `reload_states` has put them on the device with all state.
-
-        Each step reads them, and would make the host wait for the device.
-        """
-        for tensor in (tensor for group in groups for tensor in group["params"]):
-            state = self.state.get(tensor, {})
-            if "step" in state and state["step"].device.type != "cpu":
-                state["step"] = state["step"].cpu()
+    def _states(self, groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield (tensor, its state) of each stepped tensor of ``groups`` that has any."""
+        return ((tensor, self.state[tensor]) for group in groups for tensor in group["params"] if tensor in self.state)
 
     def _allocate_others(self, stepped: Sequence[dict[str, Any]]) -> None:
         """Allocate the state of the groups that ZeRO-1/2 steps later, in the first call. Collective.
@@ -267,6 +265,7 @@ class OptForge(torch.optim.Optimizer):
                     group.setdefault("initial_weight_decay", initial)
             self._schedule_check.remember(self.param_groups)
             self._restore_dtypes(given[0])
+            remember_steps(self)
 
         # After the user's hooks before, and before the user's hooks after.
         with self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(finish, prepend=True):
@@ -376,6 +375,11 @@ def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:
 def groups_of(optimizer: OptForge) -> Groups:
     """Return the groups of ``optimizer``, for checkpoints and schedules."""
     return optimizer._groups
+
+
+def remember_steps(optimizer: OptForge) -> None:
+    """Tell ``optimizer`` that numbers of steps in its state were written to: see `StepCounts`."""
+    optimizer._step_counts.remember(optimizer.state.items())
 
 
 def send_telemetry(optimizer: OptForge, monitor: Monitor) -> None:

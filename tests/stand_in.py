@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_optforge import build_optimizer
 from ds_optforge.optimizer import OptForge
+from ds_optforge.step.groups import GROUP
 from ds_optforge.zero import agreement, exchange, group_plan
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import cuts_of_group, cuts_of_parameters
@@ -115,6 +116,9 @@ def standing(
     group = optimizer.param_groups[0]
     for other in optimizer.param_groups[1:]:
         other["params"] = []
+    if optimizer._telemetry:  # is not to wait for them
+        optimizer._telemetry._members = {group[GROUP]: optimizer._groups.members[group[GROUP]]}
+        optimizer._telemetry._begin()
     numels = [parameter.numel() for parameter in group["params"]]
     assert len(numels) >= len(shapes)
     cuts, size = (cuts_of_parameters if stage == 3 else cuts_of_group)(numels, world)
@@ -128,6 +132,7 @@ def standing(
     stub = SimpleNamespace(
         all_to_all_single=collectives.all_to_all_single,
         all_reduce=collectives.all_reduce,
+        is_initialized=lambda: False,
         ReduceOp=dist.ReduceOp,
         Work=dist.Work,
         ProcessGroup=dist.ProcessGroup,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ds_optforge import build_optimizer
+from ds_optforge.optimizer import send_telemetry
 from tests.launches import Launches, launches_of
 from tests.stand_in import META, Shape, Stepped, standing, steady_step
 
@@ -123,18 +124,48 @@ def test_with_offload_a_bucket_is_copied_once_each_way(rule: str, stage: int) ->
 
 
 @pytest.mark.parametrize("rule", ["muon", "adamw"])
-def test_a_number_of_steps_that_was_put_on_the_device_comes_back_once(rule: str) -> None:
-    """As DeepSpeed's reload_states does with all state: the host would wait for it in every step."""
+def test_a_number_of_steps_that_was_put_on_the_device_is_not_read_from_it(rule: str) -> None:
+    """As DeepSpeed's reload_states does with all state, here twice: the host's own number counts on."""
     with standing(SMALL, 2, 3, name=rule) as (optimizer, collectives):
         optimizer.step()
         (state,) = optimizer.state.values()
+        steps = []
+        for _ in range(2):
+            state["step"] = state["step"].to(META)
+            collectives.counter.clear()
+            optimizer.step()
+            assert collectives.counter.waits == 0
+            steps.append(state["step"].item())
+    assert steps == [2, 3]
+
+
+def test_a_number_of_steps_that_was_loaded_is_the_one_that_counts_on() -> None:
+    """It went to the device before any step saw it."""
+    with standing(SMALL, 2, 3, name="muon") as (optimizer, collectives):
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0]["step"] = torch.tensor(40.0)
+        optimizer.load_state_dict(saved)
+        (state,) = optimizer.state.values()
         state["step"] = state["step"].to(META)
-        waits = []
+        collectives.counter.clear()
+        optimizer.step()
+    assert (collectives.counter.waits, state["step"].item()) == (0, 41)
+
+
+def test_a_number_of_steps_that_was_changed_on_the_device_is_read_once() -> None:
+    """The host's is out of date. (What is read of the meta device is 0.)"""
+    with standing(SMALL, 2, 3, name="muon") as (optimizer, collectives):
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        state["step"] = state["step"].to(META).fill_(7.0)
+        waits, steps = [], []
         for _ in range(2):
             collectives.counter.clear()
             optimizer.step()
             waits.append(collectives.counter.waits)
-    assert waits == [1, 0]
+            steps.append(state["step"].item())
+    assert (waits, steps) == ([1, 0], [1, 2])
 
 
 def test_a_model_on_two_devices_is_stepped_device_by_device() -> None:
@@ -149,6 +180,57 @@ def test_a_model_on_two_devices_is_stepped_device_by_device() -> None:
         optimizer.step()
     assert counter.launches
     assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("rule", ["muon", "normuon", "adamw"])
+def test_a_record_of_telemetry_is_one_copy_for_which_the_host_does_not_wait(rule: str, stage: int) -> None:
+    found = steady_step(SMALL, stage, 3, name=rule, telemetry={"every": 1})
+    assert (found.counts.waits, found.counts.copies) == (0, 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_with_offload_a_record_is_a_copy_each_way(stage: int) -> None:
+    """Sums of weights and gradients are the host's, those of orthogonal factors the device's; ranks add both up there."""
+    shapes = ((256, 256),) * 14 + ((256, 1024),) * 6
+    plain, recorded = (
+        steady_step(shapes, stage, 3, offload=True, name="muon", **more).counts for more in ({}, {"telemetry": {"every": 1}})
+    )
+    assert (recorded.waits - plain.waits, recorded.copies - plain.copies) == (0, 2)
+
+
+def test_a_record_is_looked_at_in_the_next_step_or_when_it_is_asked_for() -> None:
+    class Monitor:
+        enabled = True
+        written = 0
+
+        def write_events(self, event_list: list[tuple[str, float, int]]) -> None:
+            self.written += 1
+
+    with standing(SMALL, 2, 3, name="muon", telemetry={"every": 1}) as (optimizer, _):
+        monitor = Monitor()
+        send_telemetry(optimizer, monitor)
+        written = []
+        for _ in range(3):
+            optimizer.step()
+            written.append(monitor.written)
+        assert optimizer.telemetry["step"] == 3
+    assert (written, monitor.written) == ([0, 1, 2], 3)
+
+
+def test_in_plain_pytorch_the_host_waits_once_a_step() -> None:
+    """For the check that gradients are finite: once for all three groups (matrices, embedding and head, biases)."""
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(32, 8, device=META), "head": torch.nn.Linear(8, 32, device=META)})
+    model.add_module("layers", torch.nn.Sequential(*(torch.nn.Linear(8, 8, device=META) for _ in range(3))))
+    optimizer = build_optimizer(model, {"name": "normuon", "lr": 0.02, "adamw": {"lr": 1e-3}})
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Launches() as counter:
+        optimizer.step()
+        counter.clear()
+        optimizer.step()
+    assert len(optimizer.param_groups) >= 3
+    assert (counter.waits, counter.copies) == (1, 1)
 
 
 class TestTheCounter:

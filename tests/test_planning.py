@@ -140,11 +140,11 @@ class TestBytes:
 
     @pytest.mark.parametrize("world_size", [2, 4, 8, 32])
     def test_on_zero_3_every_matrix_travels_there_and_back_but_for_the_owners_part(self, world_size: int) -> None:
-        """All ranks together: 2 (w - 1) / w P elements of 2 bytes, and a flag per fragment each way."""
+        """All ranks together: 2 (w - 1) / w P elements of 2 bytes, and 8 more per fragment each way, one of which is a flag."""
         found = predicted("llama3-8b", world_size, 3)
         numel = sum(route.numel for route in routes_of("llama3-8b") if route.matrices)
         assert all(route.numel % world_size == 0 for route in routes_of("llama3-8b"))
-        flags = 2 * 2 * (world_size - 1) * found.matrices
+        flags = 2 * 2 * 8 * (world_size - 1) * found.matrices
         sent = sum(rank.sent_bytes for rank in found.ranks)
         assert sent == 2 * 2 * numel * (world_size - 1) // world_size + flags
 
@@ -164,9 +164,9 @@ class TestBytes:
         net = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(3))
         # Three slices of 144 elements: no cut goes through a matrix.
         assert sum(rank.sent_bytes for rank in forecast(net, MUON, Topology(3, 2)).ranks) == 0
-        # Two of 216: the second matrix is cut in halves of 72 elements; each rank sends one, and a flag, there or back.
+        # Two of 216: the second matrix is cut in halves of 72 elements; each rank sends one there or back, with a flag 80.
         found = forecast(net, MUON, Topology(2, 2))
-        assert [rank.sent_bytes for rank in found.ranks] == [2 * (72 + 1)] * 2
+        assert [rank.sent_bytes for rank in found.ranks] == [2 * 80] * 2
         assert sum(rank.matrices for rank in found.ranks) == 3
 
     def test_one_rank_sends_nothing(self) -> None:
@@ -179,6 +179,14 @@ class TestBytes:
 def bank(index: int, count: int, rows: int, cols: int, transposed: bool) -> Route:
     places = tuple((expert * rows * cols, rows, cols) for expert in range(count))
     return Route(f"p{index}", (count, rows, cols), count * rows * cols, "matrix", MUON.main, places, transposed, "matrix")
+
+
+def test_flops_are_those_of_the_device_that_is_planned_for() -> None:
+    """5 steps of a steep set on 8 x 64: the standard form on a CPU, 20 n^2 m + 10 n^3; on CUDA the Gram form, 8 and 28."""
+    config = OptimizerConfig({"name": "muon", "orthogonalization": {"coefficients": "polar_express"}})
+    net = nn.Sequential(nn.Linear(64, 8, bias=False))
+    on = {device: forecast(net, config, Topology(1, 3, device=device)).ranks[0].flops for device in ("cpu", "cuda")}
+    assert on == {"cpu": 20 * 8**2 * 64 + 10 * 8**3, "cuda": 8 * 8**2 * 64 + 28 * 8**3}
 
 
 class TestBalance:

@@ -21,7 +21,7 @@ from ds_optforge.checkpoint.positions import problem_of, set_position
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
 from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
 from ds_optforge.errors import CheckpointError
-from ds_optforge.optimizer import OptForge
+from ds_optforge.optimizer import OptForge, remember_steps
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import (
@@ -187,6 +187,7 @@ def _restore(
             for stepped, (_, resumption) in zip(live.stepped, resumptions, strict=True):
                 if stepped.name not in fresh and not isinstance(resumption, str):
                     _allocate(live.optimizer, stepped, resumption, loading)
+            remember_steps(live.optimizer)
             for name, (target, start, _) in live.untrained.items():
                 loading.into(target, name, start)
             checkpoint.read(loading.requests)

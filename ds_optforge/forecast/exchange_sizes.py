@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ds_optforge.zero.buckets import NO_STATISTICS, Kept
+from ds_optforge.zero.buckets import NO_STATISTICS, Kept, travelling_numel
 from ds_optforge.zero.partition import PartitionLayout, Range
 from ds_optforge.zero.plan import ExchangePlan
 
@@ -34,7 +34,7 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
         for alike in cut_alike(plan.layout, exchange):
             matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
             elements = [
-                within.numel + 1 + kept.words * sum(matrix.values_in(per, within).numel for per in kept.per)
+                travelling_numel(within.numel, sum(matrix.values_in(per, within).numel for per in kept.per), kept)
                 for _, within in fragments(plan.layout, alike[0])
             ]
             for rank, count in enumerate(elements, start=first):

@@ -7,15 +7,16 @@ in training. It takes no process group and no tensors.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 from torch import nn
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.sections import ShardingSettings
-from ds_optforge.forecast.exchange_sizes import ExchangeSizes, cut_alike, exchange_sizes, fragments
+from ds_optforge.forecast.exchange_sizes import cut_alike, exchange_sizes, fragments
 from ds_optforge.forecast.topology import Topology, stepped_together
+from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.state import BLOCK
@@ -48,7 +49,7 @@ class RankFigures:
         flops: FLOPs of orthogonalizing them.
         shard_flops: FLOPs of orthogonalizing its own fragments instead (shard_local).
         sent_bytes: bytes that it sends to other ranks, fragments and updates.
-        workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and its largest matrix together.
+        workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and temporary tensors together.
         local_workspace_bytes: the same where fragments are stepped alone: its largest bucket of them, read and written.
         state_bytes: bytes of optimizer state, without the weights.
         elementwise_bytes: bytes that everything but the matrix products reads and writes.
@@ -85,6 +86,8 @@ class Forecast:
         sub_groups: calls of ``step()`` that orthogonalize: one per parameter group with matrices, more on ZeRO-3.
         groups: number of parameter groups with matrices.
         zero_numel: elements that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3).
+        calls: of ``step()``, each with its layout and plan.
+        gathers_only: whether a rule has sums over whole matrices, which other sharding modes would not give it.
     """
 
     topology: Topology
@@ -97,6 +100,7 @@ class Forecast:
     sub_groups: int
     groups: int
     zero_numel: int
+    calls: tuple["PlannedCall", ...] = ()
     gathers_only: bool = False
 
     @cached_property
@@ -130,7 +134,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
     Raises:
         ConfigError: expert_parallel does not divide the experts.
     """
-    groups = [_Group(stepped, sharding, topology, experts) for stepped, experts in stepped_together(routes, topology)]
+    groups = [PlannedCall(stepped, sharding, topology, experts) for stepped, experts in stepped_together(routes, topology)]
     ranks = tuple(RankFigures() for _ in range(topology.world_size))
     rows: Counter[int] = Counter()
     for group in groups:
@@ -147,6 +151,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
         sub_groups=len(planned),
         groups=len({route.group for route in routes if route.matrices}),
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
+        calls=tuple(groups),
         gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums) for group in planned),
     )
 
@@ -160,25 +165,36 @@ def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[Parti
     return PartitionLayout(world_size, names, tuple(cuts), tuple(matrices)), slice_numel
 
 
-class _Group:
-    """One call of ``step()`` on all ranks. ``plan`` is None for an elementwise rule.
+class PlannedCall:
+    """One call of ``step()`` on all ranks.
 
     With expert parallelism there are ``siblings`` equal groups: rank r of this one stands for ranks r * siblings and following.
+
+    Attributes:
+        siblings: number of equal groups.
+        device: type of the ranks' devices.
+        settings, rule: of the parameters.
+        layout: of the parameters.
+        slice_numel: elements of a rank's slice, padding included.
+        plan: owners and exchanges; None for an elementwise rule.
+        kept: the rule's statistics.
+        wire_bytes: of an element that travels.
     """
 
     def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
         self.siblings = topology.expert_parallel if experts else 1
         self.device = topology.device
-        self.rule = built(routes[0].settings)
+        self.settings = routes[0].settings
+        self.rule = built(self.settings)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
-        self.state_dtype = routes[0].settings.state_dtype
+        self.state_dtype = self.settings.state_dtype
         self.wire_bytes = int(_BYTES[sharding.wire_dtype])
         self.plan: ExchangePlan | None = None
         self.cost: Cost = lambda matrix: 0
         self.kept = NO_STATISTICS
         if isinstance(self.rule, MatrixRule):
-            self.cost = _remembered(self.rule.cost)
+            self.cost = _remembered(partial(self.rule.cost_on, topology.device))
             self.kept = Kept(tuple(statistic.per for statistic in self.rule.statistics), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
@@ -213,7 +229,10 @@ class _Group:
             sizes = exchange_sizes(self.plan, self.kept)
             for rank, own in enumerate(figures):
                 own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes) + self._sum_bytes(self.plan)
-            self._add_workspace(self.plan, figures, sizes)
+            assert isinstance(self.rule, MatrixRule)
+            held = workspaces(self.rule, self.plan, sizes, self.wire_bytes, self.device)
+            for own, workspace in zip(figures, held, strict=True):
+                own.workspace_bytes = workspace
         return figures, rows
 
     def _bytes_of_an_element(self, state: float) -> float:
@@ -238,29 +257,22 @@ class _Group:
             for rank, within in fragments(self.layout, alike[0]):
                 touched = matrix.rows_touched(within).numel
                 bucket = max(within.numel, min(plan.local_numel(self.device), self.slice_numel))
-                figures[rank].local_workspace_bytes = max(figures[rank].local_workspace_bytes, 2 * self.wire_bytes * bucket)
+                held = self._held_alone(replace(matrix, rows=touched, joins=None), len(alike), bucket)
+                figures[rank].local_workspace_bytes = max(figures[rank].local_workspace_bytes, held)
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched, joins=None))
                 if within.numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)
                 kept = sum(matrix.values_in(per, within).numel for per in self.kept.per)
                 figures[rank].state_bytes += 4 * len(alike) * kept
 
-    def _add_workspace(self, plan: ExchangePlan, figures: list[RankFigures], sizes: "Sequence[ExchangeSizes]") -> None:
-        travelling = {matrix for exchange in plan.exchanges for matrix in exchange}
-        local, largest_local, largest = ([0] * len(figures) for _ in range(3))
-        for index, (matrix, owner) in enumerate(zip(self.layout.matrices, plan.owners, strict=True)):
-            largest[owner] = max(largest[owner], matrix.numel)
-            if index not in travelling:
-                local[owner] += matrix.numel
-                largest_local[owner] = max(largest_local[owner], matrix.numel)
-        for rank, own in enumerate(figures):
-            received = [size.receives[rank] for size in sizes]
-            both = [0, *(size.sends[rank] + size.receives[rank] for size in sizes), 0]
-            # One exchange returns, one is orthogonalized in its receive buffer, one is collected; done, the second returns too.
-            under_way = (max(both[k] + now + both[k + 2], both[k + 1] + both[k + 2]) for k, now in enumerate(received))
-            in_flight = max(under_way, default=0)
-            bucket = max(min(local[rank], plan.local_numel(self.device)), largest_local[rank])
-            own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
+    def _held_alone(self, matrix: Matrix, count: int, bucket: int) -> int:
+        """Bytes of a bucket of fragments that are stepped alone, of which ``count`` are alike: rows of a matrix each."""
+        if self.device == "cpu":
+            return 2 * self.wire_bytes * bucket
+        assert isinstance(self.rule, MatrixRule)
+        count = min(count, max(bucket // matrix.numel, 1))
+        each = self.wire_bytes * matrix.numel + temporaries(self.rule, matrix, self.wire_bytes, self.device)
+        return self.wire_bytes * bucket + max(count * each, scratch_bytes(bucket, self.device))
 
 
 def _remembered(cost: Callable[[int, int], int]) -> Cost:

@@ -1,8 +1,13 @@
 """Speeds of devices and links. Data only: the command line lists the names without torch.
 
-Peaks are the makers' for dense bfloat16 (half of the figures "with sparsity"): the datasheets of NVIDIA A100 80GB SXM, H100 SXM
-and H200 SXM, of HGX B200 (per GPU, at 1,000 W) and of AMD Instinct MI300X. InfiniBand HDR, NDR and XDR have 200, 400 and 800
-Gbit/s a port, and a port for each GPU is assumed, as in DGX systems.
+Peaks are the makers' for dense bfloat16 (half of the figures "with sparsity"):
+
+- A100 80GB SXM, H100 SXM, H200 SXM: NVIDIA's datasheets. NVLink has 600, 900 and 900 GB/s, both directions together.
+- B200: NVIDIA's Blackwell architecture brief, HGX B200 at 1,000 W a GPU; memory as in DGX B200 (1,440 GB and 64 TB/s for 8).
+  NVLink has 1.8 TB/s, both directions together. Others sell it with 192 GB.
+- MI300X: AMD's datasheet; seven links of 64 GB/s in each direction.
+- InfiniBand HDR, NDR and XDR: 200, 400 and 800 Gbit/s a port, as of ConnectX-6, 7 and 8
+  (docs.nvidia.com/networking/display/connectx8supernic). A port for each GPU is assumed, as in DGX systems.
 
 Shares of these figures that programs reach are assumptions:
 
@@ -10,6 +15,8 @@ Shares of these figures that programs reach are assumptions:
 - Forward and backward pass: 40% of the peak. Llama 3 405B reached 38 to 43% on H100 (Dubey et al. 2024, arXiv 2407.21783,
   table 4).
 - Memory: 80% of the bandwidth. Links: 70%.
+- The host: 5 microseconds a launch. CUDA's own launch of a small kernel takes 3.8 of them (NVIDIA's blog "Getting Started with
+  CUDA Graphs", 2019, on a V100), the rest stands for PyTorch's operator. Slower hosts take up to five times that.
 """
 
 from collections.abc import Mapping
@@ -22,6 +29,7 @@ UTILISATION = 0.4
 _MEMORY_SHARE = 0.8
 _LINK_SHARE = 0.7
 _RANKS_OF_A_NODE = 8
+LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.forecast.forecast import Forecast, forecast_routes
-from ds_optforge.forecast.hardware import Hardware
+from ds_optforge.forecast.hardware import LAUNCH_SECONDS, Hardware
 from ds_optforge.forecast.incumbent import REDUCE_BUCKET_SIZE, incumbent
+from ds_optforge.forecast.launches import Launches, step_launches
 from ds_optforge.forecast.memory import Memory, adamw_memory, memory, own_memory
 from ds_optforge.forecast.step_time import (
     SAVING,
@@ -50,11 +51,18 @@ class StagePlan:
         predicted: the plan of the sharding modes.
         candidates: AdamW, DeepSpeed's Muon, and the sharding modes, the most exact first.
         chosen: the sharding mode that is recommended.
+        launches: the kernels of a step of gather.
     """
 
     predicted: Forecast
     candidates: tuple[Candidate, ...]
     chosen: Candidate
+    launches: Launches
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds in which the host launches the kernels of a step of gather."""
+        return self.launches.kernels * LAUNCH_SECONDS
 
     @property
     def stage(self) -> int:
@@ -169,7 +177,8 @@ def plan_stage(
         held = own_memory(predicted, model_bytes, exchanges=mode.seconds.traffic > 0 or mode.name == "gather")
         candidates.append(Candidate(mode.name, mode.seconds, held, mode.settings))
     chosen = recommended(found, saving).name
-    return StagePlan(predicted, tuple(candidates), next(each for each in candidates if each.name == chosen))
+    best = next(each for each in candidates if each.name == chosen)
+    return StagePlan(predicted, tuple(candidates), best, step_launches(predicted))
 
 
 def _plain(found: StagePlan) -> dict[str, Any]:
@@ -193,5 +202,6 @@ def _plain(found: StagePlan) -> dict[str, Any]:
         "flops_max_over_mean": predicted.balance,
         "path_over_ideal": predicted.path_over_ideal,
         "exchanges": predicted.exchanges,
+        "launches": {**asdict(found.launches), "host_seconds": found.host_seconds},
         "ranks": [asdict(rank) for rank in predicted.ranks],
     }

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from ds_optforge.config.sections import THIN_ROWS
 from ds_optforge.forecast.advice import advice
 from ds_optforge.forecast.forecast import Forecast, RankFigures
+from ds_optforge.forecast.hardware import LAUNCH_SECONDS
 from ds_optforge.forecast.plan import ADAMW, INCUMBENT, Candidate, Plan, StagePlan
 from ds_optforge.forecast.published import PUBLISHED
 
@@ -46,6 +47,7 @@ def _lines(plan: Plan) -> Iterator[str | Table]:
     yield _overview(plan)
     for found in plan.stages:
         yield _recommendation(plan, found)
+        yield _host(found)
     yield from _fit(plan)
     for found in plan.stages:
         yield _memory_table(found, several=len(plan.stages) > 1)
@@ -70,7 +72,7 @@ def _assumed(plan: Plan) -> str:
         f"Assumed: {speeds.title}; {work.tokens:,} tokens a step in sequences of {plan.sequence_length:,}, "
         f"{work.flops_per_token / 1e9:,.1f} GFLOP each forward and backward at {speeds.model_tflops:,.0f} TFLOP/s; products of "
         f"the orthogonalization (NS) at {speeds.tflops:,.0f} TFLOP/s, {speeds.link_gbps:,.0f} Gbit/s a rank, memory at "
-        f"{speeds.memory_tbps:.2f} TB/s. Not counted: launches, activations, ZeRO's and NCCL's own buffers."
+        f"{speeds.memory_tbps:.2f} TB/s. Not counted: activations, ZeRO's and NCCL's own buffers."
     )
 
 
@@ -110,6 +112,22 @@ def _recommendation(plan: Plan, found: StagePlan) -> str:
     tokens = found.tokens_at(plan.saving, plan.workload)
     beyond = f" Below {tokens:,} tokens a step it costs more than {plan.saving:.0%}." if tokens else ""
     return f"Recommended on ZeRO-{found.stage}: {chosen.name}, {costs}; {why}.{beyond}"
+
+
+def _host(found: StagePlan) -> str:
+    """Say what the host does in a step, and whether that takes longer than what it hides behind."""
+    kernels, milliseconds = found.launches.kernels, 1e3 * found.host_seconds
+    gather = next(each.seconds.optimizer for each in found.candidates if each.settings is not None)
+    text = (
+        f"gather on ZeRO-{found.stage} launches {kernels:,} kernels a step (rank {found.launches.rank}, which orthogonalizes "
+        f"most): {milliseconds:,.1f} ms of the host at {1e6 * LAUNCH_SECONDS:g} us each, beside {1e3 * gather:,.1f} ms of the "
+        "device"
+    )
+    if found.launches.uncounted:
+        text += f"; without {', '.join(found.launches.uncounted)}, of which no count is known"
+    if found.host_seconds > gather:
+        text += ". The host bounds the step: a larger sharding.bucket_numel, or CUDA 13, makes it launch fewer"
+    return text + "."
 
 
 def _fit(plan: Plan) -> Iterator[str]:

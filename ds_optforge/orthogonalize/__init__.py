@@ -2,7 +2,15 @@
 
 from ds_optforge.orthogonalize.bounds import Healthy, healthy
 from ds_optforge.orthogonalize.coefficients import COEFFICIENT_SETS, CoefficientSet, coefficient_set
-from ds_optforge.orthogonalize.newton_schulz import Method, accurate_method, at_once, flops, orthogonalize, uses_gram
+from ds_optforge.orthogonalize.newton_schulz import (
+    Method,
+    accurate_method,
+    at_once,
+    flops,
+    gram_dtype,
+    orthogonalize,
+    uses_gram,
+)
 
 __all__ = [
     "COEFFICIENT_SETS",
@@ -13,6 +21,7 @@ __all__ = [
     "at_once",
     "coefficient_set",
     "flops",
+    "gram_dtype",
     "healthy",
     "orthogonalize",
     "uses_gram",

@@ -74,7 +74,7 @@ def orthogonalize(
     if matrices.numel() == 0:
         return torch.empty_like(matrices, dtype=dtype)
     batch = matrices.reshape(-1, rows, cols).to(dtype)
-    method = accurate_method(method, len(triples), gram_dtype(batch), chosen.steep)
+    method = accurate_method(method, len(triples), gram_dtype(dtype, batch.device.type), chosen.steep)
     iterate = _gram if uses_gram(rows, cols, len(triples), method) else _standard
     if iterate is _standard and (not batch.is_contiguous() or (not overwrite and batch.data_ptr() == matrices.data_ptr())):
         batch = batch.clone(memory_format=torch.contiguous_format)
@@ -114,15 +114,18 @@ def flops(rows: int, cols: int, steps: int, method: Method = "auto") -> int:
     return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[method]
 
 
-def gram_dtype(batch: Tensor) -> torch.dtype:
-    """Return the dtype of the Gram form's products of ``batch``: its own, but on accelerators float16 for bfloat16.
+def gram_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Return the dtype of the Gram form's products: that of the matrices, but on accelerators float16 for bfloat16.
 
     Where cuBLAS adds up a sum in parts, and rounds each to 16 bits, five quintic steps in bfloat16 take the largest singular
     value to 1.8; float16 has eight times the precision and, once X is normalised, the range. (Emulated, up to eight parts: at
     most 1.25 with every set.) A CPU adds up in float32, and is slow in float16.
+
+    Args:
+        dtype: of the matrix products.
+        device: type of the matrices' device.
     """
-    onto_half = batch.dtype == torch.bfloat16 and batch.device.type != "cpu"
-    return torch.float16 if onto_half else batch.dtype
+    return torch.float16 if dtype == torch.bfloat16 and device != "cpu" else dtype
 
 
 def accurate_method(method: Method, steps: int, dtype: torch.dtype, steep: bool = False) -> Method:
@@ -197,8 +200,9 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
     Q accumulates the product of the steps; X <- Q X before a restart.
     """
     x, q, inverse = given, None, None
-    if gram_dtype(given) != given.dtype:
-        x = _unit(given, chosen, gram_dtype(given))
+    narrow = gram_dtype(given.dtype, given.device.type)
+    if narrow != given.dtype:
+        x = _unit(given, chosen, narrow)
     tall = x.shape[1] > x.shape[2]
     r = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
     if x is given:

@@ -215,6 +215,16 @@ class MatrixRule(Rule):
     def cost(self, rows: int, cols: int) -> int:
         """Return the cost of `update` on one (rows, cols) matrix in FLOPs. The plan balances owners by it."""
 
+    def cost_on(self, device: str, rows: int, cols: int) -> int:
+        """Return the cost on a type of device, for a rule whose products differ between devices; `cost` is the same on all.
+
+        Args:
+            device: "cpu", "cuda", ...
+            rows: stored rows.
+            cols: stored columns.
+        """
+        return self.cost(rows, cols)
+
     @abstractmethod
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
         """Advance ``state`` in place and return the directions that `update` is to get.

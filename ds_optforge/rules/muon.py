@@ -10,7 +10,16 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Healthy, Method, accurate_method, coefficient_set, flops, healthy, orthogonalize
+from ds_optforge.orthogonalize import (
+    Healthy,
+    Method,
+    accurate_method,
+    coefficient_set,
+    flops,
+    gram_dtype,
+    healthy,
+    orthogonalize,
+)
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
@@ -68,15 +77,20 @@ class Orthogonalization:
         chosen = coefficient_set(self.coefficients)
         return healthy(chosen.sequence(self.steps), chosen.safety, min(rows, cols), torch.finfo(self.dtype).bits)
 
-    def flops(self, rows: int, cols: int) -> int:
+    def flops(self, rows: int, cols: int, device: str = "cpu") -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix: see `ds_optforge.orthogonalize.flops`.
+
+        Args:
+            rows, cols: of the matrix.
+            device: type of the device, which decides whether the Gram form is accurate: see `gram_dtype`.
 
         Raises:
             ValueError: see `orthogonalize`.
         """
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
-        return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype, chosen.steep))
+        method = accurate_method(self.method, steps, gram_dtype(self.dtype, device), chosen.steep)
+        return flops(rows, cols, steps, method)
 
 
 @cache
@@ -106,8 +120,12 @@ class Muon(MatrixRule):
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
     def cost(self, rows: int, cols: int) -> int:
-        """Return the FLOPs of orthogonalizing one (rows, cols) matrix."""
+        """Return the FLOPs of orthogonalizing one (rows, cols) matrix on a CPU."""
         return self.orthogonalization.flops(rows, cols)
+
+    def cost_on(self, device: str, rows: int, cols: int) -> int:
+        """Return the FLOPs of orthogonalizing one (rows, cols) matrix; arguments as in `MatrixRule.cost_on`."""
+        return self.orthogonalization.flops(rows, cols, device)
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
         """Lower ``momentum`` during its warm-up; arguments as in `Rule.begin`."""

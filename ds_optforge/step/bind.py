@@ -17,7 +17,7 @@ from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.group_plan import GroupPlan, PlannedBucket, Wanted, plan_group
 from ds_optforge.zero.partition import Fragment, PartitionLayout, Range
-from ds_optforge.zero.placement import Held
+from ds_optforge.zero.placement import Held, TensorRange
 from ds_optforge.zero.views import Views
 
 logger = logging.getLogger("ds_optforge")
@@ -52,7 +52,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
         fragments = [fragment for bucket in found.alone for fragment in bucket.exchange.bucket.fragments]
         warn_of_thin_fragments(found.placement.layout, fragments, found.binding.rank)
     else:
-        spans = _elementwise_spans(found.held, tensors, rule, state_dtype)
+        spans = elementwise_spans(found.held, [t.numel() for t in tensors], tensors[0].device, rule, state_dtype)
     return Slices(found.binding, sharding, tuple(tensors), found.placement, formats, counts, travelling, local, alone, spans)
 
 
@@ -61,7 +61,7 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
     statistics = tuple(statistic.per for statistic in rule.statistics)
-    return Wanted(sharding.bucket_numel, rule.cost, wire, statistics, sharding.travels, sharding.mode == "shard_local")
+    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, sharding.mode == "shard_local")
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
@@ -71,18 +71,25 @@ def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat
     return Plain(tensor.dtype if name == "float32" else getattr(torch, name))
 
 
-def _elementwise_spans(
-    held: Sequence[Sequence[Held]], tensors: Sequence[Tensor], rule: ElementwiseRule, state_dtype: str
+def elementwise_spans(
+    held: Sequence[Sequence[Held]], numels: Sequence[int], device: torch.device, rule: ElementwiseRule, state_dtype: str
 ) -> tuple[tuple[Span, ...], ...]:
     """Cut tensors into the spans of each call of the rule.
 
     A rule that works in place on full-precision state takes everything in one call, others a bounded number of elements.
+
+    Args:
+        held: the fragments in each tensor.
+        numels: elements of each tensor.
+        device: of the tensors.
+        rule: of the group.
+        state_dtype: of its state.
     """
     if state_dtype == "float32" and rule.in_place:
-        return (tuple(Span(index, Range(0, tensor.numel()), (tensor.numel(),)) for index, tensor in enumerate(tensors)),)
+        return (tuple(Span(index, Range(0, numel), (numel,)) for index, numel in enumerate(numels)),)
     calls: list[list[tuple[int, int, int]]] = []  # (tensor, start, numel)
     room = 0
-    limit = chunk_numel(tensors[0].device)
+    limit = chunk_numel(device)
     for index, fragments in enumerate(held):
         for start, numel in chain.from_iterable(portions(fragments, limit)):
             if numel > room:
@@ -128,13 +135,13 @@ class _BucketBuilder:
         return tuple(self._bucket(bucket, alone) for bucket in buckets)
 
     def _bucket(self, bucket: PlannedBucket, alone: bool) -> Bucket:
-        packed = self._packed(bucket)
         own, sums = bucket.exchange.bucket, self._rule.sums
+        packed = pack(self._layout, own, bucket.fragments, chunk_numel(self._near), self._in_blocks)
         flags = [own.sent[item.fragment].flag for portion in packed for item in portion]
         return Bucket(
             bucket.exchange,
             Views([(lies.tensor, lies.within.start, lies.within.numel) for lies in bucket.fragments]),
-            tuple(map(_portion, packed)),
+            tuple(map(portion_of, packed)),
             torch.tensor(flags, dtype=torch.long, device=self._near),
             self._kept(bucket),
             self._norms(own) if alone else None,
@@ -158,28 +165,9 @@ class _BucketBuilder:
             norms.append(self._rule.rms(matrix.rows, matrix.cols, matrix.transposed) * math.sqrt(fragment.numel))
         return torch.tensor(norms, dtype=torch.float32, device=self._near)
 
-    def _packed(self, bucket: PlannedBucket) -> list[list["_Item"]]:
-        """Cut the bucket's fragments into items, and pack these into portions of a bounded number of elements."""
-        limit = chunk_numel(self._near)
-        found: list[list[_Item]] = []
-        room = 0
-        fragments, sent = bucket.exchange.bucket.fragments, bucket.exchange.bucket.sent
-        for index, (fragment, place, lies) in enumerate(zip(fragments, sent, bucket.fragments, strict=True)):
-            begin = self._layout.start_in_parameter(fragment) if self._in_blocks else 0
-            held = Held(lies.tensor, lies.within.start, Range(begin, fragment.numel))
-            for start, numel in chain.from_iterable(portions([held], limit)):
-                if numel > room:
-                    found.append([])
-                    room = limit
-                done = start - lies.within.start
-                within = fragment.within.start + done
-                found[-1].append(_Item(lies.tensor, start, numel, index, place.position + done, fragment.matrix, within))
-                room -= numel
-        return found
-
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class Item:
     """A fragment, or a range of one, that a portion reads and updates.
 
     Attributes:
@@ -199,7 +187,36 @@ class _Item:
     matrix_start: int
 
 
-def _portion(items: Sequence[_Item]) -> Portion:
+def pack(
+    layout: PartitionLayout, own: RankBucket, places: Sequence[TensorRange], limit: int, in_blocks: bool = False
+) -> list[list[Item]]:
+    """Cut a bucket's fragments into items, and pack these into lists of a bounded number of elements.
+
+    Args:
+        layout: of the group.
+        own: this rank's share of the bucket.
+        places: of its fragments in the tensors.
+        limit: most elements of a list.
+        in_blocks: whether a cut may only be where a block of 8-bit state begins.
+    """
+    found: list[list[Item]] = []
+    room = 0
+    for index, (fragment, place, lies) in enumerate(zip(own.fragments, own.sent, places, strict=True)):
+        begin = layout.start_in_parameter(fragment) if in_blocks else 0
+        held = Held(lies.tensor, lies.within.start, Range(begin, fragment.numel))
+        for start, numel in chain.from_iterable(portions([held], limit)):
+            if numel > room:
+                found.append([])
+                room = limit
+            done = start - lies.within.start
+            within = fragment.within.start + done
+            found[-1].append(Item(lies.tensor, start, numel, index, place.position + done, fragment.matrix, within))
+            room -= numel
+    return found
+
+
+def portion_of(items: Sequence[Item]) -> Portion:
+    """Make a portion of items that are to be read and updated together."""
     return Portion(
         _merged([(item.tensor, item.tensor_start, item.numel) for item in items]),
         Views([(0, item.position, item.numel) for item in items]),

@@ -20,13 +20,13 @@ from ds_optforge.rules.base import (
     buffers_of,
     side_by_side,
 )
+from ds_optforge.step.finite import Gradients
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
 from ds_optforge.step.telemetry import Telemetry, Watch
-from ds_optforge.zero.agreement import any_rank
 
 
 class GroupStep:
-    """The step of one parameter group in one call of ``step()``: `check_gradients` comes first, then `update_group`.
+    """The step of one parameter group in one call of ``step()``: `checked` gradients come first, then `update_group`.
 
     In plain PyTorch a parameter without a gradient is skipped, as torch.optim skips it: its weight, its state and its number of
     steps stay as they are. Under ZeRO nobody can tell, so that a missing gradient counts as zeros there.
@@ -70,21 +70,11 @@ class GroupStep:
         """Whether none of the parameters has a gradient, so that there is no step."""
         return not self._taking
 
-    def check_gradients(self) -> None:
-        """Refuse gradients that are not finite, except under ZeRO, where DeepSpeed decides whether to skip the step.
-
-        Raises:
-            RuntimeError: a gradient that is not finite; the message names its parameter.
-        """
-        if self._slices.binding.partitioned:
-            return
-        norms = torch.stack(torch._foreach_norm(self._gradients))
-        suspects = norms.isfinite().logical_not().nonzero().flatten().tolist()  # or only a square overflowed
-        index = next((index for index in suspects if not self._gradients[index].isfinite().all()), None)
-        if any_rank(index is not None, self._slices.binding):
-            names = self._slices.placement.layout.names
-            name = "a parameter of another tensor rank" if index is None else names[index]
-            raise RuntimeError(f"{name}: its gradient is not finite; nothing was changed")
+    @property
+    def checked(self) -> Gradients | None:
+        """The gradients, to be checked first; None under ZeRO, where DeepSpeed decides whether to skip the step."""
+        binding = self._slices.binding
+        return None if binding.partitioned else Gradients(self._gradients, self._slices.placement.layout.names, binding)
 
     def update_group(self) -> None:
         """Update the group's tensors and their state. Collective over the ranks that hold the group's parameters."""
@@ -296,23 +286,25 @@ class _MatrixStep:
         return portion.split(weights) if weights else []
 
     def _update(self, bucket: Bucket) -> None:
-        watch = self._call.watch
         for index in bucket.exchange.batches:
-            found = bucket.exchange.matrices(index)
-            names = (statistic.name for statistic in self._rule.statistics)
-            batch = Batch(
-                found.matrices,
-                found.active,
-                found.transposed,
-                dict(zip(names, found.statistics, strict=True)),
-                bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
-                found.has_all,
-                watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
-            )
-            updates = self._rule.update(batch, self._call.now)
-            if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
-                raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
-            bucket.exchange.put(index, updates, found)
+            self._update_batch(bucket, index)  # nothing of a batch is held while the next is orthogonalized
+
+    def _update_batch(self, bucket: Bucket, index: int) -> None:
+        watch, found = self._call.watch, bucket.exchange.matrices(index)
+        names = (statistic.name for statistic in self._rule.statistics)
+        batch = Batch(
+            found.matrices,
+            found.active,
+            found.transposed,
+            dict(zip(names, found.statistics, strict=True)),
+            bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
+            found.has_all,
+            watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
+        )
+        updates = self._rule.update(batch, self._call.now)
+        if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
+            raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
+        bucket.exchange.put(index, updates, found)
 
     def _apply(self, bucket: Bucket) -> None:
         bucket.exchange.await_updates()

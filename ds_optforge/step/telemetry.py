@@ -1,8 +1,9 @@
 """Per-group statistics of every k-th step, for the whole model.
 
 Sums of squares are taken span by span while the step is processing a span, so that nothing of a slice's size is copied; one
-small all-reduce adds them up over the ranks, and the first rank reads them to see whether they are healthy. Other steps, and
-optimizers without the setting, do no extra work.
+small all-reduce adds them up over the ranks, and one copy brings them to the host, which does not wait for it: the first rank
+sees in the next step whether they are healthy (on a CPU at once). Other steps, and optimizers without the setting, do no extra
+work.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch import Tensor
 from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
 from ds_optforge.step.health import EXPECTED, Expected, Health, expected, healthy_ranges
+from ds_optforge.step.host import onto, to_host
 from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
 from ds_optforge.zero.agreement import on_first_rank, sum_over_ranks
 from ds_optforge.zero.exchange import BucketExchange
@@ -34,6 +36,8 @@ from ds_optforge.zero.shards import over_tensor_ranks, shard_of, tensor_rank
 SAMPLE = 8
 
 _SUMS = ("elements", "change", "weight", "product", "momentum", "gradient", "defect", "matrices", "bytes")
+# By device: sums of one group, (len(_SUMS),) in float64. With CPU offload some are the host's.
+_Found = dict[torch.device, Tensor]
 _SCALES = ("scaled_lr", "scaled")  # sum over the matrices of the learning rate times its factor, and their number
 
 
@@ -68,12 +72,12 @@ class Telemetry:
         self._health = Health()
         self._monitor: Monitor | None = None
         self._last: dict[str, Any] = {}
-        self._reduced: tuple[int, Tensor] | None = None  # read from the device when asked for
+        self._record: _Record | None = None  # on its way from the device
         self._skipped: Counter[str] = Counter()
         self._begin()
 
     def _begin(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, _Found] = {}
         self._now: dict[str, Hyperparameters] = {}
         self._steps: dict[str, int] = {}
         self._covered = dict.fromkeys(self._members, 0)
@@ -81,11 +85,20 @@ class Telemetry:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last record: {"step": n, "groups": {group: {name: value}}}; empty before the first."""
-        if self._reduced is not None:
-            (step, sums), self._reduced = self._reduced, None
-            self._last = {"step": step, "groups": self._read(step, sums.tolist())}
+        """The last record: {"step": n, "groups": {group: {name: value}}}; empty before the first.
+
+        Reading it first sends it to the monitor, and looks on the first rank whether it is healthy.
+        """
+        if self._record is not None:
+            record, self._record = self._record, None
+            self._last = {"step": record.step, "groups": self._read(record.step, record.rows())}
+            self._write(self._last)
         return self._last
+
+    def report(self) -> None:
+        """Read a record that an earlier step has made, where anybody wants to see it; else it is read when asked for."""
+        if on_first_rank() or (self._monitor and self._monitor.enabled):
+            _ = self.last
 
     def _read(self, step: int, rows: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
         """Make a record of the sums of each group, and look at it on the first rank."""
@@ -133,8 +146,9 @@ class Telemetry:
         if self._steps.get(group) != step:  # else another sub-group of it was added in this step
             self._steps[group], self._covered[group] = step, 0
             self._sums.pop(group, None)
-        sums = watch.sums()
-        self._sums[group] = self._sums[group] + sums if group in self._sums else sums
+        found = self._sums.setdefault(group, {})
+        for device, sums in watch.sums().items():
+            found[device] = found[device] + sums if device in found else sums
         self._now[group] = now
         self._covered[group] += len(watch.slices.binding.indices)
         # Experts are cut over fewer ranks than the rest; the elements that a rank holds of them count in the sum over all.
@@ -147,17 +161,26 @@ class Telemetry:
             self._reduce(step, over_tensor_ranks(self._widest) if bound else self._widest)
 
     def _reduce(self, step: int, binding: Binding) -> None:
-        nothing = torch.zeros(len(_SUMS), dtype=torch.float64)  # of a group that is skipped, or that other stages have
-        sums = torch.stack([self._sums.get(group, nothing).to(binding.device) for group in self._members])
+        sums = self._together(binding.device)
         sum_over_ranks(sums, binding)
         known = torch.tensor([self._known(group) for group in self._members], dtype=torch.float64)
-        sums = torch.cat([sums, known.to(binding.device)], dim=1)
-        if self._stage:
+        if self._stage:  # which other stages know for their groups
+            sums = torch.cat([sums, onto(known, sums.device)], dim=1)
             sum_over_stages(sums, self._stage)
-        self._reduced = (step, sums)
+            known = known[:, :0]
+        self._record = _Record(step, sums, known)
         self._begin()
-        if on_first_rank() or (self._monitor and self._monitor.enabled):  # else read when asked for
-            self._write(self.last)
+        if sums.device.type == "cpu":
+            self.report()
+
+    def _together(self, device: torch.device) -> Tensor:
+        """Return the sums of all groups, (groups, len(_SUMS)) on ``device``: by one copy, where any are the host's."""
+        total = torch.zeros(len(self._members), len(_SUMS), dtype=torch.float64, device=device)
+        for where in dict.fromkeys(where for found in self._sums.values() for where in found):
+            # Nothing is there of a group that is skipped, or that other stages have.
+            nothing = torch.zeros(len(_SUMS), dtype=torch.float64, device=where)
+            total += onto(torch.stack([self._sums.get(group, {}).get(where, nothing) for group in self._members]), device)
+        return total
 
     def _known(self, group: str) -> tuple[float, ...]:
         """Return `_SCALES` and `EXPECTED` of a group, which need nothing from the device."""
@@ -300,8 +323,8 @@ class Watch:
 
         return look
 
-    def sums(self) -> Tensor:
-        """Return the sums of the call, (len(_SUMS),) in float64, on the device of the model's weights."""
+    def sums(self) -> _Found:
+        """Return the sums of the call by device: of the stepped tensors, and of the model's weights."""
         elements = sum(end - start for held in self._held for start, end in held)
         nbytes = sum(
             value.nbytes
@@ -309,18 +332,40 @@ class Watch:
             for key, value in state.items()
             if isinstance(value, Tensor) and key != "step"
         )
-        self._found["elements"] = [torch.tensor(elements)]
-        self._found["bytes"] = [torch.tensor(nbytes)]
-        device = self.slices.binding.device
-        return torch.stack([_total(values).to(device) for values in self._found.values()])
+        near = self.slices.tensors[0].device
+        for name, value in (("elements", elements), ("bytes", nbytes)):
+            self._found[name] = [torch.full((), value, dtype=torch.float64, device=near)]
+        devices = dict.fromkeys(value.device for values in self._found.values() for value in values)
+        return {device: torch.stack([_total(values, device) for values in self._found.values()]) for device in devices}
 
     def _add(self, name: str, left: Tensors, right: Tensors) -> None:
         # A dot product takes half the time of a norm on a CPU, where that of 16-bit vectors is a thousand times slower.
         self._found[name] += [torch.dot(_wide(a), _wide(b)) for a, b in zip(left, right, strict=True)]
 
 
-def _total(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([value.double() for value in values]).sum() if values else torch.zeros((), dtype=torch.float64)
+class _Record:
+    """The sums of a step on their way to the host.
+
+    Args:
+        step: number of the step.
+        sums: (groups, n) on any device.
+        known: (groups, m) numbers of the host that come behind them.
+    """
+
+    def __init__(self, step: int, sums: Tensor, known: Tensor) -> None:
+        self.step, self._known = step, known
+        self._sums, self._arrived = to_host(sums)
+
+    def rows(self) -> list[list[float]]:
+        """Wait until the sums are there, and return them with what is known, by group."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return torch.cat([self._sums, self._known], dim=1).tolist()
+
+
+def _total(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    there = [value.double() for value in values if value.device == device]
+    return torch.stack(there).sum() if there else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def _wide(tensor: Tensor) -> Tensor:

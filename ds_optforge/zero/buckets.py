@@ -23,6 +23,15 @@ class Kept:
 
 NO_STATISTICS = Kept()
 
+# Kernels that copy many tensors at a time read and write four elements at once where all of them begin at a multiple of that,
+# in bytes 16 at most: 8 elements of a wire of 16 bits.
+_ALIGNMENT = 8
+
+
+def travelling_numel(numel: int, values: int, kept: Kept = NO_STATISTICS) -> int:
+    """Return the elements that a fragment of ``numel``, with ``values`` of statistics and its flag, takes in a buffer."""
+    return -(-(numel + kept.words * values + 1) // _ALIGNMENT) * _ALIGNMENT
+
 
 @dataclass(frozen=True, slots=True)
 class Values:
@@ -55,9 +64,10 @@ class BufferPlace:
 class RankBucket:
     """The share of one rank in one bucket: its buffers, and the matrices that it owns.
 
-    The send buffer has one block per destination rank: the fragments of matrices that this rank owns, in matrix order (by
-    shape in a bucket that does not travel), then their statistics, then their flags. The receive buffer has one block per
-    source rank, built alike.
+    The send buffer has one block per destination rank, with the fragments of the matrices that it owns in matrix order; behind
+    each fragment come its statistics, its flag, and what is unused until the next one begins aligned. The receive buffer has
+    one block per source rank, built alike. A bucket that does not travel has its fragments by shape, then all statistics, then
+    all flags.
 
     Attributes:
         fragments: this rank's fragments, with increasing slice offsets.
@@ -91,12 +101,12 @@ class RankBucket:
     @property
     def send_numel(self) -> int:
         """Elements of the send buffer."""
-        return self._numel(self.sent)
+        return sum(self.sends) if self.travels else self._numel(self.sent)
 
     @property
     def receive_numel(self) -> int:
         """Elements of the receive buffer."""
-        return self._numel(self.received)
+        return sum(self.receives) if self.travels else self._numel(self.received)
 
     def _numel(self, places: Sequence[BufferPlace]) -> int:
         values = sum(values.within.numel for place in places for values in place.statistics)
@@ -151,8 +161,8 @@ def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, k
     held = [fragment for matrix in matrices if (fragment := layout.fragment(matrix, rank)) is not None]
     shapes = _shapes(layout, matrices)
     order = sorted(range(len(held)), key=lambda index: (shapes[index], index))
-    _, blocks = _blocks(layout, [(rank, held[index]) for index in order], kept)
-    places = tuple(place for _, place in sorted(zip(order, blocks, strict=True), key=lambda pair: pair[0]))
+    places = _side_by_side(layout, [held[index] for index in order], kept)
+    places = tuple(place for _, place in sorted(zip(order, places, strict=True), key=lambda pair: pair[0]))
     whole = (1,) * len(shapes)
     return RankBucket(tuple(held), places, tuple(matrices), shapes, whole, places, (), (), kept, tuple(matrices))
 
@@ -181,7 +191,7 @@ def lone_buckets(plan: ExchangePlan, rank: int, numel: int, kept: Kept = NO_STAT
 
 
 def _lone_bucket(layout: PartitionLayout, held: Sequence[Fragment], rank: int, kept: Kept) -> RankBucket:
-    _, places = _blocks(layout, [(rank, fragment) for fragment in held], kept)
+    places = _side_by_side(layout, held, kept)
     places_alone = tuple(_within_rows(layout.matrices[place.matrix], place, kept) for place in places)
     matrices = [layout.matrices[fragment.matrix] for fragment in held]
     shapes = tuple((m.rows_touched(f.within).numel, m.width) for m, f in zip(matrices, held, strict=True))
@@ -210,24 +220,38 @@ def _blocks(
     layout: PartitionLayout, items: Sequence[tuple[int, Fragment]], kept: Kept
 ) -> tuple[tuple[int, ...], tuple[BufferPlace, ...]]:
     """Lay (peer, fragment) items out in one block per peer; return the blocks' sizes and each item's place."""
-    ranges = [[layout.matrices[f.matrix].values_in(per, f.within) for per in kept.per] for _, f in items]
-    data, statistics, flags = ([0] * layout.world_size for _ in range(3))
+    ranges = [_ranges(layout, fragment, kept) for _, fragment in items]
+    sizes = [0] * layout.world_size
     for (peer, fragment), found in zip(items, ranges, strict=True):
-        data[peer] += fragment.numel
-        statistics[peer] += kept.words * sum(values.numel for values in found)
-        flags[peer] += 1
-    sizes = tuple(map(sum, zip(data, statistics, flags, strict=True)))
-    starts = list(accumulate(sizes, initial=0))[:-1]
-    next_data = list(starts)
-    next_value = [start + d for start, d in zip(starts, data, strict=True)]
-    next_flag = [start + s for start, s in zip(next_value, statistics, strict=True)]
+        sizes[peer] += travelling_numel(fragment.numel, sum(values.numel for values in found), kept)
+    after = list(accumulate(sizes, initial=0))[:-1]
     places = []
     for (peer, f), found in zip(items, ranges, strict=True):
+        start, values = after[peer], tuple(values.numel * kept.words for values in found)
+        *positions, flag = accumulate(values, initial=start + f.numel)
+        placed = tuple(Values(within, position) for within, position in zip(found, positions, strict=True))
+        places.append(BufferPlace(f.matrix, f.within, start, placed, flag))
+        after[peer] = start + travelling_numel(f.numel, sum(values) // kept.words, kept)
+    return tuple(sizes), tuple(places)
+
+
+def _side_by_side(layout: PartitionLayout, fragments: Sequence[Fragment], kept: Kept) -> tuple[BufferPlace, ...]:
+    """Lay fragments out one behind the other, then their statistics, then their flags; return the place of each."""
+    ranges = [_ranges(layout, fragment, kept) for fragment in fragments]
+    position = 0
+    value = sum(fragment.numel for fragment in fragments)
+    flag = value + kept.words * sum(values.numel for found in ranges for values in found)
+    places = []
+    for f, found in zip(fragments, ranges, strict=True):
         values = []
         for within in found:
-            values.append(Values(within, next_value[peer]))
-            next_value[peer] += within.numel * kept.words
-        places.append(BufferPlace(f.matrix, f.within, next_data[peer], tuple(values), next_flag[peer]))
-        next_data[peer] += f.numel
-        next_flag[peer] += 1
-    return sizes, tuple(places)
+            values.append(Values(within, value))
+            value += within.numel * kept.words
+        places.append(BufferPlace(f.matrix, f.within, position, tuple(values), flag))
+        position, flag = position + f.numel, flag + 1
+    return tuple(places)
+
+
+def _ranges(layout: PartitionLayout, fragment: Fragment, kept: Kept) -> list[Range]:
+    """Return the values of each statistic that are kept with a fragment."""
+    return [layout.matrices[fragment.matrix].values_in(per, fragment.within) for per in kept.per]

@@ -47,7 +47,7 @@ class Wanted:
 
     Attributes:
         bucket_numel: elements of one bucket per rank: see `make_plan`.
-        cost: FLOPs of a (rows, cols) matrix; None for an elementwise rule, which has no buckets.
+        cost: FLOPs on a type of device of a (rows, cols) matrix; None for an elementwise rule, which has no buckets.
         wire: dtype in which fragments and updates travel.
         statistics: by statistic of the rule, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
@@ -55,7 +55,7 @@ class Wanted:
     """
 
     bucket_numel: int
-    cost: Callable[[int, int], int] | None = None
+    cost: Callable[[str, int, int], int] | None = None
     wire: torch.dtype = torch.float32
     statistics: tuple[Per, ...] = ()
     gathers: bool = True
@@ -131,7 +131,7 @@ def plan_group(
     device = binding.device.type
 
     def cost_of(matrix: Matrix) -> int:
-        return matrix.parts * cost(*matrix.part_shape) if cost else 0
+        return matrix.parts * cost(device, *matrix.part_shape) if cost else 0
 
     plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
     require_agreement(plan, agreed, binding)
