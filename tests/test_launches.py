@@ -31,6 +31,9 @@ LAUNCHES = {
     ("8 layers", "muon", 3): 230,
     ("8 layers", "normuon", 2): 260,
     ("8 layers", "normuon", 3): 290,
+    ("8 layers", "muon_squared", 2): 230,
+    ("8 layers", "muon_squared", 3): 230,
+    ("512 squares", "muon_squared", 3): 210,
     ("8 layers", "adamw", 2): 5,
     ("8 layers", "adamw", 3): 5,
     ("8 layers", "lion", 3): 15,
@@ -43,7 +46,7 @@ LAUNCHES = {
     ("7B", "adamw_8bit", 3): 1200,
     ("2304 experts", "muon", 3): 800,
 }
-RULES = ("muon", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
+RULES = ("muon", "muon_squared", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
 
 
 @cache
