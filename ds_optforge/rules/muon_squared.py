@@ -47,7 +47,7 @@ class MuonSquaredSettings(MuonSettings):
     title = "Muon²"
     builds = MuonSquared
     decay_rates = ("momentum", "beta2")
-    summary = ("elements normalised, orthogonalized", "as Muon, where gradients differ much in size; AdamW's state")
+    summary = ("elements normalised, orthogonalized", "as Muon, of gradients whose elements get one size first; AdamW's state")
 
     beta2: Beta = Field(0.95, description="decay rate of the gradient's second moment")
     eps: Positive = Field(1e-10, description="added to the root of the second moment")
