@@ -12,15 +12,22 @@ BUFFERS = {
     "lion": ("exp_avg",),
     "muon": ("momentum_buffer",),
     "muon_squared": ("momentum_buffer", "second_moment_root"),
+    "adamuon": ("momentum_buffer", "second_moment"),
     "normuon": ("momentum_buffer", "row_second_moment"),
     "sgd": ("momentum_buffer",),
     "schedule_free_adamw": ("exp_avg_sq", "z"),
 }
 AVERAGE = {
     **dict.fromkeys(("adamw", "lion"), "exp_avg"),
-    **dict.fromkeys(("muon", "muon_squared", "normuon"), "momentum_buffer"),
+    **dict.fromkeys(("muon", "muon_squared", "adamuon", "normuon"), "momentum_buffer"),
 }
-BEGINS = ("lion", "muon", "normuon")  # adamw and muon_squared lack a second moment; the others keep no average of the gradient
+# adamw and muon_squared lack a second moment, and the others keep no moving average of the gradient
+BEGINS = ("lion", "muon", "adamuon", "normuon")
+    "lion",
+    "muon",
+    "adamuon",
+    "normuon",
+)  # adamw and muon_squared lack a second moment; the others keep no average of the gradient
 
 
 def rule_called(name: str) -> Any:
@@ -41,7 +48,7 @@ def taken(saved: dict[str, tuple[str, int]], rule: str) -> Resumption | str:
 def test_every_pair_of_rules(saved: str, rule: str) -> None:
     found = taken({"a": (saved, 5)}, rule)
     keys = averages_of(rule_called(rule))
-    if saved == rule or (saved in ("muon_squared", "normuon") and rule == "muon"):
+    if saved == rule or (saved in ("muon_squared", "adamuon", "normuon") and rule == "muon"):
         assert found == Resumption(5, {})
         assert [found.key("a", buffer, keys) for buffer in BUFFERS[rule]] == [f"optimizer/a/{b}" for b in BUFFERS[rule]]
     elif saved in AVERAGE and rule in BEGINS:
