@@ -49,7 +49,7 @@ LAUNCHES = {
     ("7B", "adamw_8bit", 3): 1200,
     ("2304 experts", "muon", 3): 800,
 }
-RULES = ("muon", "muon_squared", "adamuon", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
+RULES = ("muon", "muon_squared", "adamuon", "aurora", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
 
 
 @cache

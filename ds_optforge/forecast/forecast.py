@@ -30,8 +30,8 @@ _BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / BLOCK}  # 8bit: a flo
 # Bytes of an element that a step reads and writes beside its state, counted by operator in the step of one process
 # (tests/test_planning.py counts again): the gradient and twice the weight in a fused kernel; with a matrix rule also the two
 # interpolations, the copies to and from the wire, the norms, both scalings and the decay; with statistics of rows a second
-# pass over the updates; with a second moment of elements its square, average and root, and a division by it; with a sum its terms, and
-# the updates once more.
+# pass over the updates; with a second moment of elements its square, average and root, and a division by it; with a sum its
+# terms, and the updates once more.
 _IN_PLACE_BYTES = 12
 _PASSES_OUT_OF_PLACE = 2.5
 _MATRIX_BYTES = 86

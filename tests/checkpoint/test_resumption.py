@@ -23,11 +23,6 @@ AVERAGE = {
 }
 # adamw and muon_squared lack a second moment, and the others keep no moving average of the gradient
 BEGINS = ("lion", "muon", "adamuon", "normuon")
-    "lion",
-    "muon",
-    "adamuon",
-    "normuon",
-)  # adamw and muon_squared lack a second moment; the others keep no average of the gradient
 
 
 def rule_called(name: str) -> Any:
