@@ -37,6 +37,8 @@ LAUNCHES = {
     # Of these, three for each of the 20, or 56, fragments are its mean squares.
     ("8 layers", "adamuon", 2): 335,
     ("8 layers", "adamuon", 3): 480,
+    ("8 layers", "aurora", 2): 330,
+    ("8 layers", "aurora", 3): 290,
     ("8 layers", "adamw", 2): 5,
     ("8 layers", "adamw", 3): 5,
     ("8 layers", "lion", 3): 15,
