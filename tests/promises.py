@@ -42,7 +42,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "use-muon-missing": "A group without the flag, or with one that is no boolean, is an error that names the group.",
         "use-muon-several": "There may be several groups of each kind, with hyperparameters of their own.",
     },
-    "NorMuon and weight decay": {
+    "NorMuon, other relatives of Muon, and weight decay": {
+        "muon-family-formulas": "Muon², AdaMuon and Aurora, and normalised rows or columns, follow the published algorithms.",
         "normuon-formula": "NorMuon follows the published algorithm.",
         "normuon-beta2": "NorMuon's `beta2` has an effect.",
         "normuon-rows": "NorMuon keeps one second moment for each output row of a matrix.",

@@ -32,6 +32,14 @@ LAUNCHES = {
     ("8 layers", "muon", 3): 230,
     ("8 layers", "normuon", 2): 260,
     ("8 layers", "normuon", 3): 290,
+    ("8 layers", "muon_squared", 2): 230,
+    ("8 layers", "muon_squared", 3): 230,
+    ("512 squares", "muon_squared", 3): 210,
+    # Of these, three for each of the 20, or 56, fragments are its mean squares.
+    ("8 layers", "adamuon", 2): 335,
+    ("8 layers", "adamuon", 3): 480,
+    ("8 layers", "aurora", 2): 330,
+    ("8 layers", "aurora", 3): 290,
     ("8 layers", "adamw", 2): 5,
     ("8 layers", "adamw", 3): 5,
     ("8 layers", "lion", 3): 15,
@@ -44,7 +52,7 @@ LAUNCHES = {
     ("7B", "adamw_8bit", 3): 1200,
     ("2304 experts", "muon", 3): 800,
 }
-RULES = ("muon", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
+RULES = ("muon", "muon_squared", "adamuon", "aurora", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
 
 
 @cache
@@ -64,6 +72,15 @@ def test_launches(model: str, rule: str, stage: int) -> None:
 def test_the_host_waits_nowhere_and_copies_nothing(rule: str, stage: int) -> None:
     counts = stepped("8 layers", rule, stage).counts
     assert (counts.places("waits"), counts.places("copies")) == ({}, {})
+
+
+@pytest.mark.parametrize("rule", ["muon", "muon_squared", "adamuon"])
+def test_a_rules_own_launches_grow_with_portions_and_not_with_matrices(rule: str) -> None:
+    """512 matrices in 3 portions: at most 35 each, of lists that take several launches."""
+    found = stepped("512 squares", rule, 3)
+    assert found.portions == 3
+    own = sum(op.launches for op in found.counts.ops if "/rules/" in op.place or op.place.startswith("rules/"))
+    assert 0 < own <= 35 * found.portions
 
 
 @pytest.mark.parametrize(("rule", "views"), [("muon", 2), ("normuon", 4)])

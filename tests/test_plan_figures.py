@@ -57,7 +57,7 @@ def size(value: object) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon", "adamw", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["muon", "muon_squared", "adamuon", "aurora", "normuon", "adamw", "lion", "sgd"])
 def test_a_step_reads_and_writes_about_what_is_predicted(name: str) -> None:
     """Within a quarter: the bytes depend on shapes, too. Square matrices of 256, in one process, with weight decay."""
     model = linears(*(matrix(256, 256, seed=seed) for seed in range(6)))

@@ -255,7 +255,7 @@ class TestHealth:
         return [record.getMessage() for record in caplog.records]
 
     @pytest.mark.parametrize("scale", ["shape", "match_rms_adamw", "spectral", "none"])
-    @pytest.mark.parametrize("name", ["muon", "normuon"])
+    @pytest.mark.parametrize("name", ["muon", "muon_squared", "aurora", "normuon"])
     def test_none_on_ordinary_gradients(self, name: str, scale: str, caplog: pytest.LogCaptureFixture) -> None:
         params = {"name": name, "lr": LR, "weight_decay": 1.0, "orthogonalization": {"scale": scale}, "adamw": {"lr": 1e-3}}
         assert self.warnings(caplog, [noise] * (PATIENCE + 1), params) == []

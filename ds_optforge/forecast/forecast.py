@@ -31,11 +31,14 @@ _BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / BLOCK}  # 8bit: a flo
 # Bytes of an element that a step reads and writes beside its state, counted by operator in the step of one process
 # (tests/test_planning.py counts again): the gradient and twice the weight in a fused kernel; with a matrix rule also the two
 # interpolations, the copies to and from the wire, the norms, both scalings and the decay; with statistics of rows a second
-# pass over the updates.
+# pass over the updates; with a second moment of elements its square, average and root, and a division by it; with a sum its
+# terms, and the updates once more.
 _IN_PLACE_BYTES = 12
 _PASSES_OUT_OF_PLACE = 2.5
 _MATRIX_BYTES = 86
 _STATISTIC_BYTES = 40
+_SECOND_MOMENT_BYTES = 62
+_SUM_BYTES = 82
 
 Cost = Callable[[Matrix], int]
 
@@ -238,7 +241,9 @@ class PlannedCall:
     def _bytes_of_an_element(self, state: float) -> float:
         """Bytes that a step reads and writes for an element of the slice, with ``state`` bytes of it kept."""
         if isinstance(self.rule, MatrixRule):
-            return _MATRIX_BYTES + 2 * state + (_STATISTIC_BYTES if self.rule.statistics else 0)
+            second = _SECOND_MOMENT_BYTES * sum(not buffer.signed for buffer in self.rule.buffers)
+            rows = _STATISTIC_BYTES if self.rule.statistics else 0
+            return _MATRIX_BYTES + 2 * state + rows + second + _SUM_BYTES * len(self.rule.sums)
         return (_IN_PLACE_BYTES + 2 * state) * (1 if self.rule.in_place else _PASSES_OUT_OF_PLACE)
 
     def _sum_bytes(self, plan: ExchangePlan) -> int:

@@ -82,11 +82,13 @@ class Sum:
         per: "row" for one sum per output row, "matrix" for one sum per matrix.
         of_update: whether the terms come from the updates; only `MatrixRule.apply` gets such a sum. Other sums have terms
             from the gradients, and `direction`, `update` and `apply` get them.
+        mean: whether the sum is divided by the number of its terms.
     """
 
     name: str
     per: Per = "matrix"
     of_update: bool = False
+    mean: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,7 +258,9 @@ class MatrixRule(Rule):
 
     @abstractmethod
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
-        """Return the root mean square of the elements of `update` for one exactly orthogonal (rows, cols) matrix.
+        """Return the root mean square of the step over the learning rate, decay apart, for an exactly orthogonal matrix.
+
+        That of `update` where `apply` does not change the size, as none may that is to work with ``mode: shard_local``.
 
         Args:
             rows: stored rows.

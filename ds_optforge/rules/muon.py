@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -21,6 +21,7 @@ from ds_optforge.orthogonalize import (
     orthogonalize,
 )
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
+from ds_optforge.rules.normalization import Normalization, NormalizationSettings
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
 from ds_optforge.validation import Section
@@ -110,12 +111,14 @@ class Muon(MatrixRule):
         orthogonalization: NS and the scale.
         cautious: whether weight decay is cautious: see `decay`.
         momentum_warmup: (start, steps): the momentum rises linearly from ``start`` over that many steps; None: constant.
+        normalization: of the rows or columns of u, or of NS(u); None: they are as they are.
     """
 
     nesterov: bool
     orthogonalization: Orthogonalization
     cautious: bool = False
     momentum_warmup: tuple[float, int] | None = None
+    normalization: Normalization | None = None
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
 
@@ -144,7 +147,7 @@ class Muon(MatrixRule):
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
         """Orthogonalize and scale a batch; arguments as in `MatrixRule.update`."""
         # Scaled in the wire's precision: the compute dtype may be narrower.
-        orthogonal = self.orthogonalization(batch.matrices).to(batch.matrices.dtype)
+        orthogonal = self.orthogonal(batch).to(batch.matrices.dtype)
         batch.watch(orthogonal)
         scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
         active = batch.active
@@ -152,7 +155,16 @@ class Muon(MatrixRule):
             scale != torch.tensor(scale, dtype=orthogonal.dtype).item()
         ):  # it mostly is a power of two, which avoids mixed dtypes
             active = active.float()
-        return orthogonal.mul_((active if scale == 1.0 else active * scale).view(-1, 1, 1))
+        factors = (active if scale == 1.0 else active * scale).view(-1, 1, 1)
+        sizes = self.normalization.after(orthogonal, batch.transposed) if self.normalization else None
+        return orthogonal.mul_(factors if sizes is None else sizes.mul_(factors))
+
+    def orthogonal(self, batch: Batch) -> Tensor:
+        """Return the orthogonal factors of a batch, (n, rows, cols), in the dtype of the products; its matrices may be lost."""
+        matrices = batch.matrices
+        if self.normalization:
+            matrices = self.normalization.before(matrices, batch.transposed)
+        return self.orthogonalization(matrices)
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         """Return scale / sqrt(max(rows, cols)); arguments as in `MatrixRule.rms`."""
@@ -160,7 +172,9 @@ class Muon(MatrixRule):
 
     def healthy(self, rows: int, cols: int) -> Healthy:
         """Return the bounds for the orthogonal factors; arguments as in `MatrixRule.healthy`."""
-        return self.orthogonalization.healthy(rows, cols)
+        bounds = self.orthogonalization.healthy(rows, cols)
+        normalized = self.normalization and self.normalization.when == "after"
+        return replace(bounds, largest=1.0) if normalized else bounds
 
     def apply(
         self, parameters: Tensors, updates: Tensors, active: Tensor, state: State, sums: Sums, now: Hyperparameters
@@ -219,15 +233,10 @@ class MomentumWarmup(Section):
     steps: int = Field(300, ge=1, description="steps until the full momentum")
 
 
-@register_rule
-class MuonSettings(DecaySettings):
-    """Fields of ``muon``."""
+class OrthogonalSettings(DecaySettings):
+    """Fields of every rule that orthogonalizes a momentum."""
 
-    rule = "muon"
-    title = "Muon"
-    builds = Muon
-    decay_rates = ("momentum",)
-    summary = ("orthogonalized", "hidden matrices of a transformer; half of AdamW's state")
+    decay_rates: ClassVar[tuple[str, ...]] = ("momentum",)
 
     lr: NonNegative = Field(0.02, description="learning rate")
     momentum: Beta = Field(0.95, description="decay rate of the gradient's moving average")
@@ -240,10 +249,6 @@ class MuonSettings(DecaySettings):
         """Whether the scale makes updates as large as AdamW's."""
         return self.orthogonalization.scale == "match_rms_adamw"
 
-    def build(self) -> Muon:
-        """Return the rule with these settings."""
-        return Muon(**self.arguments())
-
     def arguments(self) -> dict[str, Any]:
         """Return the arguments with which `Muon` and the rules that derive from it are constructed."""
         warmup = self.momentum_warmup
@@ -253,3 +258,23 @@ class MuonSettings(DecaySettings):
             "cautious": self.cautious_weight_decay,
             "momentum_warmup": (warmup.start, warmup.steps) if warmup else None,
         }
+
+
+@register_rule
+class MuonSettings(OrthogonalSettings):
+    """Fields of ``muon``."""
+
+    rule = "muon"
+    title = "Muon"
+    builds = Muon
+    summary = ("orthogonalized", "hidden matrices of a transformer; half of AdamW's state")
+
+    normalize: NormalizationSettings | None = Field(None, description='{"by": "rows", "when": "after"}; null: not at all')
+
+    def build(self) -> Muon:
+        """Return the rule with these settings."""
+        return Muon(**self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments with which `Muon` and the rules that derive from it are constructed."""
+        return {**super().arguments(), "normalization": self.normalize.build() if self.normalize else None}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ds_optforge.rules.base import Batch, Hyperparameters, Statistic
@@ -31,7 +31,7 @@ class NorMuon(Muon):
 
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
         """Orthogonalize a batch and normalise its output rows; arguments as in `MatrixRule.update`."""
-        orthogonal = self.orthogonalization(batch.matrices).float()
+        orthogonal = self.orthogonal(batch).float()
         batch.watch(orthogonal)
         rows = batch.statistics["row_second_moment"]
         norm = torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True)
@@ -59,6 +59,12 @@ class NorMuonSettings(MuonSettings):
     summary = ("orthogonalized, rows normalised", "as Muon, with rows of equal size in every update")
 
     beta2: Beta = Field(0.95, description="decay rate of the second moment of each output row")
+
+    @model_validator(mode="after")
+    def _once(self) -> "NorMuonSettings":
+        if self.normalize and self.normalize.when == "after":
+            raise ValueError("normalize.when: got 'after', where normuon normalises rows by itself; allowed: 'before'")
+        return self
 
     def build(self) -> NorMuon:
         """Return the rule with these settings."""

@@ -33,11 +33,15 @@ class BucketSums:
         self.sums = tuple(sums)
         self._starts: dict[str, dict[int, int]] = {}  # by sum and matrix: where its values begin in the kind's vector
         self._numel = {False: 0, True: 0}  # of the vector, by kind
+        terms: dict[bool, list[float]] = {False: [], True: []}  # that a value is divided by
         for item in sums:
             self._starts[item.name] = {}
             for index in bucket.matrices:
                 self._starts[item.name][index] = self._numel[item.of_update]
-                self._numel[item.of_update] += layout.matrices[index].values(item.per)
+                values = layout.matrices[index].values(item.per)
+                self._numel[item.of_update] += values
+                terms[item.of_update] += [layout.matrices[index].numel / values if item.mean else 1.0] * values
+        self._terms = {kind: torch.tensor(found, dtype=torch.float64).to(binding.device) for kind, found in terms.items()}
         self._totals = torch.empty(0, dtype=torch.float64)
         self._found: dict[bool, Tensor] = {}
 
@@ -80,7 +84,7 @@ class BucketSums:
         """Add up the ranks' sums of the kind ``of_update``. Collective if the bucket travels."""
         if self._travels:
             sum_over_ranks(self._totals, self._binding)
-        self._found[of_update] = self._totals.float()
+        self._found[of_update] = self._totals.div_(self._terms[of_update]).float()
 
     def given(
         self, places: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, of_update: Sequence[bool]

@@ -11,12 +11,18 @@ BUFFERS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "lion": ("exp_avg",),
     "muon": ("momentum_buffer",),
+    "muon_squared": ("momentum_buffer", "second_moment_root"),
+    "adamuon": ("momentum_buffer", "second_moment"),
     "normuon": ("momentum_buffer", "row_second_moment"),
     "sgd": ("momentum_buffer",),
     "schedule_free_adamw": ("exp_avg_sq", "z"),
 }
-AVERAGE = {"adamw": "exp_avg", "lion": "exp_avg", "muon": "momentum_buffer", "normuon": "momentum_buffer"}
-BEGINS = ("lion", "muon", "normuon")  # adamw lacks its second moment, and the others keep no moving average of the gradient
+AVERAGE = {
+    **dict.fromkeys(("adamw", "lion"), "exp_avg"),
+    **dict.fromkeys(("muon", "muon_squared", "adamuon", "normuon"), "momentum_buffer"),
+}
+# adamw and muon_squared lack a second moment, and the others keep no moving average of the gradient
+BEGINS = ("lion", "muon", "adamuon", "normuon")
 
 
 def rule_called(name: str) -> Any:
@@ -37,7 +43,7 @@ def taken(saved: dict[str, tuple[str, int]], rule: str) -> Resumption | str:
 def test_every_pair_of_rules(saved: str, rule: str) -> None:
     found = taken({"a": (saved, 5)}, rule)
     keys = averages_of(rule_called(rule))
-    if saved == rule or (saved, rule) == ("normuon", "muon"):
+    if saved == rule or (saved in ("muon_squared", "adamuon", "normuon") and rule == "muon"):
         assert found == Resumption(5, {})
         assert [found.key("a", buffer, keys) for buffer in BUFFERS[rule]] == [f"optimizer/a/{b}" for b in BUFFERS[rule]]
     elif saved in AVERAGE and rule in BEGINS:
@@ -45,6 +51,8 @@ def test_every_pair_of_rules(saved: str, rule: str) -> None:
         assert found.step == 5
         sources = [f"optimizer/a/{AVERAGE[saved]}", None]
         assert [found.key("a", buffer, keys) for buffer in BUFFERS[rule]] == sources[: len(BUFFERS[rule])]
+    elif (saved, rule) == ("muon", "muon_squared"):
+        assert found == "1 buffers are not in the checkpoint, as 'optimizer/a/second_moment_root'"
     else:
         assert found == f"it was trained by '{saved}', whose state is not of this rule's kind"
 

@@ -13,6 +13,13 @@ ADAMW = {"lr": 3e-3, "eps": 1e-5}
 SETTINGS: dict[str, dict[str, Any]] = {
     "muon, cautious": {**cases.MUON, "cautious_weight_decay": True, **EXACT},
     "muon, warming up": {**cases.MUON, "momentum_warmup": {"from": 0.5, "steps": 7}, **EXACT},
+    "muon, rows equal before": {
+        **cases.MUON,
+        **EXACT,
+        "normalize": {"by": "rows", "when": "before"},
+        "overrides": [{"match": "blocks.*weight", "stored": "in_out"}],
+    },
+    "muon, columns equal after": {**cases.MUON, **EXACT, "normalize": {"by": "columns", "when": "after"}},
     "schedule-free, warming up": {"name": "schedule_free_adamw", "lr": 3e-3, "eps": 1e-5, "warmup_steps": 5},
     "adamw, cautious": {"name": "adamw", **ADAMW, "weight_decay": 0.1, "cautious_weight_decay": True},
     "a mix by role": {
