@@ -44,6 +44,9 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     },
     "NorMuon and weight decay": {
         "normuon-formula": "NorMuon follows the published algorithm.",
+        "muon-hyperball-formula": "Muon Hyperball follows the published algorithm.",
+        "muon-hyperball-norm": "With Muon Hyperball a matrix keeps the norm with which it started, to float32's rounding.",
+        "muown-formula": "Muown follows its authors' code.",
         "normuon-beta2": "NorMuon's `beta2` has an effect.",
         "normuon-rows": "NorMuon keeps one second moment for each output row of a matrix.",
         "normuon-routing": "NorMuon trains the matrices inside a model; AdamW trains embeddings, norms, biases and the head, "

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_optforge.orthogonalize import Healthy, Method, accurate_method, coefficient_set, flops, healthy, orthogonalize
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
+from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive, RuleSettings
 from ds_optforge.validation import Section
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
@@ -193,6 +193,10 @@ class OrthogonalizationSettings(Section):
         rms = _MOONLIGHTS_RMS if self.rms is None else self.rms
         return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile, rms)
 
+    def unscaled(self) -> Orthogonalization:
+        """Return the same without a scale, for a rule that gives its updates another size."""
+        return replace(self.build(), scale="none")
+
 
 class MomentumWarmup(Section):
     """Settings of a momentum that rises linearly to its value."""
@@ -201,17 +205,11 @@ class MomentumWarmup(Section):
     steps: int = Field(300, ge=1, description="steps until the full momentum")
 
 
-@register_rule
-class MuonSettings(DecaySettings):
-    """Fields of ``muon``."""
+class MomentumSettings(RuleSettings):
+    """Settings of the rules that orthogonalize a momentum."""
 
-    rule = "muon"
-    title = "Muon"
-    builds = Muon
     decay_rates = ("momentum",)
-    summary = ("orthogonalized", "hidden matrices of a transformer; half of AdamW's state")
 
-    lr: NonNegative = Field(0.02, description="learning rate")
     momentum: Beta = Field(0.95, description="decay rate of the gradient's moving average")
     momentum_warmup: MomentumWarmup | None = Field(None, description='{"from": 0.85, "steps": 300}')
     nesterov: bool = Field(True, description="orthogonalize lerp(gradient, average, momentum) rather than the average")
@@ -222,16 +220,32 @@ class MuonSettings(DecaySettings):
         """Whether the scale makes updates as large as AdamW's."""
         return self.orthogonalization.scale == "match_rms_adamw"
 
-    def build(self) -> Muon:
-        """Return the rule with these settings."""
-        return Muon(**self.arguments())
-
     def arguments(self) -> dict[str, Any]:
         """Return the arguments with which `Muon` and the rules that derive from it are constructed."""
         warmup = self.momentum_warmup
         return {
             "nesterov": self.nesterov,
             "orthogonalization": self.orthogonalization.build(),
-            "cautious": self.cautious_weight_decay,
             "momentum_warmup": (warmup.start, warmup.steps) if warmup else None,
         }
+
+
+@register_rule
+class MuonSettings(MomentumSettings, DecaySettings):
+    """Fields of ``muon``."""
+
+    rule = "muon"
+    title = "Muon"
+    builds = Muon
+    decay_rates = ("momentum",)
+    summary = ("orthogonalized", "hidden matrices of a transformer; half of AdamW's state")
+
+    lr: NonNegative = Field(0.02, description="learning rate")
+
+    def build(self) -> Muon:
+        """Return the rule with these settings."""
+        return Muon(**self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments with which `Muon` and the rules with its decay are constructed."""
+        return {**MomentumSettings.arguments(self), "cautious": self.cautious_weight_decay}
