@@ -39,8 +39,6 @@ class MuonHyperball(Muon):
 
     def settle(self, of_update: bool, values: Values, now: Hyperparameters) -> Values:
         """Return the factors of W and of O, and R; arguments as in `MatrixRule.settle`."""
-        if not of_update:
-            return {}
         active, kept, size = values["active"] != 0, values["radius"], values["update_square"].sqrt()
         # Rounded at once, as it will be read in the next step.
         radius = torch.where(kept > 0, kept, values["weight_square"].sqrt().float().double())
