@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer
 from ds_optforge.rules.base import combine
+from ds_optforge.step.health import PATIENCE
 from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
 from tests.oracles import EXACT, newton_schulz, relative_error
 
@@ -101,6 +102,19 @@ def test_a_matrix_without_a_gradient_stays_as_it_is_and_starts_with_its_first_on
     optimizer.step()
     assert not torch.equal(idle, before)
     assert optimizer.state[idle]["radius"].item() == pytest.approx(before.norm().item(), rel=1e-6)
+
+
+def test_telemetry_shows_the_share_and_expects_no_size_of_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    """2%: in line with its momentum, a weight turns by less. Weights of size 3 make steps thirty times those of muon at this rate."""
+    model = linears(3.0 * matrix(24, 96))
+    optimizer = build_optimizer(model, {**HYPERBALL, "telemetry": {"every": 1}})
+    for step in range(PATIENCE + 2):
+        set_gradients(model.parameters(), step)
+        optimizer.step()
+    numbers = optimizer.telemetry["groups"]["matrix.muon_hyperball"]
+    assert numbers["update_to_parameter"] == pytest.approx(0.018, rel=0.02)
+    assert numbers["effective_lr"] == pytest.approx(0.018)
+    assert "update_rms" not in caplog.text
 
 
 class TestZeros:
