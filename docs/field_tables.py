@@ -9,6 +9,7 @@ rewrites what stands between `<!-- name -->` and `<!-- end -->`, and in adding_a
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -67,8 +68,9 @@ def state_bytes(settings: type[RuleSettings]) -> str:
     buffers = settings.builds.buffers
     totals = [sum(4.0 if buffer.full_precision else each for buffer in buffers) for each in formats.values()]
     text = " / ".join(f"{total:.2f}".removesuffix(".00") for total in totals)
-    kept = settings.builds.statistics if issubclass(settings.builds, MatrixRule) else ()
-    return text + "".join(f", and 4 per {statistic.per}" for statistic in kept)
+    statistics = settings.builds.statistics if issubclass(settings.builds, MatrixRule) else ()
+    kept = Counter(statistic.per for statistic in statistics)
+    return text + "".join(f", and {4 * count} per {per}" for per, count in kept.items())
 
 
 def preset_rates(name: str) -> list[float]:

@@ -45,6 +45,9 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "NorMuon, other relatives of Muon, and weight decay": {
         "muon-family-formulas": "Muon², AdaMuon and Aurora, and normalised rows or columns, follow the published algorithms.",
         "normuon-formula": "NorMuon follows the published algorithm.",
+        "muon-hyperball-formula": "Muon Hyperball follows the published algorithm.",
+        "muon-hyperball-norm": "With Muon Hyperball a matrix keeps the norm with which it started, to float32's rounding.",
+        "muown-formula": "Muown follows its authors' code.",
         "normuon-beta2": "NorMuon's `beta2` has an effect.",
         "normuon-rows": "NorMuon keeps one second moment for each output row of a matrix.",
         "normuon-routing": "NorMuon trains the matrices inside a model; AdamW trains embeddings, norms, biases and the head, "

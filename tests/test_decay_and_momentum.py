@@ -211,8 +211,11 @@ def test_a_decay_schedule_needs_the_total_number_of_steps() -> None:
 
 
 def momenta(config: dict[str, Any], steps: int) -> list[float]:
-    """The momentum of each step, read off the buffer: a gradient of 1, then zeros, so that it only fades."""
-    model = linears(torch.zeros(4, 4))
+    """The momentum of each step, read off the buffer: a gradient of 1, then zeros, so that it only fades.
+
+    The weight's rows are at right angles to the gradient's: muown averages that part of it.
+    """
+    model = linears(torch.tensor([1.0, -1.0, 1.0, -1.0]).repeat(4, 1))
     optimizer = build_optimizer(model, {"lr": LR, **EXACT, **config})
     model[0].weight.grad = torch.ones(4, 4)
     optimizer.step()

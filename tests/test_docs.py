@@ -77,7 +77,7 @@ def state_of_row(name: str) -> tuple[dict[str, float], list[str]]:
 
 @pytest.mark.parametrize(("name", "state_dtype"), [(name, each) for name in RULES for each in state_of_row(name)[0]])
 def test_the_bytes_of_state_are_those_that_are_allocated(name: str, state_dtype: str) -> None:
-    """0.005: two digits. What is kept per row is counted apart."""
+    """0.005: two digits. What is kept per row or per matrix is counted apart."""
     formats, kept = state_of_row(name)
     if state_dtype == "8bit":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -88,10 +88,11 @@ def test_the_bytes_of_state_are_those_that_are_allocated(name: str, state_dtype:
     optimizer.step()
     (state,) = optimizer.state.values()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-    of_rows = {key for key, value in tensors.items() if value.numel() == 64 and not key.endswith("_absmax")}
-    found = sum(value.numel() * value.element_size() for key, value in tensors.items() if key not in of_rows)
+    beside = {key: value.numel() for key, value in tensors.items() if value.numel() in (1, 64) and not key.endswith("_absmax")}
+    found = sum(value.numel() * value.element_size() for key, value in tensors.items() if key not in beside)
     assert found / (64 * 256) == pytest.approx(formats[state_dtype], abs=0.005)
-    assert kept == ["4 per row"] * len(of_rows)
+    counts = {"matrix": list(beside.values()).count(1), "row": list(beside.values()).count(64)}
+    assert kept == [f"{4 * count} per {per}" for per, count in counts.items() if count]
 
 
 @pytest.mark.promise("lr-transfer")

@@ -11,6 +11,7 @@ import torch
 
 from ds_optforge import build_optimizer
 from ds_optforge.optimizer import send_telemetry
+from ds_optforge.rules import rule_settings
 from tests.launches import Launches, launches_of
 from tests.stand_in import META, Shape, Stepped, standing, steady_step
 
@@ -40,6 +41,10 @@ LAUNCHES = {
     ("8 layers", "adamuon", 3): 480,
     ("8 layers", "aurora", 2): 330,
     ("8 layers", "aurora", 3): 290,
+    ("8 layers", "muon_hyperball", 2): 350,
+    ("8 layers", "muon_hyperball", 3): 420,
+    ("8 layers", "muown", 2): 530,
+    ("8 layers", "muown", 3): 580,
     ("8 layers", "adamw", 2): 5,
     ("8 layers", "adamw", 3): 5,
     ("8 layers", "lion", 3): 15,
@@ -51,14 +56,29 @@ LAUNCHES = {
     ("7B", "adamw_8bit", 2): 800,
     ("7B", "adamw_8bit", 3): 1200,
     ("2304 experts", "muon", 3): 800,
+    ("2304 experts", "muon_hyperball", 3): 1100,
+    ("2304 experts", "muown", 3): 2050,
 }
-RULES = ("muon", "muon_squared", "adamuon", "aurora", "normuon", "adamw", "adamw_8bit", "lion", "sgd", "schedule_free_adamw")
+RULES = (
+    "muon",
+    "muon_squared",
+    "adamuon",
+    "aurora",
+    "normuon",
+    "muon_hyperball",
+    "muown",
+    "adamw",
+    "adamw_8bit",
+    "lion",
+    "sgd",
+    "schedule_free_adamw",
+)
 
 
 @cache
 def stepped(model: str, rule: str, stage: int) -> Stepped:
     shapes, world = MODELS[model]
-    decay: dict[str, Any] = {} if rule == "sgd" else {"weight_decay": 0.1}
+    decay: dict[str, Any] = {} if rule in ("sgd", "muon_hyperball") else {"weight_decay": 0.1}
     return steady_step(shapes, stage, world, name=rule, **decay)
 
 
@@ -96,7 +116,7 @@ def test_views_do_not_grow_with_fragments(rule: str, views: int) -> None:
 @pytest.mark.parametrize("cautious", [False, True])
 def test_lists_of_tensors_take_the_fast_route(rule: str, stage: int, cautious: bool) -> None:
     """A list that mixes dtypes or shapes would take a kernel for each tensor."""
-    if rule in ("sgd", "schedule_free_adamw"):
+    if "cautious_weight_decay" not in rule_settings(rule).model_fields:
         assert not stepped("8 layers", rule, stage).counts.slow
         return
     found = steady_step(SMALL, stage, 3, name=rule, weight_decay=0.1, cautious_weight_decay=cautious)

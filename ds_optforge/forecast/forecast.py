@@ -18,7 +18,7 @@ from ds_optforge.forecast.exchange_sizes import cut_alike, exchange_sizes, fragm
 from ds_optforge.forecast.topology import Topology, stepped_together
 from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
-from ds_optforge.rules.base import MatrixRule
+from ds_optforge.rules.base import MatrixRule, statistics_of
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
@@ -38,7 +38,7 @@ _PASSES_OUT_OF_PLACE = 2.5
 _MATRIX_BYTES = 86
 _STATISTIC_BYTES = 40
 _SECOND_MOMENT_BYTES = 62
-_SUM_BYTES = 82
+_SUM_BYTES = {"matrix": 34, "row": 66}  # of one sum: its terms, and for rows what is made of it for every element
 
 Cost = Callable[[Matrix], int]
 
@@ -198,7 +198,8 @@ class PlannedCall:
         self.kept = NO_STATISTICS
         if isinstance(self.rule, MatrixRule):
             self.cost = _remembered(partial(self.rule.cost_on, topology.device))
-            self.kept = Kept(tuple(statistic.per for statistic in self.rule.statistics), 4 // self.wire_bytes)
+            travelling = statistics_of(self.rule, "update")
+            self.kept = Kept(tuple(statistic.per for statistic in travelling), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
 
@@ -242,15 +243,16 @@ class PlannedCall:
         """Bytes that a step reads and writes for an element of the slice, with ``state`` bytes of it kept."""
         if isinstance(self.rule, MatrixRule):
             second = _SECOND_MOMENT_BYTES * sum(not buffer.signed for buffer in self.rule.buffers)
-            rows = _STATISTIC_BYTES if self.rule.statistics else 0
-            return _MATRIX_BYTES + 2 * state + rows + second + _SUM_BYTES * len(self.rule.sums)
+            rows = _STATISTIC_BYTES if self.kept.per else 0
+            return _MATRIX_BYTES + 2 * state + rows + second + sum(_SUM_BYTES[item.per] for item in self.rule.sums)
         return (_IN_PLACE_BYTES + 2 * state) * (1 if self.rule.in_place else _PASSES_OUT_OF_PLACE)
 
     def _sum_bytes(self, plan: ExchangePlan) -> int:
-        """Bytes that a rank sends to add up the rule's sums: all-reduces of float64, each value twice but for its own share."""
+        """Bytes that a rank sends for sums, and statistics beside them: float64, each value twice but for its own share."""
         sums = self.rule.sums if isinstance(self.rule, MatrixRule) else ()
+        pers = [item.per for item in sums] + [found.per for found in statistics_of(self.rule, "direction", "apply")]
         matrices = [self.layout.matrices[index] for exchange in plan.exchanges for index in exchange]
-        values = sum(matrix.values(item.per) for item in sums for matrix in matrices)
+        values = sum(matrix.values(per) for per in pers for matrix in matrices)
         return 2 * 8 * values * (self.layout.world_size - 1) // self.layout.world_size
 
     def _add_orthogonalization(self, plan: ExchangePlan, figures: list[RankFigures], rows: Counter[int]) -> None:
@@ -267,7 +269,7 @@ class PlannedCall:
                 figures[rank].shard_flops += len(alike) * self.cost(replace(matrix, rows=touched, joins=None))
                 if within.numel < matrix.numel:
                     rows[touched] += self.siblings * len(alike)
-                kept = sum(matrix.values_in(per, within).numel for per in self.kept.per)
+                kept = sum(matrix.values_in(found.per, within).numel for found in statistics_of(self.rule))
                 figures[rank].state_bytes += 4 * len(alike) * kept
 
     def _held_alone(self, matrix: Matrix, count: int, bucket: int) -> int:

@@ -11,6 +11,7 @@ from ds_optforge.rules.base import (
     Sum,
     Sums,
     Tensors,
+    Values,
     decay,
 )
 from ds_optforge.rules.registry import RuleError, register_rule, rule_names, rule_settings
@@ -30,6 +31,7 @@ __all__ = [
     "Sum",
     "Sums",
     "Tensors",
+    "Values",
     "decay",
     "register_rule",
     "rule_names",

@@ -24,6 +24,8 @@ State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter,
 Sums: TypeAlias = Mapping[str, Tensors]  # by sum: one float32 tensor per parameter, which broadcasts with it
 Hyperparameters: TypeAlias = Mapping[str, Any]
 Per: TypeAlias = Literal["row", "matrix"]
+Given: TypeAlias = Literal["update", "direction", "apply"]
+Values: TypeAlias = Mapping[str, Tensor]  # by name: one value for each row, or for each matrix, of a bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,19 @@ class Buffer:
 class Statistic:
     """Declaration of a float32 value that is kept per output row of a matrix, or per matrix. It starts as 0.
 
-    The value is kept on the rank that holds the first element of the row, or of the matrix; it travels with that element
-    to the owner, where `MatrixRule.update` advances it.
+    The value is kept on the rank that holds the first element of the row, or of the matrix.
 
     Attributes:
         name: key of the statistic in the optimizer's state and in `Batch.statistics`.
         per: "row" for one value per output row, "matrix" for one value per matrix.
+        given: to whom. "update": it travels with the first element to the owner, where `MatrixRule.update` advances it.
+            "direction" and "apply": to all ranks that hold elements, together with the sums of the gradients or of the
+            updates, for `MatrixRule.settle`, which advances it.
     """
 
     name: str
     per: Per = "row"
+    given: Given = "update"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,7 @@ class Batch:
         transposed: whether the weights are stored (in, out), so that their output rows are the columns.
         statistics: by name, (n, outputs) or (n, 1) in float32, to be advanced in place; negative where another rank keeps
             the value (``sharding.mode: shard_local``).
-        sums: by name, (n, outputs) or (n, 1) in float32.
+        sums: by name, (n, outputs) or (n, 1) in float32; empty for a rule with `MatrixRule.settle`.
         has_all: whether no statistic is another rank's, so that none is negative.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
             telemetry.
@@ -199,12 +204,16 @@ class MatrixRule(Rule):
     """A rule that needs whole matrices: all members are elementwise but `update`, which sees each matrix.
 
     A step calls `begin`, then for each bucket `summand` and `direction` on the fragments of this rank, `update` on the
-    matrices that it owns, and `summand` and `apply` on its fragments again.
+    matrices that it owns, and `summand` and `apply` on its fragments again. `settle`, of a rule that has it, comes between
+    `summand` and what follows.
 
     Attributes:
         statistics: float32 values that are kept per output row or per matrix.
-        sums: sums over whole rows or matrices. If there are any, no tensor of an elementwise member spans two matrices.
+        sums: sums over whole rows or matrices. No tensor of `apply`, and of `direction` if any of them are of the gradients,
+            spans two matrices then.
         reads_weights: whether `direction`, and `summand` of the gradient, get the weights.
+        refuses_zeros: whether a matrix of zeros is an error in its first step.
+        resizes: whether `apply` gives the update another size than `rms`: telemetry then expects none.
     """
 
     __slots__ = ()
@@ -212,6 +221,8 @@ class MatrixRule(Rule):
     statistics: ClassVar[tuple[Statistic, ...]] = ()
     sums: ClassVar[tuple[Sum, ...]] = ()
     reads_weights: ClassVar[bool] = False
+    refuses_zeros: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
 
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
@@ -235,7 +246,8 @@ class MatrixRule(Rule):
             gradients: (elements,) each; to be left unchanged.
             weights: (elements,) each if ``reads_weights``; else empty.
             state: by buffer that is not of the update, (elements,) each.
-            sums: by sum of the gradient, (elements,) each for one per row, (1,) each for one per matrix; float32.
+            sums: by sum of the gradient, (elements,) each for one per row, (1,) each for one per matrix; float32. In their
+                place what `settle` returned, if the rule has it.
             now: the hyperparameters that `begin` returned.
 
         Returns:
@@ -288,9 +300,31 @@ class MatrixRule(Rule):
             updates: (elements,) each, rounded to the wire's dtype, in that of the parameters or in a wider one of the wire.
             active: (parameters,) 0 or 1: 0 leaves a parameter, and its state, as it is.
             state: by buffer of the update, (elements,) each.
-            sums: by sum, all of the rule's: (elements,) each for one per row, (1,) each for one per matrix; float32.
+            sums: by sum, all of the rule's: (elements,) each for one per row, (1,) each for one per matrix; float32. In their
+                place what `settle` returned for the updates, if the rule has it.
             now: the hyperparameters that `begin` returned.
         """
+
+    def settle(self, of_update: bool, values: Values, now: Hyperparameters) -> Values:
+        """Make of sums and statistics the numbers that `direction` or `apply` gets, and advance the statistics.
+
+        It is optional, and called once per bucket and kind of sums; all ranks that hold elements compute the same. Sums and
+        given statistics of a rule that has it are all per row, or all per matrix.
+
+        Args:
+            of_update: whether for `apply`; else for `direction`.
+            values: (count,) each, in float64: by sum and by statistic that is given to `direction`, and for `apply` also
+                those that are given to it, and "active", 0 or 1: where it is 0, statistics must stay as they are.
+            now: the hyperparameters that `begin` returned.
+
+        Returns:
+            (count,) each: by name of a statistic that was in ``values``, what is to be kept; by any other name, what
+            `direction` or `apply` gets as ``sums``.
+
+        Raises:
+            NotImplementedError: a rule without it.
+        """
+        raise NotImplementedError
 
     def summand(self, name: str, weights: Tensors, values: Tensors, state: State, now: Hyperparameters) -> Tensors:
         """Compute the terms that the sum ``name`` adds up, without changing any argument.
@@ -316,9 +350,15 @@ def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:
     return tuple(buffer for buffer in rule.buffers if buffer.of_update == of_update)
 
 
-def statistics_of(rule: Rule) -> tuple[Statistic, ...]:
-    """Return the statistics of a rule; an elementwise rule has none."""
-    return rule.statistics if isinstance(rule, MatrixRule) else ()
+def statistics_of(rule: Rule, *given: Given) -> tuple[Statistic, ...]:
+    """Return the statistics of a rule, or those ``given`` to these members alone; an elementwise rule has none."""
+    statistics = rule.statistics if isinstance(rule, MatrixRule) else ()
+    return tuple(statistic for statistic in statistics if not given or statistic.given in given)
+
+
+def settles(rule: MatrixRule | type[MatrixRule]) -> bool:
+    """Whether a rule has `MatrixRule.settle`."""
+    return (rule if isinstance(rule, type) else type(rule)).settle is not MatrixRule.settle
 
 
 def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, active: Tensor | None = None) -> None:
@@ -358,6 +398,30 @@ def descend(parameters: Tensors, updates: Tensors, rate: float) -> None:
     """Subtract ``rate`` times the updates, (elements,) each, from the parameters, (elements,) each, in place."""
     blocks = side_by_side(parameters, updates)
     torch._foreach_add_([weights for weights, _ in blocks], [steps for _, steps in blocks], alpha=-rate)
+
+
+def combine(parameters: Tensors, updates: Tensors, kept: Tensor, taken: Tensor) -> None:
+    """Step parameters by a factor of each and one of its update: W <- kept W - taken u.
+
+    Args:
+        parameters: (elements,) each; changed in place.
+        updates: (elements,) each.
+        kept, taken: (parameters,) in float32.
+    """
+    blocks = side_by_side(parameters, updates)
+    counts = [len(weights) for weights, _ in blocks]
+    factors = (torch.split(factor.view(-1, 1), counts) for factor in (kept, taken))
+    for (weights, steps), one, other in zip(blocks, *factors, strict=True):
+        if weights.dtype == one.dtype:
+            weights.mul_(one).addcmul_(steps, other, value=-1.0)
+        else:  # rounded once
+            weights.copy_((weights * one).addcmul_(steps, other, value=-1.0))
+
+
+def products(first: Tensors, second: Tensors) -> Tensors:
+    """Return the products, (elements,) each, of tensors of these sizes, in float32 or wider."""
+    wide = torch.promote_types(first[0].dtype, torch.float32)
+    return torch._foreach_mul([tensor.to(wide) for tensor in first], [tensor.to(wide) for tensor in second])
 
 
 def side_by_side(first: Tensors, second: Tensors) -> list[tuple[Tensor, Tensor]]:

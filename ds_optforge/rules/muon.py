@@ -23,7 +23,7 @@ from ds_optforge.orthogonalize import (
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
 from ds_optforge.rules.normalization import Normalization, NormalizationSettings
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
+from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive, RuleSettings
 from ds_optforge.validation import Section
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
@@ -225,6 +225,10 @@ class OrthogonalizationSettings(Section):
         rms = _MOONLIGHTS_RMS if self.rms is None else self.rms
         return Orthogonalization(self.coefficients, self.steps, self.method, dtype, self.scale, self.compile, rms)
 
+    def unscaled(self) -> Orthogonalization:
+        """Return the same without a scale, for a rule that gives its updates another size."""
+        return replace(self.build(), scale="none")
+
 
 class MomentumWarmup(Section):
     """Settings of a momentum that rises linearly to its value."""
@@ -233,12 +237,11 @@ class MomentumWarmup(Section):
     steps: int = Field(300, ge=1, description="steps until the full momentum")
 
 
-class OrthogonalSettings(DecaySettings):
-    """Fields of every rule that orthogonalizes a momentum."""
+class MomentumSettings(RuleSettings):
+    """Settings of the rules that orthogonalize a momentum."""
 
     decay_rates: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    lr: NonNegative = Field(0.02, description="learning rate")
     momentum: Beta = Field(0.95, description="decay rate of the gradient's moving average")
     momentum_warmup: MomentumWarmup | None = Field(None, description='{"from": 0.85, "steps": 300}')
     nesterov: bool = Field(True, description="orthogonalize lerp(gradient, average, momentum) rather than the average")
@@ -255,9 +258,18 @@ class OrthogonalSettings(DecaySettings):
         return {
             "nesterov": self.nesterov,
             "orthogonalization": self.orthogonalization.build(),
-            "cautious": self.cautious_weight_decay,
             "momentum_warmup": (warmup.start, warmup.steps) if warmup else None,
         }
+
+
+class OrthogonalSettings(MomentumSettings, DecaySettings):
+    """Fields of the rules that orthogonalize a momentum and decay the weights."""
+
+    lr: NonNegative = Field(0.02, description="learning rate")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments with which `Muon` and the rules with its decay are constructed."""
+        return {**MomentumSettings.arguments(self), "cautious": self.cautious_weight_decay}
 
 
 @register_rule

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, get_args
 
 from ds_optforge.errors import ConfigError
-from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, Per, Rule, Statistic, Sum
+from ds_optforge.rules.base import Buffer, ElementwiseRule, Given, MatrixRule, Per, Rule, Statistic, Sum, settles
 from ds_optforge.rules.settings import REGISTERED, RuleSettings
 
 ENTRY_POINTS = "ds_optforge.rules"
@@ -185,8 +185,23 @@ def _problems_of_state(rule: type[Rule]) -> Iterator[str]:
     yield from _unknown("averages", averages, [buffer.name for buffer in buffers])
     if bool(averages) != (rule.averaged is not Rule.averaged):
         yield "averages and averaged: got one of them; allowed: both, or neither"
-    if issubclass(rule, MatrixRule) and bool(sums) != (rule.summand is not MatrixRule.summand):
+    if issubclass(rule, MatrixRule):
+        yield from _problems_of_sums(rule, statistics, sums)
+
+
+def _problems_of_sums(rule: type[MatrixRule], statistics: Sequence[Statistic], sums: Sequence[Sum]) -> Iterator[str]:
+    if bool(sums) != (rule.summand is not MatrixRule.summand):
         yield "sums and summand: got one of them; allowed: both, or neither"
+    beside = [statistic for statistic in statistics if statistic.given != "update"]
+    for statistic in beside:
+        if statistic.given not in get_args(Given):
+            yield f"'{statistic.name}': got given={statistic.given!r}; allowed: {', '.join(map(repr, get_args(Given)))}"
+    if beside and not settles(rule):
+        yield f"'{beside[0].name}': given to '{beside[0].given}' without settle, which advances it; allowed: both"
+    if settles(rule) and not sums:
+        yield "settle: got no sums; allowed: with sums"
+    if settles(rule) and len({item.per for item in sums} | {item.per for item in beside}) > 1:
+        yield "settle: got values per row and per matrix; allowed: one of them"
 
 
 def _declared(rule: type[Rule], name: str, kind: type[T]) -> Generator[str, None, tuple[T, ...]]:

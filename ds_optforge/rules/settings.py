@@ -101,17 +101,22 @@ class RuleSettings(Section):
         return {name: getattr(self, name) for name in self.builds.scheduled}
 
 
-class DecaySettings(RuleSettings):
-    """Settings of the rules with decoupled weight decay."""
+class PlainDecaySettings(RuleSettings):
+    """Settings of the rules with decoupled weight decay of all elements."""
 
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
-    cautious_weight_decay: bool = Field(False, description="decay only where the update points towards zero too")
     weight_decay_schedule: DecaySchedule = Field("constant", description="over the run: linear is 1 - progress")
 
     @property
     def needs_schedule(self) -> str:
         """Name of the weight-decay schedule, or "" for a constant weight decay."""
         return "" if self.weight_decay_schedule == "constant" else self.weight_decay_schedule
+
+
+class DecaySettings(PlainDecaySettings):
+    """Settings of the rules with decoupled weight decay, plain or cautious."""
+
+    cautious_weight_decay: bool = Field(False, description="decay only where the update points towards zero too")
 
 
 def _numbers(value: Any) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
-from ds_optforge.step.sums import BucketSums
+from ds_optforge.step.sums import BucketSums, Summed
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.group_plan import GroupPlan, PlannedBucket, Wanted, plan_group
 from ds_optforge.zero.partition import Fragment, PartitionLayout, Range
@@ -39,8 +39,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     agreed = f"sharding {sharding}\n{routing}"
     found = plan_group(members.parameters, members.routes, tensors, _wanted(rule, sharding), agreed)
     formats = tuple(_format(state_dtype, tensor, held) for tensor, held in zip(tensors, found.held, strict=True))
-    names = [statistic.name for statistic in statistics_of(rule)]
-    counts = dict(zip(names, found.value_counts, strict=True))
+    counts = {statistic.name: tuple(found.placement.value_counts(statistic.per)) for statistic in statistics_of(rule)}
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
     alone: tuple[Bucket, ...] = ()
@@ -60,7 +59,7 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
     if not isinstance(rule, MatrixRule):
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
-    statistics = tuple(statistic.per for statistic in rule.statistics)
+    statistics = tuple(statistic.per for statistic in statistics_of(rule, "update"))
     return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, sharding.mode == "shard_local")
 
 
@@ -129,29 +128,40 @@ class _BucketBuilder:
     def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool, near: torch.device) -> None:
         self._rule, self._layout, self._binding = rule, found.placement.layout, found.binding
         self._in_blocks, self._near = in_blocks, near
+        beside = statistics_of(rule, "direction", "apply")
+        self._beside = {statistic.name: found.placement.value_places(statistic.per) for statistic in beside}
 
     def build(self, buckets: Sequence[PlannedBucket], alone: bool = False) -> tuple[Bucket, ...]:
         """Build a bucket from each of the plan's; ``alone`` tells that fragments are orthogonalized separately."""
         return tuple(self._bucket(bucket, alone) for bucket in buckets)
 
     def _bucket(self, bucket: PlannedBucket, alone: bool) -> Bucket:
-        own, sums = bucket.exchange.bucket, self._rule.sums
+        own = bucket.exchange.bucket
         packed = pack(self._layout, own, bucket.fragments, chunk_numel(self._near), self._in_blocks)
         flags = [own.sent[item.fragment].flag for portion in packed for item in portion]
+        portions = tuple(map(portion_of, packed))
         return Bucket(
             bucket.exchange,
             Views([(lies.tensor, lies.within.start, lies.within.numel) for lies in bucket.fragments]),
-            tuple(map(portion_of, packed)),
+            portions,
             torch.tensor(flags, dtype=torch.long, device=self._near),
             self._kept(bucket),
             self._norms(own) if alone else None,
-            BucketSums(sums, self._layout, own, self._binding) if sums else None,
+            self._sums(own, portions) if self._rule.sums else None,
         )
+
+    def _sums(self, own: RankBucket, portions: Sequence[Portion]) -> BucketSums:
+        summed = Summed(
+            [(portion.places, portion.sizes) for portion in portions],
+            [place.flag for place in own.sent],
+            {name: [places[fragment.matrix] for fragment in own.fragments] for name, places in self._beside.items()},
+        )
+        return BucketSums(self._rule, self._layout, own, self._binding, summed, self._near)
 
     def _kept(self, bucket: PlannedBucket) -> tuple[tuple[str, Views], ...]:
         words = bucket.exchange.bucket.kept.words
         found = []
-        for number, statistic in enumerate(self._rule.statistics):
+        for number, statistic in enumerate(statistics_of(self._rule, "update")):
             places = [of_fragment[number] for of_fragment in bucket.kept]
             ranges = [(place.tensor, place.within.start * words, place.within.numel * words) for place in places]
             found.append((statistic.name, Views(ranges)))

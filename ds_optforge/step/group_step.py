@@ -15,14 +15,15 @@ from ds_optforge.rules.base import (
     Hyperparameters,
     MatrixRule,
     State,
-    Sums,
     Tensors,
     buffers_of,
     side_by_side,
+    statistics_of,
 )
 from ds_optforge.step.finite import Gradients
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
 from ds_optforge.step.telemetry import Telemetry, Watch
+from ds_optforge.step.zeros import refuse_zeros
 
 
 class GroupStep:
@@ -77,8 +78,14 @@ class GroupStep:
         return None if binding.partitioned else Gradients(self._gradients, self._slices.placement.layout.names, binding)
 
     def update_group(self) -> None:
-        """Update the group's tensors and their state. Collective over the ranks that hold the group's parameters."""
-        fresh, rule = not self._states[self._taking[0]], self._members.rule
+        """Update the group's tensors and their state. Collective over the ranks that hold the group's parameters.
+
+        Raises:
+            ConfigError: a matrix of zeros that the rule refuses in its first step; nothing of the group was changed.
+        """
+        fresh, rule = [index for index in self._taking if not self._states[index]], self._members.rule
+        if fresh and isinstance(rule, MatrixRule) and rule.refuses_zeros:
+            refuse_zeros(self._slices, fresh, self._members.settings.rule)
         self._slices.allocate(rule, self._states, self._taking)
         if fresh and self._is_rehearsal():
             return
@@ -254,15 +261,15 @@ class _MatrixStep:
         """Put the rule's directions into the send buffer."""
         self._sum(bucket, of_update=False)
         bucket.exchange.open()
-        for portion in bucket.portions:
-            self._fill_portion(bucket, portion)
+        for number in range(len(bucket.portions)):
+            self._fill_portion(bucket, number)
 
-    def _fill_portion(self, bucket: Bucket, portion: Portion) -> None:
-        call, rule = self._call, self._rule
+    def _fill_portion(self, bucket: Bucket, number: int) -> None:
+        call, rule, portion = self._call, self._rule, bucket.portions[number]
         gradients, weights = portion.views(call.gradients), self._weights(portion)
         with call.slices.opened(self._by_gradient, call.states, portion.spans) as state:
-            if bucket.sums:  # no tensor may span two matrices
-                sums = self._sums(bucket, portion, gradients[0].device, (False,))
+            if bucket.sums and bucket.sums.has(False):  # no tensor may span two matrices
+                sums = bucket.sums.given(number, of_update=False)
                 given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
                 directions = rule.direction(*given, sums, call.now)
                 self._require_alike("direction", directions, given[0])
@@ -291,7 +298,7 @@ class _MatrixStep:
 
     def _update_batch(self, bucket: Bucket, index: int) -> None:
         watch, found = self._call.watch, bucket.exchange.matrices(index)
-        names = (statistic.name for statistic in self._rule.statistics)
+        names = (statistic.name for statistic in statistics_of(self._rule, "update"))
         batch = Batch(
             found.matrices,
             found.active,
@@ -314,37 +321,38 @@ class _MatrixStep:
         self._sum(bucket, of_update=True)
         counts = [len(portion.places) for portion in bucket.portions]
         of_items = torch.split(bucket.exchange.outgoing[bucket.flags].float(), counts)
-        for portion, chosen in zip(bucket.portions, of_items, strict=True):
-            self._apply_portion(bucket, portion, chosen)
+        for number, chosen in enumerate(of_items):
+            self._apply_portion(bucket, number, chosen)
         bucket.exchange.release()
         if bucket.sums:
             bucket.sums.release()
 
-    def _apply_portion(self, bucket: Bucket, portion: Portion, chosen: Tensor) -> None:
-        call = self._call
+    def _apply_portion(self, bucket: Bucket, number: int, chosen: Tensor) -> None:
+        call, portion = self._call, bucket.portions[number]
         views = portion.views(call.parameters)
         parameters = portion.split(views)
         returned = self._returned(bucket, portion, parameters[0])
-        sums = self._sums(bucket, portion, parameters[0].device, (False, True))
+        sums = bucket.sums.given(number, of_update=True) if bucket.sums else {}
         with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
             self._rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
 
     def _sum(self, bucket: Bucket, of_update: bool) -> None:
         """Add up the rule's terms of each portion's elements, over all ranks that hold a fragment of a matrix."""
-        wanted = bucket.sums.of(of_update) if bucket.sums else ()
-        if not bucket.sums or not wanted:
+        sums = bucket.sums
+        if not sums or not sums.has(of_update):
             return
         buffers = self._by_update if of_update else self._by_gradient
-        bucket.sums.begin(of_update)
-        for portion in bucket.portions:
+        sums.begin(of_update, self._call.states)
+        for number, portion in enumerate(bucket.portions if sums.of(of_update) else ()):
             weights, values = self._summed(bucket, portion, of_update)
             with self._call.slices.opened(buffers, self._call.states, portion.spans, store=False) as opened:
                 state = _split(portion, opened)
-                for item in wanted:
+                for item in sums.of(of_update):
                     terms = self._rule.summand(item.name, weights, values, state, self._call.now)
                     self._require_alike(f"summand('{item.name}')", terms, values)
-                    bucket.sums.add(item, portion.places, terms)
-        bucket.sums.finish(of_update)
+                    sums.add(item, number, terms)
+        sums.finish(of_update)
+        sums.settle(of_update, bucket.exchange.outgoing, self._call.states, self._call.now)
 
     def _summed(self, bucket: Bucket, portion: Portion, of_update: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the weights and the values, updates or gradients, of a portion's items for `summand`."""
@@ -378,11 +386,6 @@ class _MatrixStep:
     def _wrong(self, member: str, found: Any, allowed: str) -> TypeError:
         shapes = [tuple(t.shape) for t in found] if isinstance(found, Sequence) else getattr(found, "shape", found)
         return TypeError(f"{type(self._rule).__name__}.{member}: got {shapes}; allowed: {allowed}")
-
-    def _sums(self, bucket: Bucket, portion: Portion, device: torch.device, of_update: tuple[bool, ...]) -> Sums:
-        if not bucket.sums:
-            return {}
-        return bucket.sums.given(portion.places, portion.sizes, device, of_update)
 
     def _kept(self, bucket: Bucket) -> list[Tensor]:
         """Return views of the bits of the statistics that are kept with the bucket's fragments."""

@@ -66,13 +66,15 @@ def expected(rule: ElementwiseRule | MatrixRule, routes: Sequence[Route], sample
             bounds = rule.healthy(rows, cols)
             if bounds is None:
                 continue
+            if (route.name, start) in sample:
+                defect, sampled = defect + bounds.error**2, sampled + 1
+            if rule.resizes:
+                continue
             numel = stored_rows * stored_cols
             square = numel * rule.rms(rows, cols, route.transposed) ** 2
             elements += numel
             smallest += square * bounds.smallest**2
             largest += square * bounds.largest**2
-            if (route.name, start) in sample:
-                defect, sampled = defect + bounds.error**2, sampled + 1
     return Expected(elements, smallest, largest, defect, sampled)
 
 

@@ -1,19 +1,41 @@
-"""Sums over whole matrices and whole output rows of which ranks hold fragments.
+"""Sums over whole matrices and whole output rows of which ranks hold fragments, and statistics that all of these ranks get.
 
-Each rank adds up its fragments in float64, one all-reduce per bucket adds up the ranks, and the result is rounded to
-float32: it does not depend on ZeRO's cuts. Nothing is sent for matrices that do not travel.
+Each rank adds up its fragments in float64, one all-reduce per bucket and kind adds up the ranks, and the result is rounded to
+float32: it does not depend on ZeRO's cuts. A statistic travels with them: the rank that keeps it adds it, the others add zero,
+so that it arrives as it is. Nothing is sent for matrices that do not travel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, compress, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_optforge.rules.base import Sum
+from ds_optforge.rules.base import Hyperparameters, MatrixRule, Per, Statistic, Sum, settles, statistics_of
+from ds_optforge.step.items import Bounds, Items, Place
 from ds_optforge.zero.agreement import sum_over_ranks
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.layout import Binding
-from ds_optforge.zero.partition import Matrix, PartitionLayout, Range
+from ds_optforge.zero.partition import PartitionLayout
+from ds_optforge.zero.placement import TensorRange
+from ds_optforge.zero.views import Views
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """What is summed of a bucket, and what is kept beside it.
+
+    Attributes:
+        portions: places and sizes of the items of each of its portions.
+        flags: place of the flag of each of its fragments in the exchange's send buffer.
+        kept: by statistic that is given to ``direction`` or ``apply``, where each fragment's values lie in the state.
+    """
+
+    portions: Sequence[tuple[Sequence[Place], Sequence[int]]]
+    flags: Sequence[int]
+    kept: Mapping[str, Sequence[TensorRange]]
 
 
 class BucketSums:
@@ -22,127 +44,242 @@ class BucketSums:
     For each kind `begin` comes first, then `add` for everything that this rank holds, then `finish`.
 
     Args:
-        sums: of the rule.
+        rule: of the group.
         layout: of the group.
         bucket: this rank's share of the bucket.
         binding: tells the process group and the device.
+        summed: the bucket's items, and what is kept beside them.
+        near: device of the stepped tensors, on which sums are made and given; of those that travel, on the binding's.
     """
 
-    def __init__(self, sums: Sequence[Sum], layout: PartitionLayout, bucket: RankBucket, binding: Binding) -> None:
-        self._layout, self._binding, self._travels = layout, binding, bucket.travels
-        self.sums = tuple(sums)
-        self._starts: dict[str, dict[int, int]] = {}  # by sum and matrix: where its values begin in the kind's vector
-        self._numel = {False: 0, True: 0}  # of the vector, by kind
-        terms: dict[bool, list[float]] = {False: [], True: []}  # that a value is divided by
-        for item in sums:
-            self._starts[item.name] = {}
-            for index in bucket.matrices:
-                self._starts[item.name][index] = self._numel[item.of_update]
-                values = layout.matrices[index].values(item.per)
-                self._numel[item.of_update] += values
-                terms[item.of_update] += [layout.matrices[index].numel / values if item.mean else 1.0] * values
-        self._terms = {kind: torch.tensor(found, dtype=torch.float64).to(binding.device) for kind, found in terms.items()}
+    def __init__(
+        self,
+        rule: MatrixRule,
+        layout: PartitionLayout,
+        bucket: RankBucket,
+        binding: Binding,
+        summed: Summed,
+        near: torch.device,
+    ) -> None:
+        self._rule, self._layout, self._binding, self._travels, self._near = rule, layout, binding, bucket.travels, near
+        named: tuple[Sum | Statistic, ...] = (*rule.sums, *statistics_of(rule, "direction", "apply"))
+        self._pers: dict[str, Per] = {item.name: item.per for item in named}
+        matrices, pers = bucket.matrices, sorted(set(self._pers.values()))
+        self._bounds = {per: Bounds.of(layout, matrices, per) for per in pers}
+        uncounted = {index for index in matrices if self._is_counted_elsewhere(index)}
+        self._items = [Items(layout, self._bounds, *portion, uncounted, near) for portion in summed.portions]
+        self._kinds = {kind: self._ranges(self._named(kind)) for kind in (False, True)}
+        self._kept = {
+            name: _Kept.of(ranges, bucket, layout, self._pers[name], self._bounds[self._pers[name]], uncounted)
+            for name, ranges in summed.kept.items()
+        }
+        self._means = {
+            kind: [(ranges[item.name], self._terms(item)) for item in self.of(kind) if item.mean]
+            for kind, (ranges, _) in self._kinds.items()
+        }
+        self._settles = settles(rule)
+        if self._settles:
+            self._active = _Active(layout, bucket, summed.flags, pers[0], near)
         self._totals = torch.empty(0, dtype=torch.float64)
-        self._found: dict[bool, Tensor] = {}
+        self._found: dict[str, Tensor] = {}  # in float64
+        self._given: dict[bool, dict[str, Tensor]] = {}  # in float32
+
+    def has(self, of_update: bool) -> bool:
+        """Whether there is anything to be added up, or to be settled, of the kind ``of_update``."""
+        return bool(self._kinds[of_update][0]) or (of_update and self._settles)
 
     def of(self, of_update: bool) -> tuple[Sum, ...]:
         """Return the sums of the updates (``of_update``), or those of the gradients."""
-        return tuple(item for item in self.sums if item.of_update == of_update)
+        return tuple(item for item in self._rule.sums if item.of_update == of_update)
 
-    def begin(self, of_update: bool) -> None:
-        """Set all sums of the kind ``of_update`` to zero."""
-        self._totals = torch.zeros(self._numel[of_update], dtype=torch.float64, device=self._binding.device)
+    def begin(self, of_update: bool, states: Sequence[Mapping[str, Any]]) -> None:
+        """Set all sums of the kind ``of_update`` to zero, and the statistics to what is kept in ``states``, by tensor."""
+        ranges, numel = self._kinds[of_update]
+        self._totals = torch.zeros(numel, dtype=torch.float64, device=self._near)
+        for name in self._statistics(of_update):
+            self._kept[name].read(self._totals[ranges[name]], [state[name] for state in states])
 
-    def add(self, item: Sum, places: Sequence[tuple[int, int]], terms: Sequence[Tensor]) -> None:
+    def add(self, item: Sum, portion: int, terms: Sequence[Tensor]) -> None:
         """Add terms to one of the sums that were begun.
 
         Args:
             item: the sum.
-            places: (matrix, start in the matrix) of each of the terms.
-            terms: (elements,) each: terms of consecutive elements of a matrix.
+            portion: number of the portion.
+            terms: (elements,) for each of its items.
         """
-        for (index, start), term in zip(places, terms, strict=True):
-            matrix = self._layout.matrices[index]
-            first = self._starts[item.name][index]
-            if self._counted_elsewhere(matrix):
-                continue
-            if item.per == "matrix":
-                self._totals[first] += term.sum(dtype=torch.float64)
-                continue
-            rows, low = _in_rows(matrix, start, term)
-            if matrix.transposed:
-                self._totals[first : first + matrix.cols] += rows.sum(0).to(self._totals.device)
-            else:
-                self._totals[first + low : first + low + len(rows)] += rows.sum(1).to(self._totals.device)
-
-    def _counted_elsewhere(self, matrix: Matrix) -> bool:
-        """Whether the first tensor rank has the same elements, and counts them."""
-        tensor_ranks = self._layout.tensor_ranks
-        return self._travels and matrix.shards < tensor_ranks and self._binding.rank % tensor_ranks > 0
+        ranges, _ = self._kinds[item.of_update]
+        self._items[portion].add(item.per, self._totals[ranges[item.name]], terms)
 
     def finish(self, of_update: bool) -> None:
         """Add up the ranks' sums of the kind ``of_update``. Collective if the bucket travels."""
-        if self._travels:
-            sum_over_ranks(self._totals, self._binding)
-        self._found[of_update] = self._totals.div_(self._terms[of_update]).float()
+        ranges, numel = self._kinds[of_update]
+        if self._travels and numel:
+            totals = self._totals.to(self._binding.device)
+            sum_over_ranks(totals, self._binding)
+            self._totals = totals.to(self._near)
+        for within, terms in self._means[of_update]:
+            self._totals[within].div_(terms)
+        self._found |= {name: self._totals[within] for name, within in ranges.items()}
+        if not self._settles:
+            rounded = self._totals.float()
+            self._given[of_update] = {name: rounded[within] for name, within in ranges.items()}
 
-    def given(
-        self, places: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, of_update: Sequence[bool]
-    ) -> dict[str, list[Tensor]]:
-        """Return finished sums as tensors that broadcast with elements of matrices.
+    def settle(self, of_update: bool, outgoing: Tensor, states: Sequence[Mapping[str, Any]], now: Hyperparameters) -> None:
+        """Let the rule settle the finished sums, and keep the statistics that it advances.
 
         Args:
-            places: (matrix, start in the matrix) of each range of elements.
-            sizes: elements of each range.
-            device: of the result.
-            of_update: the kinds to return.
+            of_update: the kind that was finished last.
+            outgoing: for updates, the exchange's send buffer with the flags that came back.
+            states: the optimizer's state of each tensor; statistics are changed in place.
+            now: hyperparameters of the step.
+
+        Raises:
+            TypeError: what the rule returns does not have the shape of what it is given.
+        """
+        if not self._settles:
+            return
+        values = dict(self._found)
+        if of_update:
+            values["active"] = self._active.of(outgoing)
+        found = self._rule.settle(of_update, values, now)
+        count = next(iter(self._bounds.values())).count
+        wrong = [name for name, value in found.items() if value.shape != (count,)]
+        if wrong:
+            raise TypeError(f"{type(self._rule).__name__}.settle: '{wrong[0]}' is not ({count},), as what it is given")
+        for name in self._kept.keys() & found.keys():
+            self._kept[name].write(found[name].float(), [state[name] for state in states])
+        self._given[of_update] = {name: value.float() for name, value in found.items() if name not in self._kept}
+
+    def given(self, portion: int, of_update: bool) -> dict[str, list[Tensor]]:
+        """Return what ``direction``, or ``apply`` (``of_update``), gets for each item of a portion.
 
         Returns:
-            By sum, one float32 tensor per place: (1,) for a sum per matrix, (elements,) for one per row.
+            By name, one float32 tensor per item: (1,) for a value per matrix, (elements,) for one per row.
         """
-        found: dict[str, list[Tensor]] = {}
-        for item in self.sums:
-            if item.of_update in of_update:
-                values = self._found[item.of_update].to(device)
-                found[item.name] = [
-                    self._of_elements(item, values, index, start, numel)
-                    for (index, start), numel in zip(places, sizes, strict=True)
-                ]
-        return found
+        found = self._given[of_update]
+        if of_update and not self._settles:
+            found = {**self._given.get(False, {}), **found}
+        return {name: self._items[portion].spread(self._per(name), value) for name, value in found.items()}
 
     def of_matrices(self, matrices: Sequence[int]) -> Mapping[str, Tensor]:
-        """Return, by sum of the gradients, (n, outputs) or (n, 1) in float32 for these ``matrices`` of one shape."""
+        """Return, by sum of the gradients, (n, outputs) or (n, 1) in float32 for these ``matrices`` of one shape.
+
+        A rule that settles them gets none.
+        """
         found = {}
-        for item in self.of(False):
+        for item in () if self._settles else self.of(False):
             count = self._layout.matrices[matrices[0]].values(item.per)
-            starts = [self._starts[item.name][index] for index in matrices]
-            found[item.name] = torch.stack([self._found[False].narrow(0, start, count) for start in starts])
+            values = self._found[item.name].to(self._binding.device)
+            starts = [self._bounds[item.per].starts[index] for index in matrices]
+            found[item.name] = torch.stack([values.narrow(0, start, count) for start in starts]).float()
         return found
 
     def release(self) -> None:
         """Free the values."""
         self._found.clear()
+        self._given.clear()
+        self._totals = torch.empty(0, dtype=torch.float64)
 
-    def _of_elements(self, item: Sum, values: Tensor, index: int, start: int, numel: int) -> Tensor:
-        matrix = self._layout.matrices[index]
-        first = self._starts[item.name][index]
-        if item.per == "matrix":
-            return values.narrow(0, first, 1)
-        touched = matrix.rows_touched(Range(start, numel))
-        if matrix.transposed:
-            by_element = values.narrow(0, first, matrix.cols).repeat(touched.numel)
-        else:
-            by_element = values.narrow(0, first + touched.start, touched.numel).repeat_interleave(matrix.width)
-        return by_element.narrow(0, start % matrix.width, numel)
+    def _per(self, name: str) -> Per:
+        """What a value is for that `settle` returned, whose values are all alike, or a sum."""
+        return self._pers[name] if name in self._pers else next(iter(self._bounds))
+
+    def _statistics(self, of_update: bool) -> list[str]:
+        return [found.name for found in statistics_of(self._rule, "apply" if of_update else "direction")]
+
+    def _named(self, of_update: bool) -> list[str]:
+        return [item.name for item in self.of(of_update)] + self._statistics(of_update)
+
+    def _ranges(self, names: Sequence[str]) -> tuple[dict[str, slice], int]:
+        """Lay the values of all names out in one vector; return where each lies, and its length."""
+        edges = list(accumulate((self._bounds[self._pers[name]].count for name in names), initial=0))
+        return {name: slice(*edge) for name, edge in zip(names, pairwise(edges), strict=True)}, edges[-1]
+
+    def _terms(self, item: Sum) -> Tensor:
+        """Return how many elements each value of a sum is the mean of."""
+        terms = []
+        for index in self._bounds[item.per].starts:
+            matrix = self._layout.matrices[index]
+            values = matrix.values(item.per)
+            terms += [matrix.numel / values] * values
+        return torch.tensor(terms, dtype=torch.float64).to(self._near)
+
+    def _is_counted_elsewhere(self, index: int) -> bool:
+        """Whether the first tensor rank has the same elements, and counts them."""
+        tensor_ranks = self._layout.tensor_ranks
+        replicated = self._layout.matrices[index].shards < tensor_ranks
+        return self._travels and replicated and self._binding.rank % tensor_ranks > 0
 
 
-def _in_rows(matrix: Matrix, start: int, term: Tensor) -> tuple[Tensor, int]:
-    """Spread the elements of a matrix from ``start`` on over the stored rows that they touch.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """Where the values of a statistic lie that this rank keeps for one bucket.
 
-    Returns:
-        (rows touched, width) in float64, zeros elsewhere; and the number of the first row.
+    Attributes:
+        in_state, inside: views of each fragment's values in the state, and in the vector of the bucket's values.
+        counted_in_state, counted: the same without those that another tensor rank keeps too.
     """
-    touched = matrix.rows_touched(Range(start, term.numel()))
-    rows = term.new_zeros(touched.numel * matrix.width, dtype=torch.float64)
-    rows.narrow(0, start % matrix.width, term.numel()).copy_(term)
-    return rows.view(touched.numel, matrix.width), touched.start
+
+    in_state: Views
+    inside: Views
+    counted_in_state: Views
+    counted: Views
+
+    @classmethod
+    def of(
+        cls,
+        found: Sequence[TensorRange],
+        bucket: RankBucket,
+        layout: PartitionLayout,
+        per: Per,
+        bounds: Bounds,
+        uncounted: Collection[int],
+    ) -> "_Kept":
+        """Pair the ranges ``found`` of the state, one per fragment, with those of the vector that ``bounds`` tells."""
+        in_state: list[tuple[int, int, int]] = []
+        inside: list[tuple[int, int, int]] = []
+        for fragment, lies in zip(bucket.fragments, found, strict=True):
+            values = layout.matrices[fragment.matrix].values_in(per, fragment.within)
+            start = bounds.starts[fragment.matrix] + values.start
+            in_state.append((lies.tensor, lies.within.start, values.numel))
+            inside.append((0, start, values.numel))
+        counted = [fragment.matrix not in uncounted for fragment in bucket.fragments]
+        chosen = [Views(list(compress(ranges, counted))) for ranges in (in_state, inside)]
+        return cls(Views(in_state), Views(inside), *chosen)
+
+    def read(self, into: Tensor, states: Sequence[Tensor]) -> None:
+        """Copy what is kept ``into`` a vector."""
+        if sources := self.counted_in_state.of(states):
+            torch._foreach_copy_(self.counted.of([into]), sources)
+
+    def write(self, values: Tensor, states: Sequence[Tensor]) -> None:
+        """Keep the ``values`` of a vector."""
+        if targets := self.in_state.of(states):
+            torch._foreach_copy_(targets, self.inside.of([values]))
+
+
+class _Active:
+    """Reader of the flags that come back with the updates: which rows, or matrices, are active.
+
+    Args:
+        layout: of the group.
+        bucket: this rank's share of the bucket. Matrices of which it holds nothing count as not active.
+        flags: place of the flag of each fragment in the send buffer.
+        per: whether a flag is wanted for each "row" or "matrix".
+        near: device of the stepped tensors.
+    """
+
+    def __init__(self, layout: PartitionLayout, bucket: RankBucket, flags: Sequence[int], per: Per, near: torch.device) -> None:
+        numbers = {index: number for number, index in enumerate(bucket.matrices)}
+        self._count = len(numbers)
+        self._flags = torch.tensor(flags, dtype=torch.long).to(near)
+        self._places = torch.tensor([numbers[f.matrix] for f in bucket.fragments], dtype=torch.long).to(near)
+        counts = [layout.matrices[index].values(per) for index in bucket.matrices]
+        matrices = torch.arange(self._count).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        self._of_values = None if per == "matrix" else matrices.to(near)
+
+    def of(self, outgoing: Tensor) -> Tensor:
+        """Return (values,) 0 or 1 in float64, of the send buffer that came back."""
+        found = torch.zeros(self._count, dtype=torch.float64, device=outgoing.device)
+        found.index_copy_(0, self._places, outgoing.index_select(0, self._flags).double())
+        return found if self._of_values is None else found.index_select(0, self._of_values)

@@ -49,7 +49,7 @@ class Wanted:
         bucket_numel: elements of one bucket per rank: see `make_plan`.
         cost: FLOPs on a type of device of a (rows, cols) matrix; None for an elementwise rule, which has no buckets.
         wire: dtype in which fragments and updates travel.
-        statistics: by statistic of the rule, whether it has a value per output row or per matrix.
+        statistics: by statistic that travels to owners, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
     """
@@ -85,7 +85,6 @@ class GroupPlan:
         binding: the places of the parameters in the tensors.
         placement: this rank's view of the layout.
         held: by tensor, the fragments in it.
-        value_counts: by statistic, the number of values that are kept with each tensor.
         travelling: buckets of straddling matrices.
         local: buckets of matrices that lie whole on this rank.
         alone: buckets of this rank's fragments of straddling matrices, as matrices of their own.
@@ -94,7 +93,6 @@ class GroupPlan:
     binding: Binding
     placement: Placement
     held: tuple[tuple[Held, ...], ...]
-    value_counts: tuple[tuple[int, ...], ...] = ()
     travelling: tuple[PlannedBucket, ...] = ()
     local: tuple[PlannedBucket, ...] = ()
     alone: tuple[PlannedBucket, ...] = ()
@@ -145,7 +143,6 @@ def plan_group(
         binding,
         placement,
         held,
-        tuple(tuple(placement.value_counts(per)) for per in wanted.statistics),
         tuple(map(bucket_of, exchange_buckets(plan, binding.rank, kept))) if wanted.gathers else (),
         tuple(map(bucket_of, local_buckets(plan, binding.rank, numel, kept))),
         tuple(map(bucket_of, lone_buckets(plan, binding.rank, numel, kept))) if wanted.alone else (),

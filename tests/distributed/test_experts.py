@@ -20,6 +20,9 @@ STEPS = 5
 TOLERANCE = 1e-5  # as in test_parity.py; torch.optim.AdamW comes to 4e-6 here
 MUON = {**cases.MUON, **EXACT}
 NORMUON = {**MUON, "name": "normuon"}
+HYPERBALL = {"name": "muon_hyperball", "lr": 0.02, "adamw": MUON["adamw"], **EXACT}
+MUOWN = {**MUON, "name": "muown", "eps": 1e-5}
+RULES = {"muon": MUON, "normuon": NORMUON, "muon_hyperball": HYPERBALL, "muown": MUOWN, "adamw": None}
 TENSOR = {
     "autotp_size": 2,
     "partition_config": {
@@ -35,7 +38,7 @@ TENSOR = {
 @cache
 def expected(name: str) -> dict[str, Tensor]:
     """In plain PyTorch, with the model as transformers has it."""
-    return experts.one_process({"muon": MUON, "normuon": NORMUON, "adamw": None}[name], STEPS)
+    return experts.one_process(RULES[name], STEPS)
 
 
 def error(pool: Pool, name: str, *arguments: Any, **extra: Any) -> float:
@@ -58,6 +61,12 @@ def test_experts_on_two_ranks_train_as_all_on_one(stage: int, pools: Pools, reco
 @pytest.mark.parametrize(("expert_ranks", "stage"), [(1, 2), (2, 0), (2, 2), (2, 3), (4, 1), (4, 3)])
 def test_on_four_ranks_an_expert_may_lie_on_several(expert_ranks: int, stage: int, pools: Pools) -> None:
     assert error(pools[4], "normuon", expert_ranks, stage, NORMUON, STEPS) < TOLERANCE
+
+
+@pytest.mark.parametrize(("expert_ranks", "stage"), [(2, 2), (2, 3)])
+@pytest.mark.parametrize("name", ["muon_hyperball", "muown"])
+def test_norms_of_rows_and_matrices_of_an_expert(name: str, expert_ranks: int, stage: int, pools: Pools) -> None:
+    assert error(pools[4], name, expert_ranks, stage, RULES[name], STEPS) < TOLERANCE
 
 
 @pytest.mark.compatibility("autoep", stages=(OFFLOAD,), verdict="exact")

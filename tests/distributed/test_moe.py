@@ -1,6 +1,7 @@
 """DeepSpeed's MoE layers: experts are partitioned, and orthogonalized, over their own process group."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,16 @@ from tests.oracles import EXACT
 PARAMS = {"name": "normuon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}, **EXACT}
 
 
+def params(name: str) -> dict[str, Any]:
+    """Without weight decay, which not all rules have."""
+    return PARAMS if name == "normuon" else {"name": name, "lr": 0.02, "adamw": PARAMS["adamw"], **EXACT}
+
+
 @cache
-def reference(pool: Pool) -> list[float]:
+def reference(pool: Pool, name: str = "normuon") -> list[float]:
     """Stage 0, where every rank holds every expert whole."""
-    losses: list[float] = pool.run(cases.train_mixture, cases.engine_config(0, PARAMS), expert_parallel_size=1)[0]["losses"]
+    config = cases.engine_config(0, params(name))
+    losses: list[float] = pool.run(cases.train_mixture, config, expert_parallel_size=1)[0]["losses"]
     assert losses[-1] < losses[0]
     return losses
 
@@ -35,3 +42,9 @@ def test_four_ranks_share_the_experts_of_two(pools: Pools) -> None:
     """Expert-parallel size 2 on 4 ranks: each expert lies on two ranks, cut by ZeRO-2."""
     for result in pools[4].run(cases.train_mixture, cases.engine_config(2, PARAMS), 2):
         assert result["losses"] == pytest.approx(reference(pools[2]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["muon_hyperball", "muown"])
+def test_norms_of_rows_and_matrices_of_an_expert(name: str, pools: Pools) -> None:
+    for result in pools[4].run(cases.train_mixture, cases.engine_config(2, params(name)), 2):
+        assert result["losses"] == pytest.approx(reference(pools[2], name), rel=1e-5)

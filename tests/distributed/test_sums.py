@@ -128,6 +128,22 @@ def assert_equal(found: Mapping[str, Mapping[str, Tensor]], expected: Mapping[st
             assert torch.equal(found[name][buffer], value), (name, buffer)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kept_values_reach_every_element_as_they_are(layout: str, pools: Pools, tmp_path: Path) -> None:
+    """In float32, bit for bit, though the wire is bfloat16: a third of a step is no number of bfloat16, nor is a sum."""
+    config = configuration(layout, name="settling", sharding={**LAYOUTS[layout][3], "wire_dtype": "bfloat16"})
+    pools[LAYOUTS[layout][1]].run(summed.run_and_save, config, str(tmp_path), STEPS)
+    third = torch.tensor(1 / 3)
+    before = (third.double() + 1 / 3).float()  # the third step was given what two have made
+    for name, state in state_of(tmp_path / "portable").items():
+        count, rows, cols, transposed = MATRICES[name]
+        shape = (count, 1, cols) if transposed else (count, rows, 1)
+        assert torch.equal(state["got_thirds"].flatten(), before.expand(count * rows * cols)), name
+        expected = state["before"].view(shape).expand(count, rows, cols)
+        assert torch.equal(state["got_last"].view(count, rows, cols), expected), name
+        assert state["before"].abs().min() > 0
+
+
 # ------------------------------------------------------------------------------------------ what it costs
 
 

@@ -18,13 +18,17 @@ from tests.oracles import EXACT
 
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 3e-3, "eps": 1e-5}, **EXACT}
 NORMUON = {**MUON, "name": "normuon"}
+# Numbers of whole rows and matrices, and statistics that all ranks get.
+HYPERBALL = {"name": "muon_hyperball", "lr": 0.02, "adamw": MUON["adamw"], **EXACT}
+MUOWN = {**MUON, "name": "muown", "eps": 1e-5}
+RULES = {"muon": MUON, "normuon": NORMUON, "muon_hyperball": HYPERBALL, "muown": MUOWN, "control": None}
 STEPS = 5
 TOLERANCE = 1e-5  # sums in another order; torch.optim.AdamW differs by 4e-7, Muon by 4e-6 after 5 steps
 
 
 @cache
 def one_process(name: str) -> dict[str, Tensor]:
-    return tensor_parallel.one_process({"muon": MUON, "normuon": NORMUON, "control": None}[name], STEPS)
+    return tensor_parallel.one_process(RULES[name], STEPS)
 
 
 class TestAutoTP:
@@ -55,6 +59,12 @@ class TestAutoTP:
     def test_beside_data_parallelism(self, tensor_ranks: int, stage: int, pools: Pools) -> None:
         for found in pools[4].run(tensor_parallel.autotp, tensor_ranks, stage, MUON, STEPS):
             assert tensor_parallel.difference(found, one_process("muon")) < TOLERANCE
+
+    @pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (4, 2), (4, 3)])
+    @pytest.mark.parametrize("name", ["muon_hyperball", "muown"])
+    def test_norms_of_whole_rows_and_matrices(self, name: str, ranks: int, stage: int, pools: Pools) -> None:
+        for found in pools[ranks].run(tensor_parallel.autotp, 2, stage, RULES[name], STEPS):
+            assert tensor_parallel.difference(found, one_process(name)) < TOLERANCE
 
     @pytest.mark.parametrize("split", [None, [36, 36]], ids=["whole", "split"])
     @pytest.mark.parametrize("stage", [2, 3])

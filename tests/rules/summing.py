@@ -21,6 +21,7 @@ from ds_optforge.rules import (
     Sum,
     Sums,
     Tensors,
+    Values,
 )
 
 GRADIENT_SUMS = (
@@ -137,6 +138,40 @@ class Silent(Summing):
             parameter.sub_(now["lr"] * update)
 
 
+@dataclass(frozen=True, slots=True)
+class Settling(Silent):
+    """The same with statistics that all ranks get. ``got_NAME`` is what an element was given."""
+
+    buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("got_thirds"), Buffer("got_last", of_update=True))
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic("thirds", given="direction"),  # of the steps before, in float32
+        Statistic("last", given="apply"),  # sum of the update's row
+        Statistic("before", given="apply"),  # what that was in the step before
+    )
+    sums: ClassVar[tuple[Sum, ...]] = (Sum("rows", per="row", of_update=True),)
+
+    def summand(self, name: str, weights: Tensors, values: Tensors, state: State, now: Hyperparameters) -> Tensors:
+        return [value * 1.0 for value in values]
+
+    def settle(self, of_update: bool, values: Values, now: Hyperparameters) -> Values:
+        if not of_update:
+            return {"given_thirds": values["thirds"]}
+        active = values["active"] != 0
+        moved = {"thirds": values["thirds"] + 1 / 3, "last": values["rows"], "before": values["last"]}
+        kept = {name: torch.where(active, value, values[name]) for name, value in moved.items()}
+        return {**kept, "given_last": values["last"]}
+
+    def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
+        copy(state["got_thirds"], sums["given_thirds"])
+        return list(gradients)
+
+    def apply(
+        self, parameters: Tensors, updates: Tensors, active: Tensor, state: State, sums: Sums, now: Hyperparameters
+    ) -> None:
+        copy(state["got_last"], sums["given_last"])
+        Silent.apply(self, parameters, updates, active, state, sums, now)
+
+
 class SummingSettings(RuleSettings):
     """Fields of ``summing``."""
 
@@ -161,7 +196,19 @@ class SilentSettings(RuleSettings):
         return Silent()
 
 
-RULES = (SummingSettings, SilentSettings)
+class SettlingSettings(RuleSettings):
+    """Fields of ``settling``."""
+
+    rule = "settling"
+    title = "Settling"
+    builds = Settling
+    decay_rates = ()
+
+    def build(self) -> Settling:
+        return Settling()
+
+
+RULES = (SummingSettings, SilentSettings, SettlingSettings)
 PARAMS = {"name": "summing", "lr": 0.01, "adamw": {"lr": 3e-3, "eps": 1e-5}, "sharding": {"wire_dtype": "float32"}}
 
 

@@ -170,6 +170,14 @@ WRONG_SHAPES: dict[str, tuple[dict[str, Any], str]] = {
         {"sums": (Sum("total"),), "summand": lambda self, name, weights, *rest: [weight * 1 for weight in weights]},
         r"Whole.summand\('total'\): got \[\]; allowed: a tensor like each of the 1 .*reads_weights",
     ),
+    "settle": (
+        {
+            "sums": (Sum("total", per="row"),),
+            "summand": lambda self, name, weights, values, *rest: [value * 1 for value in values],
+            "settle": lambda self, of_update, values, now: {"root": values["total"][1:]},
+        },
+        r"Whole.settle: 'root' is not \(4,\), as what it is given",
+    ),
 }
 
 
@@ -224,11 +232,16 @@ def summand(self: Any, name: str, weights: Any, values: Any, state: Any, now: An
     return values
 
 
+def settle(self: Any, of_update: Any, values: Any, now: Any) -> Any:
+    return values
+
+
 def averaged(weight: Any, buffers: Any, scalars: Any) -> Any:
     return weight
 
 
 UPDATED = Buffer("second", of_update=True)
+ROWS = (Sum("square", per="row"),)
 LACKING: dict[str, tuple[Any, str]] = {
     "step": (settings_of(elementwise(step=None)), "Plain: lacks step; allowed: all abstract members defined"),
     "rule": (settings_of(elementwise(), rule=None), "rule: got 'nothing'; allowed: a name of small letters"),
@@ -268,6 +281,19 @@ LACKING: dict[str, tuple[Any, str]] = {
     "a statistic per column": (
         settings_of(whole(statistics=(Statistic("rms", per="column"),))),  # type: ignore[arg-type]
         "Whole: 'rms': got per='column'; allowed: 'row', 'matrix'",
+    ),
+    "a statistic that is given to nobody": (
+        settings_of(whole(statistics=(Statistic("rms", given="all"),), sums=ROWS, summand=summand, settle=settle)),  # type: ignore[arg-type]
+        "Whole: 'rms': got given='all'; allowed: 'update', 'direction', 'apply'",
+    ),
+    "settle": (
+        settings_of(whole(statistics=(Statistic("rms", given="apply"),), sums=ROWS, summand=summand)),
+        "Whole: 'rms': given to 'apply' without settle, which advances it; allowed: both",
+    ),
+    "sums to settle": (settings_of(whole(settle=settle)), "Whole: settle: got no sums; allowed: with sums"),
+    "settle of rows and of matrices": (
+        settings_of(whole(statistics=(Statistic("rms", "matrix", "apply"),), sums=ROWS, summand=summand, settle=settle)),
+        "Whole: settle: got values per row and per matrix; allowed: one of them",
     ),
     "a statistic that is a buffer": (
         settings_of(whole(statistics=(Buffer("rms"),))),
