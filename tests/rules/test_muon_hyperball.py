@@ -105,7 +105,7 @@ def test_a_matrix_without_a_gradient_stays_as_it_is_and_starts_with_its_first_on
 
 
 def test_telemetry_shows_the_share_and_expects_no_size_of_a_step(caplog: pytest.LogCaptureFixture) -> None:
-    """2%: in line with its momentum, a weight turns by less. Weights of size 3 make steps thirty times those of muon at this rate."""
+    """2%: in line with its momentum, a weight turns by less. Of weights of size 3, a step is far larger than muon's."""
     model = linears(3.0 * matrix(24, 96))
     optimizer = build_optimizer(model, {**HYPERBALL, "telemetry": {"every": 1}})
     for step in range(PATIENCE + 2):
