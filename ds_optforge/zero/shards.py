@@ -16,6 +16,7 @@ from ds_optforge.zero.versions import found_deepspeed, versions
 
 # A dict that AutoTP leaves on each parameter of the layers it replaced; older DeepSpeed leaves only tensor_model_parallel.
 _AUTOTP = "ds_autotp_universal_checkpoint_meta"
+RANKS_OF_STAGE = "optforge_ranks"  # the attribute of a pipeline's grid that holds the group of this stage's ranks
 NAME = "optforge_name"  # the attribute that holds a parameter's qualified name
 
 
@@ -201,24 +202,26 @@ def tensor_group() -> dist.ProcessGroup:
 
 
 def over_tensor_ranks(binding: Binding) -> Binding:
-    """Return a binding over the tensor ranks as well as the data ranks, tensor ranks innermost.
+    """Return a binding over the tensor ranks as well as the data ranks, tensor ranks innermost; in a pipeline, of one stage.
 
     Args:
         binding: over the data ranks.
 
     Raises:
-        LayoutError: ranks that also differ in something else, as in a pipeline, or that are in another order.
+        LayoutError: ranks that also differ in something else, or that are in another order.
     """
     group = tensor_group()
     count, index = dist.get_world_size(group), dist.get_rank(group)
     if binding.process_group is None:  # every data rank has everything, and a group of its own
         return replace(binding, world_size=count, rank=index, process_group=group, tensor_parallel=True)
-    rank = binding.rank * count + index
-    if binding.world_size * count != dist.get_world_size() or rank != dist.get_rank():
+    from deepspeed.utils import groups
+
+    ranks = getattr(groups.mpu, RANKS_OF_STAGE, None) or dist.group.WORLD
+    size, rank = dist.get_world_size(ranks), binding.rank * count + index
+    if binding.world_size * count != size or rank != dist.get_rank(ranks):
         raise LayoutError(
             f"tensor parallelism on {count} ranks: got data rank {binding.rank} of {binding.world_size} and tensor rank "
-            f"{index} on rank {dist.get_rank()} of {dist.get_world_size()}; allowed: data and tensor parallelism alone "
-            "(no pipeline, no expert parallelism), with the tensor ranks next to each other"
+            f"{index} on rank {dist.get_rank(ranks)} of {size}; allowed: data and tensor parallelism, or these in the stages "
+            "of a registered PipelineModule, with the tensor ranks next to each other"
         )
-    world, size = dist.group.WORLD, dist.get_world_size()
-    return replace(binding, world_size=size, rank=rank, process_group=world, tensor_parallel=True)
+    return replace(binding, world_size=size, rank=rank, process_group=ranks, tensor_parallel=True)
