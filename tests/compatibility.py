@@ -32,6 +32,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "pipeline_autotp": "PipelineModule with AutoTP, which DeepSpeed does not build",
         "autoep": "AutoEP (`expert_parallel`), `autoep_size` 1, 2 and 4",
         "autoep_tensor": "AutoEP beside AutoTP",
+        "autoep_tensor_checkpoints": "AutoEP beside AutoTP: portable checkpoints (`engine.save_checkpoint` is exact)",
+        "autoep_one": "AutoEP with `autoep_size` 1 beside AutoTP, which DeepSpeed does not build",
         "autoep_object": "AutoEP with an optimizer object (a function of the parameters is exact)",
         "autoep_engine_checkpoints": "AutoEP: `engine.save_checkpoint` and `load_checkpoint`",
         "autoep_checkpoints": "AutoEP: portable checkpoints across ranks, stages and `autoep_size`",

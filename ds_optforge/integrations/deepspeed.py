@@ -17,6 +17,7 @@ from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import make_trusted, refresh_weights, refuse_unwritable_weights
+from ds_optforge.zero.layout import refuse_unfinished_gathers
 from ds_optforge.zero.pipeline import is_pipeline
 from ds_optforge.zero.versions import require_supported_deepspeed
 
@@ -67,7 +68,8 @@ def initialize(
     Raises:
         ConfigError: the configuration is invalid or contradicts the arguments; no engine has been built then.
         ImportError: DeepSpeed's version is not supported.
-        LayoutError: an engine whose first step DeepSpeed itself cannot end: see `refuse_unwritable_weights`.
+        LayoutError: an engine whose first step DeepSpeed itself cannot end, or that would train on what has not arrived: see
+            `refuse_unwritable_weights` and `refuse_unfinished_gathers`.
     """
     require_supported_deepspeed()
     import deepspeed
@@ -85,6 +87,7 @@ def initialize(
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
     refuse_unwritable_weights(result[0])
+    refuse_unfinished_gathers(result[0].optimizer)
     send_telemetry(_base_optimizer(result[0])[1], result[0].monitor)
     return result
 

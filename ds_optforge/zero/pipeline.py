@@ -115,7 +115,7 @@ def _count_in_norms(model: nn.Module, first: bool) -> None:
 def _own_group(grid: Any, count: int) -> dist.ProcessGroup:
     """Make a group of the data and tensor ranks of each stage, and return this rank's. Collective over all ranks."""
     stages = require_attribute(grid, "topology")().get_axis_list
-    groups = [dist.new_group(sorted(stages(axis="pipe", idx=index))) for index in range(count)]
+    groups: list[dist.ProcessGroup] = [dist.new_group(sorted(stages(axis="pipe", idx=index))) for index in range(count)]
     return groups[int(require_attribute(grid, "get_pipe_parallel_rank")())]
 
 

@@ -3,6 +3,7 @@
 Each tensor rank has a shard: some rows, or some columns, of the whole weight.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from ds_optforge.zero.versions import found_deepspeed, versions
 # A dict that AutoTP leaves on each parameter of the layers it replaced; older DeepSpeed leaves only tensor_model_parallel.
 _AUTOTP = "ds_autotp_universal_checkpoint_meta"
 RANKS_OF_STAGE = "optforge_ranks"  # the attribute of a pipeline's grid that holds the group of this stage's ranks
+_SEQUENCE = "sequence_parallel"  # a dimension of DeepSpeed's mesh
 NAME = "optforge_name"  # the attribute that holds a parameter's qualified name
 
 
@@ -117,6 +119,21 @@ def _of_autotp(found: dict[str, Any], dim: int, count: int) -> Shard:
     return Shard(whole, dim, count, tuple(sum(part) for part in widths or ()), problem)
 
 
+def expert_ranks(parameter: Tensor) -> dist.ProcessGroup | None:
+    """Return the ranks that share out the experts of ``parameter`` (``ep_size``, ``autoep_size`` above 1), or None.
+
+    Raises:
+        LayoutError: see `expert_group_name`.
+    """
+    name = expert_group_name(parameter)
+    if not name:
+        return None
+    from deepspeed.utils import groups
+
+    ranks: dist.ProcessGroup = groups._get_expert_parallel_group(name)
+    return ranks if dist.get_world_size(ranks) > 1 else None
+
+
 def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
     """Read which of a bank's experts this rank has, as a shard and its number; None for what ranks do not share out.
 
@@ -127,15 +144,10 @@ def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
     Raises:
         LayoutError: experts that are no banks, or tensor parallelism beside them.
     """
-    group_name = expert_group_name(parameter)
-    if not group_name:
+    ranks = expert_ranks(parameter)
+    if ranks is None:
         return None
-    from deepspeed.utils import groups
-
-    group = groups._get_expert_parallel_group(group_name)
-    count, rank = dist.get_world_size(group), dist.get_rank(group)
-    if count == 1:
-        return None
+    count, rank = dist.get_world_size(ranks), dist.get_rank(ranks)
     shape = local_shape(parameter)
     if len(shape) < 3 or shard_of(parameter) is not None:
         raise LayoutError(
@@ -199,6 +211,14 @@ def tensor_group() -> dist.ProcessGroup:
             'optimizer that is made with the engine, by "type": "OptForge" or by a function, with mpu= of deepspeed.initialize'
         )
     return group
+
+
+def ranks_of_mesh_sequence() -> int:
+    """Return the number of ranks that share out a sequence by DeepSpeed's mesh (``mesh_param``); 1 without one."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    mesh = getattr(groups, "mesh_device", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    return int(mesh.size(names.index(_SEQUENCE))) if mesh is not None and _SEQUENCE in names else 1
 
 
 def over_tensor_ranks(binding: Binding) -> Binding:
