@@ -12,6 +12,11 @@ VERDICTS = ("exact", "refused", "not testable here")
 
 # By heading, in the order of the page: a key for the marker, and how the page calls the row.
 BY_SUBJECT: dict[str, dict[str, str]] = {
+    "Devices": {
+        "cpu": "CPU, gloo",
+        "cuda": "CUDA: one device, and two ranks that share it over gloo (`make test-gpu`)",
+        "nccl": "CUDA: 2 and 4 devices, NCCL (`make test-gpu`)",
+    },
     "Frameworks": {
         "deepspeed": "DeepSpeed, JSON and `register` or `initialize`",
         "accelerate": "Accelerate",
@@ -55,6 +60,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "memory_efficient_linear": "`memory_efficient_linear`, `override_module_apply`",
         "gather_16bit": "`stage3_gather_16bit_weights_on_model_save`",
         "hpz": "hpZ (`zero_hpz_partition_size`)",
+        "mics": "MiCS (`mics_shard_size`), which older DeepSpeed has",
         "leaf": "Leaf modules (`set_z3_leaf_modules`, `leaf_module`)",
         "offload_param": "`offload_param.device`: cpu",
         "offload_pipeline": "`offload_optimizer.pipeline_read`, `pipeline_write`, `fast_init`",

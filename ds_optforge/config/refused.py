@@ -50,6 +50,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("zero_optimization.zenflow", _on, "none (it replaces the optimizer's step)"),
     Refusal("zero_optimization.elastic_checkpoint", _on, "false"),
     Refusal("zero_optimization.legacy_stage1", _on, "false (DeepSpeed itself has it no more)"),
+    Refusal(
+        "zero_optimization.mics_shard_size",
+        lambda size: isinstance(size, int) and size > 0,
+        f"-1 (MiCS, {_UNTESTED}; newer DeepSpeed has it no more)",
+    ),
     Refusal("zero_optimization.zero_quantized_weights", _on, f"false (qwZ, {_UNTESTED})"),
     Refusal("zero_optimization.zero_quantized_nontrainable_weights", _on, f"false (quantized weights, {_UNTESTED})"),
     Refusal(

@@ -175,6 +175,8 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
     """Bind under ZeRO-3: each parameter is cut evenly over the ranks, and a slice is a sub-group's partitions in a row."""
     tensor = _only(slices)
     zero = require_attribute(parameters[0], "_z3_optimizer")
+    if hasattr(parameters[0], "comm"):
+        raise LayoutError("zero_optimization.mics_shard_size: got MiCS, which cuts over some of the ranks; allowed: -1")
     _refuse_hidden_slices(zero)
     flats = require_attribute(zero, "fp32_partitioned_groups_flat")
     sub_group = next((i for i, flat in enumerate(flats) if flat is tensor), None)

@@ -152,19 +152,19 @@ def test_nor_under_offload(row: str, feature: Feature, stage: int, pools: Pools,
     record_errors(row, OFFLOAD, **worst(pools[2].run(features.train, configured(stage, feature.sections))))
 
 
-@pytest.mark.compatibility("data", "deepspeed", verdict="exact")
+@pytest.mark.compatibility("cpu", "data", "deepspeed", verdict="exact")
 @pytest.mark.parametrize("stage", ALL)
 def test_the_stages_themselves(stage: int, pools: Pools, record_errors: Record) -> None:
     errors = worst(pools[2].run(features.train, configured(stage, {})))
-    for row in ("data", "deepspeed"):
+    for row in ("cpu", "data", "deepspeed"):
         record_errors(row, stage, **errors)
 
 
-@pytest.mark.compatibility("data", "deepspeed", stages=(OFFLOAD,), verdict="exact")
+@pytest.mark.compatibility("cpu", "data", "deepspeed", stages=(OFFLOAD,), verdict="exact")
 @pytest.mark.parametrize("stage", ZERO)
 def test_offload_itself(stage: int, pools: Pools, record_errors: Record) -> None:
     errors = worst(pools[2].run(features.train, configured(stage, zero(offload_optimizer=CPU))))
-    for row in ("data", "deepspeed"):
+    for row in ("cpu", "data", "deepspeed"):
         record_errors(row, OFFLOAD, **errors)
 
 

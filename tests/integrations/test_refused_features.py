@@ -41,6 +41,7 @@ REFUSED = [
     case("legacy", (1,), zero(1, legacy_stage1=True), "zero_optimization.legacy_stage1"),
     case("legacy", ZERO, zero(2, elastic_checkpoint=True), "zero_optimization.elastic_checkpoint"),
     case("load_universal", ALL, {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
+    case("mics", CUT, zero(3, mics_shard_size=2), "zero_optimization.mics_shard_size"),
     case("zeropp", CUT, zero(3, zero_quantized_weights=True), "zero_optimization.zero_quantized_weights"),
     case("zeropp", CUT, zero(3, zero_quantized_gradients=True), "zero_optimization.zero_quantized_gradients"),
     case(
