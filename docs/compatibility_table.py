@@ -35,7 +35,12 @@ What OptForge can be combined with, by ZeRO stage; the last column is CPU offloa
   A cell without numbers is tested as exact in another way, mostly against a run without the feature.
 - **refused**: `ds_optforge.initialize`, `ds-optforge check` and, where only `register` is called, the first step at the latest
   end with an error that names the setting and the way out. Nothing has been trained by then.
-- **not testable here**: needs what the machine of these tests lacks, mostly a GPU.
+- **not testable here**: needs a GPU, which the machine of these tests lacks.
+- With `register` alone nobody but DeepSpeed reads the file. What the first step cannot see then, and what changes nothing in
+  the training (a test of each): unknown keys at the top level, `hybrid_engine`, `checkpoint.load_universal`,
+  `elastic_checkpoint`, `data_parallel_size` without sequence parallelism, and `super_offload` and quantization on ZeRO-1 and 2,
+  where DeepSpeed ignores them. DeepCompile is not seen either, and could not be tried: DeepSpeed does not build it on a CPU.
+  `ds-optforge check` sees all of them.
 - An empty cell: DeepSpeed does not have the combination, or no test has tried it.
 
 Written by `python docs/compatibility_table.py` from tests/compatibility.py and the markers of the tests; the numbers are of

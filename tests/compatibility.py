@@ -12,6 +12,11 @@ VERDICTS = ("exact", "refused", "not testable here")
 
 # By heading, in the order of the page: a key for the marker, and how the page calls the row.
 BY_SUBJECT: dict[str, dict[str, str]] = {
+    "Devices": {
+        "cpu": "CPU, gloo",
+        "cuda": "CUDA: one device, and two ranks that share it over gloo (`make test-gpu`)",
+        "nccl": "CUDA: 2 and 4 devices, NCCL (`make test-gpu`)",
+    },
     "Frameworks": {
         "deepspeed": "DeepSpeed, JSON and `register` or `initialize`",
         "accelerate": "Accelerate",
@@ -27,8 +32,13 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "pipeline": "PipelineModule, 2 and 3 stages, 1 and 2 data ranks",
         "pipeline_tied": "PipelineModule with an embedding tied to the head (TiedLayerSpec)",
         "pipeline_checkpoints": "PipelineModule: portable checkpoints to other numbers of stages and ranks, `convert`",
+        "pipeline_tensor": "PipelineModule with tensor ranks (`PipeModelDataParallelTopology`), 2 stages of 2 and 4 ranks",
+        "pipeline_tensor_checkpoints": "The same: portable checkpoints (`engine.save_checkpoint` is exact)",
+        "pipeline_autotp": "PipelineModule with AutoTP, which DeepSpeed does not build",
         "autoep": "AutoEP (`expert_parallel`), `autoep_size` 1, 2 and 4",
         "autoep_tensor": "AutoEP beside AutoTP",
+        "autoep_tensor_checkpoints": "AutoEP beside AutoTP: portable checkpoints (`engine.save_checkpoint` is exact)",
+        "autoep_one": "AutoEP with `autoep_size` 1 beside AutoTP, which DeepSpeed does not build",
         "autoep_object": "AutoEP with an optimizer object (a function of the parameters is exact)",
         "autoep_engine_checkpoints": "AutoEP: `engine.save_checkpoint` and `load_checkpoint`",
         "autoep_checkpoints": "AutoEP: portable checkpoints across ranks, stages and `autoep_size`",
@@ -50,6 +60,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "memory_efficient_linear": "`memory_efficient_linear`, `override_module_apply`",
         "gather_16bit": "`stage3_gather_16bit_weights_on_model_save`",
         "hpz": "hpZ (`zero_hpz_partition_size`)",
+        "mics": "MiCS (`mics_shard_size`), which older DeepSpeed has",
         "leaf": "Leaf modules (`set_z3_leaf_modules`, `leaf_module`)",
         "offload_param": "`offload_param.device`: cpu",
         "offload_pipeline": "`offload_optimizer.pipeline_read`, `pipeline_write`, `fast_init`",

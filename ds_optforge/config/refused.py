@@ -24,6 +24,10 @@ def _on(value: Any) -> bool:
     return bool(value) and value != "auto"
 
 
+def _several(ranks: Any) -> bool:
+    return isinstance(ranks, int) and ranks > 1
+
+
 def _partial(ratio: Any) -> bool:
     return ratio != "auto" and not (isinstance(ratio, int | float) and ratio >= 1.0)
 
@@ -46,6 +50,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("zero_optimization.zenflow", _on, "none (it replaces the optimizer's step)"),
     Refusal("zero_optimization.elastic_checkpoint", _on, "false"),
     Refusal("zero_optimization.legacy_stage1", _on, "false (DeepSpeed itself has it no more)"),
+    Refusal(
+        "zero_optimization.mics_shard_size",
+        lambda size: isinstance(size, int) and size > 0,
+        f"-1 (MiCS, {_UNTESTED}; newer DeepSpeed has it no more)",
+    ),
     Refusal("zero_optimization.zero_quantized_weights", _on, f"false (qwZ, {_UNTESTED})"),
     Refusal("zero_optimization.zero_quantized_nontrainable_weights", _on, f"false (quantized weights, {_UNTESTED})"),
     Refusal(
@@ -76,6 +85,7 @@ def problems_of(config: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and refuses(value):
             yield f"{path}: got {_shown(value)}; allowed: {allowed}"
     yield from _scaled_gradients(config)
+    yield from _unshared_experts(config)
 
 
 def _scaled_gradients(config: Mapping[str, Any]) -> Iterator[str]:
@@ -91,6 +101,15 @@ def _scaled_gradients(config: Mapping[str, Any]) -> Iterator[str]:
     if factor not in (1.0, "auto") and (scatters or (stage == 3 and not prescales)):
         allowed = "1.0, or with zero_optimization.reduce_scatter: false" + (" and prescale_gradients: true" * (stage == 3))
         yield f"gradient_predivide_factor: got {_shown(factor)}; allowed: {allowed}, on ZeRO-{stage}"
+
+
+def _unshared_experts(config: Mapping[str, Any]) -> Iterator[str]:
+    """Experts that every rank has, beside tensor parallelism: DeepSpeed refuses to start."""
+    tensor_ranks = setting(config, "tensor_parallel.autotp_size")
+    size = setting(config, "expert_parallel.autoep_size")
+    if setting(config, "expert_parallel.enabled") and _several(tensor_ranks) and not _several(size):
+        found = 1 if size is None else size
+        yield f"expert_parallel.autoep_size: got {found!r}; allowed: 2 or more beside tensor_parallel.autotp_size"
 
 
 def setting(config: Mapping[str, Any], path: str) -> Any:

@@ -17,6 +17,7 @@ from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import make_trusted, refresh_weights, refuse_unwritable_weights
+from ds_optforge.zero.layout import refuse_unfinished_gathers
 from ds_optforge.zero.pipeline import is_pipeline
 from ds_optforge.zero.versions import require_supported_deepspeed
 
@@ -67,7 +68,8 @@ def initialize(
     Raises:
         ConfigError: the configuration is invalid or contradicts the arguments; no engine has been built then.
         ImportError: DeepSpeed's version is not supported.
-        LayoutError: an engine whose first step DeepSpeed itself cannot end: see `refuse_unwritable_weights`.
+        LayoutError: an engine whose first step DeepSpeed itself cannot end, or that would train on what has not arrived: see
+            `refuse_unwritable_weights` and `refuse_unfinished_gathers`.
     """
     require_supported_deepspeed()
     import deepspeed
@@ -77,7 +79,7 @@ def initialize(
         check(loaded)
     else:
         loaded = _beside_object(loaded, optimizer)
-    _refuse_partitioned_pipeline(model, loaded)
+    _refuse_beside_pipeline(model, loaded)
     if "scheduler" in loaded and arguments.get("lr_scheduler") is not None:
         raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
     if arguments.get("mesh_param") is not None:
@@ -85,6 +87,7 @@ def initialize(
     register(model)
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
     refuse_unwritable_weights(result[0])
+    refuse_unfinished_gathers(result[0].optimizer)
     send_telemetry(_base_optimizer(result[0])[1], result[0].monitor)
     return result
 
@@ -114,11 +117,19 @@ def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     return {"zero_force_ds_cpu_optimizer": False, **config}
 
 
-def _refuse_partitioned_pipeline(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Refuse before the engine is built what DeepSpeed refuses in the middle of it."""
+def _refuse_beside_pipeline(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse before the engine is built what DeepSpeed refuses in the middle of it, or hangs in."""
+    if not is_pipeline(model):
+        return
     stage = setting(config, "zero_optimization.stage") or 0
-    if is_pipeline(model) and stage not in (0, 1):
+    if stage not in (0, 1):
         raise ConfigError(f"zero_optimization.stage: got {stage} with a PipelineModule; allowed: 0, 1 (DeepSpeed has no other)")
+    tensor_ranks = setting(config, "tensor_parallel.autotp_size") or 0
+    if tensor_ranks > 1:
+        raise ConfigError(
+            f"tensor_parallel.autotp_size: got {tensor_ranks} with a PipelineModule; allowed: 0 or 1 (DeepSpeed builds no such "
+            "engine), or layers that cut their weights themselves, with topology=PipeModelDataParallelTopology(...)"
+        )
 
 
 def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
-from ds_optforge.config.refused import BUILT_LATER
+from ds_optforge.config.refused import BUILT_LATER, ULYSSES
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.lora import refuse_without_adapters
 from ds_optforge.routing.matching import ParameterNames
@@ -19,7 +19,7 @@ from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.step.stages import GroupEntry, Routed, route_all, stage_among, take_placeholders
 from ds_optforge.zero.layout import LayoutError, expert_group_name
-from ds_optforge.zero.shards import full_shape
+from ds_optforge.zero.shards import full_shape, ranks_of_mesh_sequence
 
 GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier
 KEYS_OF_FRAMEWORKS = ("params", "moe", "name")
@@ -145,7 +145,7 @@ class Groups:
 
         Raises:
             LayoutError: see `bind_slices`.
-            ConfigError: parameters that DeepSpeed replaced after the optimizer was built.
+            ConfigError: parameters that DeepSpeed replaced after the optimizer was built, or a mesh for sequences.
         """
         tensors = group["params"] if tensors is None else tensors
         bound = self._bound.get(tensors[0])
@@ -156,6 +156,8 @@ class Groups:
         return bound
 
     def _bind(self, members: Members, tensors: Sequence[Tensor]) -> Slices:
+        if (ranks := ranks_of_mesh_sequence()) > 1:
+            raise ConfigError(f"sequence_parallel_size: got {ranks} by data_parallel_size or mesh_param; allowed: {ULYSSES}")
         try:
             return bind_slices(members, tensors, self._config.common.sharding, self._routing)
         except LayoutError as error:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.layout import LayoutError, expert_group_name, require_attribute
-from ds_optforge.zero.shards import shard_of
+from ds_optforge.zero.layout import LayoutError, require_attribute
+from ds_optforge.zero.shards import expert_ranks, shard_of
 from ds_optforge.zero.versions import SUPPORTED_DEEPSPEED, found_deepspeed, require_supported_deepspeed
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of the engine
@@ -86,7 +86,7 @@ def model_parallelism(engine: Any) -> str:
     Returns:
         A phrase for messages; "" for data parallelism alone, and for tensor parallelism that `shards` can read.
     """
-    if any(map(expert_parallel, engine.module.parameters())) and getattr(engine, "mp_world_size", 1) > 1:
+    if any(map(expert_ranks, engine.module.parameters())) and getattr(engine, "mp_world_size", 1) > 1:
         return "experts that are shared out over ranks (ep_size > 1) beside other parallelism"
     if getattr(engine, "pipeline_parallelism", False):  # where mp_world_size counts the stages too
         sharded = require_attribute(require_attribute(engine, "grid"), "get_slice_parallel_world_size")() > 1
@@ -203,20 +203,3 @@ def set_loss_scale(wrapper: Any, values: Mapping[str, float]) -> None:
 def _dynamic_scaler(wrapper: Any) -> Any:
     scaler = getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
     return scaler if getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)) else None
-
-
-def expert_parallel(parameter: Tensor) -> bool:
-    """Whether other ranks hold other experts' parameters under the name of ``parameter`` (``ep_size`` above 1).
-
-    Raises:
-        LayoutError: see `expert_group_name`.
-    """
-    name = expert_group_name(parameter)
-    return bool(name) and dist.get_world_size(_expert_data_group(name)) < dist.get_world_size()
-
-
-def _expert_data_group(name: str) -> dist.ProcessGroup:
-    from deepspeed.utils import groups
-
-    group: dist.ProcessGroup = groups._get_expert_data_parallel_group(name)
-    return group

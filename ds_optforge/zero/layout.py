@@ -175,13 +175,15 @@ def _bind_zero3(parameters: Sequence[Tensor], slices: Sequence[Tensor]) -> Bindi
     """Bind under ZeRO-3: each parameter is cut evenly over the ranks, and a slice is a sub-group's partitions in a row."""
     tensor = _only(slices)
     zero = require_attribute(parameters[0], "_z3_optimizer")
+    if hasattr(parameters[0], "comm"):
+        raise LayoutError("zero_optimization.mics_shard_size: got MiCS, which cuts over some of the ranks; allowed: -1")
     _refuse_hidden_slices(zero)
     flats = require_attribute(zero, "fp32_partitioned_groups_flat")
     sub_group = next((i for i, flat in enumerate(flats) if flat is tensor), None)
     if sub_group is None:
         raise LayoutError(f"the slice being stepped is none of ZeRO-3's fp32_partitioned_groups_flat. {versions()}")
     group = _process_group(zero, sub_group)
-    _refuse_unfinished_gathers(zero, group)
+    refuse_unfinished_gathers(zero)
     position = {id(parameter): index for index, parameter in enumerate(parameters)}
     indices, cuts, offset = [], [], 0
     for parameter in require_attribute(zero, "fp16_groups")[sub_group]:
@@ -221,15 +223,23 @@ def _process_group(zero: Any, sub_group: int) -> dist.ProcessGroup:
     return group
 
 
-def _refuse_unfinished_gathers(zero: Any, group: dist.ProcessGroup) -> None:
+def refuse_unfinished_gathers(zero: Any) -> None:
     """Refuse parameters that ZeRO-3 keeps whole where DeepSpeed may use them before they have arrived.
 
     After a step it gathers them all, and older releases wait for the last of them alone. On gloo, whose collectives end in any
     order, a forward pass then reads what is not there yet, with every optimizer, and only sometimes.
+
+    Args:
+        zero: ``engine.optimizer``; one of another stage keeps none.
+
+    Raises:
+        LayoutError: such parameters.
     """
     kept = len(getattr(zero, "persistent_parameters", ()))
-    several = kept > 1 and dist.get_world_size(group) > 1
-    if several and dist.get_backend(group) == dist.Backend.GLOO and not waits_for_gathers():
+    if kept < 2 or waits_for_gathers():
+        return
+    groups = {_process_group(zero, index) for index in range(len(require_attribute(zero, "fp16_groups")))}
+    if any(dist.get_world_size(group) > 1 and dist.get_backend(group) == dist.Backend.GLOO for group in groups):
         raise LayoutError(
             f"zero_optimization.stage3_param_persistence_threshold: got a value by which ZeRO-3 keeps {kept} parameters whole, "
             "which this DeepSpeed gathers on gloo without waiting for all of them; allowed: 0, or DeepSpeed >=0.19.8. "
@@ -247,6 +257,11 @@ def _refuse_hidden_slices(zero: Any) -> None:
         )
     if getattr(zero, "zenflow", False):
         raise LayoutError("zero_optimization.zenflow: got a section; allowed: none (it replaces the optimizer's step)")
+    if getattr(zero, "postscale_gradients", False) and getattr(zero, "gradient_predivide_factor", 1.0) != 1.0:
+        raise LayoutError(
+            f"gradient_predivide_factor: got {zero.gradient_predivide_factor}, by which DeepSpeed would scale every gradient; "
+            "allowed: 1.0, or with prescale_gradients: true"
+        )
     quantized = {
         "zero_quantized_gradients": getattr(zero, "all2all_process_group", None) is not None,
         "zero_quantized_nontrainable_weights": bool(getattr(zero, "zero_quantized_nontrainable_weights", False)),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.zero.layout import LayoutError, require_attribute
+from ds_optforge.zero.shards import RANKS_OF_STAGE
 from ds_optforge.zero.versions import found_deepspeed
 
 PLACEHOLDERS = "optforge_placeholders"  # the attribute of a PipelineModule that holds them
@@ -71,8 +72,9 @@ def enter_pipeline(model: nn.Module) -> Stage | None:
         for placeholder in made:
             placeholder.ds_pipe_replicated = True  # type: ignore[attr-defined]  # DeepSpeed leaves it out of norms
         model.register_module(PLACEHOLDERS, nn.ParameterList(made))
-    if int(require_attribute(grid, "get_slice_parallel_world_size")()) == 1:
-        _count_in_norms(model)
+    _count_in_norms(model, first=int(require_attribute(grid, "get_slice_parallel_rank")()) == 0)
+    if int(require_attribute(grid, "get_slice_parallel_world_size")()) > 1 and not hasattr(grid, RANKS_OF_STAGE):
+        setattr(grid, RANKS_OF_STAGE, _own_group(grid, count))
     return Stage(
         int(require_attribute(grid, "get_pipe_parallel_rank")()),
         count,
@@ -97,13 +99,24 @@ def _refuse_wrong_gradients() -> None:
         )
 
 
-def _count_in_norms(model: nn.Module) -> None:
+def _count_in_norms(model: nn.Module, first: bool) -> None:
     """Let DeepSpeed count the gradient of each parameter once in the norm that it clips by.
 
     Without ZeRO, in float32, it would count those of the first stage alone. Where it counts all it never reads this mark.
+
+    Args:
+        model: a PipelineModule.
+        first: whether this is the first tensor rank, which counts what all of them have whole.
     """
     for parameter in model.parameters():
-        parameter.model_parallel = not replicated(parameter)  # type: ignore[attr-defined]
+        parameter.model_parallel = first and not replicated(parameter)  # type: ignore[attr-defined]
+
+
+def _own_group(grid: Any, count: int) -> dist.ProcessGroup:
+    """Make a group of the data and tensor ranks of each stage, and return this rank's. Collective over all ranks."""
+    stages = require_attribute(grid, "topology")().get_axis_list
+    groups: list[dist.ProcessGroup] = [dist.new_group(sorted(stages(axis="pipe", idx=index))) for index in range(count)]
+    return groups[int(require_attribute(grid, "get_pipe_parallel_rank")())]
 
 
 def _tied_weights(model: Any) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:

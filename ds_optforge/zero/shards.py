@@ -3,6 +3,7 @@
 Each tensor rank has a shard: some rows, or some columns, of the whole weight.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from ds_optforge.zero.versions import found_deepspeed, versions
 
 # A dict that AutoTP leaves on each parameter of the layers it replaced; older DeepSpeed leaves only tensor_model_parallel.
 _AUTOTP = "ds_autotp_universal_checkpoint_meta"
+RANKS_OF_STAGE = "optforge_ranks"  # the attribute of a pipeline's grid that holds the group of this stage's ranks
+_SEQUENCE = "sequence_parallel"  # a dimension of DeepSpeed's mesh
 NAME = "optforge_name"  # the attribute that holds a parameter's qualified name
 
 
@@ -116,6 +119,21 @@ def _of_autotp(found: dict[str, Any], dim: int, count: int) -> Shard:
     return Shard(whole, dim, count, tuple(sum(part) for part in widths or ()), problem)
 
 
+def expert_ranks(parameter: Tensor) -> dist.ProcessGroup | None:
+    """Return the ranks that share out the experts of ``parameter`` (``ep_size``, ``autoep_size`` above 1), or None.
+
+    Raises:
+        LayoutError: see `expert_group_name`.
+    """
+    name = expert_group_name(parameter)
+    if not name:
+        return None
+    from deepspeed.utils import groups
+
+    ranks: dist.ProcessGroup = groups._get_expert_parallel_group(name)
+    return ranks if dist.get_world_size(ranks) > 1 else None
+
+
 def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
     """Read which of a bank's experts this rank has, as a shard and its number; None for what ranks do not share out.
 
@@ -126,15 +144,10 @@ def experts_of(name: str, parameter: Tensor) -> tuple[Shard, int] | None:
     Raises:
         LayoutError: experts that are no banks, or tensor parallelism beside them.
     """
-    group_name = expert_group_name(parameter)
-    if not group_name:
+    ranks = expert_ranks(parameter)
+    if ranks is None:
         return None
-    from deepspeed.utils import groups
-
-    group = groups._get_expert_parallel_group(group_name)
-    count, rank = dist.get_world_size(group), dist.get_rank(group)
-    if count == 1:
-        return None
+    count, rank = dist.get_world_size(ranks), dist.get_rank(ranks)
     shape = local_shape(parameter)
     if len(shape) < 3 or shard_of(parameter) is not None:
         raise LayoutError(
@@ -200,25 +213,35 @@ def tensor_group() -> dist.ProcessGroup:
     return group
 
 
+def ranks_of_mesh_sequence() -> int:
+    """Return the number of ranks that share out a sequence by DeepSpeed's mesh (``mesh_param``); 1 without one."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    mesh = getattr(groups, "mesh_device", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    return int(mesh.size(names.index(_SEQUENCE))) if mesh is not None and _SEQUENCE in names else 1
+
+
 def over_tensor_ranks(binding: Binding) -> Binding:
-    """Return a binding over the tensor ranks as well as the data ranks, tensor ranks innermost.
+    """Return a binding over the tensor ranks as well as the data ranks, tensor ranks innermost; in a pipeline, of one stage.
 
     Args:
         binding: over the data ranks.
 
     Raises:
-        LayoutError: ranks that also differ in something else, as in a pipeline, or that are in another order.
+        LayoutError: ranks that also differ in something else, or that are in another order.
     """
     group = tensor_group()
     count, index = dist.get_world_size(group), dist.get_rank(group)
     if binding.process_group is None:  # every data rank has everything, and a group of its own
         return replace(binding, world_size=count, rank=index, process_group=group, tensor_parallel=True)
-    rank = binding.rank * count + index
-    if binding.world_size * count != dist.get_world_size() or rank != dist.get_rank():
+    from deepspeed.utils import groups
+
+    ranks = getattr(groups.mpu, RANKS_OF_STAGE, None) or dist.group.WORLD
+    size, rank = dist.get_world_size(ranks), binding.rank * count + index
+    if binding.world_size * count != size or rank != dist.get_rank(ranks):
         raise LayoutError(
             f"tensor parallelism on {count} ranks: got data rank {binding.rank} of {binding.world_size} and tensor rank "
-            f"{index} on rank {dist.get_rank()} of {dist.get_world_size()}; allowed: data and tensor parallelism alone "
-            "(no pipeline, no expert parallelism), with the tensor ranks next to each other"
+            f"{index} on rank {dist.get_rank(ranks)} of {size}; allowed: data and tensor parallelism, or these in the stages "
+            "of a registered PipelineModule, with the tensor ranks next to each other"
         )
-    world, size = dist.group.WORLD, dist.get_world_size()
-    return replace(binding, world_size=size, rank=rank, process_group=world, tensor_parallel=True)
+    return replace(binding, world_size=size, rank=rank, process_group=ranks, tensor_parallel=True)

@@ -156,3 +156,18 @@ def test_portable_checkpoints_resume_on_other_ranks_stages_and_shares_of_experts
         experts.resume_portable, experts.autoep_config(share, stage, NORMUON), NORMUON, str(tmp_path)
     ):
         assert tensor_parallel.difference(after, whole) < TOLERANCE
+
+
+@pytest.mark.compatibility("autoep_tensor_checkpoints", stages=(0, 1, 2, 3), verdict="refused")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_portable_checkpoint_of_experts_beside_tensor_parallelism_is_refused(
+    stage: int, pools: Pools, tmp_path: Path
+) -> None:
+    """The engine's own resumes to the bit."""
+    config = experts.autoep_config(2, stage, NORMUON, tensor_parallel=TENSOR)
+    for same, message in pools[4].run(experts.save_and_resume, config, NORMUON, str(tmp_path)):
+        assert message.startswith(
+            "got experts that are shared out over ranks (ep_size > 1) beside other parallelism; allowed: "
+        )
+        assert same
+    assert {path.name for path in tmp_path.iterdir()} == {"engine"}

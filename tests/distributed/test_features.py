@@ -152,19 +152,19 @@ def test_nor_under_offload(row: str, feature: Feature, stage: int, pools: Pools,
     record_errors(row, OFFLOAD, **worst(pools[2].run(features.train, configured(stage, feature.sections))))
 
 
-@pytest.mark.compatibility("data", "deepspeed", verdict="exact")
+@pytest.mark.compatibility("cpu", "data", "deepspeed", verdict="exact")
 @pytest.mark.parametrize("stage", ALL)
 def test_the_stages_themselves(stage: int, pools: Pools, record_errors: Record) -> None:
     errors = worst(pools[2].run(features.train, configured(stage, {})))
-    for row in ("data", "deepspeed"):
+    for row in ("cpu", "data", "deepspeed"):
         record_errors(row, stage, **errors)
 
 
-@pytest.mark.compatibility("data", "deepspeed", stages=(OFFLOAD,), verdict="exact")
+@pytest.mark.compatibility("cpu", "data", "deepspeed", stages=(OFFLOAD,), verdict="exact")
 @pytest.mark.parametrize("stage", ZERO)
 def test_offload_itself(stage: int, pools: Pools, record_errors: Record) -> None:
     errors = worst(pools[2].run(features.train, configured(stage, zero(offload_optimizer=CPU))))
-    for row in ("data", "deepspeed"):
+    for row in ("cpu", "data", "deepspeed"):
         record_errors(row, OFFLOAD, **errors)
 
 
@@ -200,3 +200,47 @@ def test_the_first_step_refuses_masters_in_bfloat16(stage: int, pools: Pools) ->
     for error, _ in pools[2].run(cases.first_step_under_deepspeed, configured(stage, low)):
         assert error.startswith("LayoutError: the slice that ZeRO wants stepped: got torch.bfloat16; allowed: torch.float32")
         assert "bf16.bf16_master_weights_and_grads" in error
+
+
+UNSEEN_BY_REGISTER = {  # row: its configuration, and what the first step says
+    "mesh": (
+        {"sequence_parallel_size": 2, "data_parallel_size": 1, "train_micro_batch_size_per_gpu": 8},
+        "ConfigError: sequence_parallel_size: got 2 by data_parallel_size or mesh_param; allowed: mpu=",
+    ),
+    "scaled_3": (
+        {"gradient_predivide_factor": 2.0, **zero(reduce_scatter=False)},
+        "LayoutError: gradient_predivide_factor: got 2.0, by which DeepSpeed would scale every gradient; allowed: 1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "stage"),
+    [
+        pytest.param(row, stage, marks=pytest.mark.compatibility(row, stages=(stage,), verdict="refused"))
+        for row, stage in (("mesh", 0), ("mesh", 2), ("mesh", 3), ("scaled_3", 3))
+    ],
+)
+def test_the_first_step_refuses_what_makes_gradients_wrong(row: str, stage: int, pools: Pools) -> None:
+    """By `register` alone; with torch.optim.AdamW both train, wrongly. (`initialize`: test_refused_features.py.)"""
+    sections, message = UNSEEN_BY_REGISTER[row]
+    for error, stepped in pools[2].run(cases.first_step_under_deepspeed, configured(stage, sections)):
+        assert error.startswith(message)
+        assert not stepped
+
+
+IGNORED_BY_DEEPSPEED: list[tuple[int, dict[str, Any]]] = [
+    (2, {"gradient_cliping": 1.0}),
+    (2, {"data_parallel_size": 2}),
+    (2, {"checkpoint": {"load_universal": True}}),
+    (3, {"hybrid_engine": {"enabled": True}}),
+    (3, zero(elastic_checkpoint=True)),
+    (2, zero(offload_optimizer={**CPU, "super_offload": True})),
+    (2, zero(zero_quantized_weights=True, zero_quantized_gradients=True, zero_quantized_nontrainable_weights=True)),
+]
+
+
+@pytest.mark.parametrize(("stage", "sections"), IGNORED_BY_DEEPSPEED)
+def test_what_the_first_step_cannot_see_changes_nothing(stage: int, sections: dict[str, Any], pools: Pools) -> None:
+    """Settings that `initialize` and `check` refuse, but that DeepSpeed does not read here, or not in training."""
+    worst(pools[2].run(features.train, configured(stage, sections)))

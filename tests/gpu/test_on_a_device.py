@@ -14,9 +14,11 @@ from ds_optforge.orthogonalize import orthogonalize
 from ds_optforge.orthogonalize.coefficients import COEFFICIENT_SETS
 from ds_optforge.rules import rule_names
 from ds_optforge.testing import CHECKS, check_rule
+from tests.compatibility import OFFLOAD
 from tests.launch.commands import on_this_machine
 
 CUDA = pytest.mark.gpu
+UNTESTED = {"stages": (1, 2, 3, OFFLOAD), "verdict": "not testable here"}  # skipped where there is no device
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def test_a_dry_run() -> None:
 
 
 @CUDA
+@pytest.mark.compatibility("cuda", **UNTESTED)
 @pytest.mark.parametrize("rule", rule_names())
 def test_all_checks_of_every_rule_on_one_device(rule: str) -> None:
     check_rule(rule, ranks=1, checks=tuple(CHECKS))
@@ -51,6 +54,7 @@ def test_all_checks_of_every_rule_where_two_ranks_share_a_device(rule: str, monk
 
 
 @CUDA
+@pytest.mark.compatibility("nccl", **UNTESTED)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("rule", rule_names())
 def test_all_checks_of_every_rule_over_nccl(rule: str, ranks: int) -> None:

@@ -41,6 +41,7 @@ REFUSED = [
     case("legacy", (1,), zero(1, legacy_stage1=True), "zero_optimization.legacy_stage1"),
     case("legacy", ZERO, zero(2, elastic_checkpoint=True), "zero_optimization.elastic_checkpoint"),
     case("load_universal", ALL, {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal"),
+    case("mics", CUT, zero(3, mics_shard_size=2), "zero_optimization.mics_shard_size"),
     case("zeropp", CUT, zero(3, zero_quantized_weights=True), "zero_optimization.zero_quantized_weights"),
     case("zeropp", CUT, zero(3, zero_quantized_gradients=True), "zero_optimization.zero_quantized_gradients"),
     case(
@@ -60,6 +61,12 @@ REFUSED = [
     case("deepcompile", ALL, {"compile": {"deepcompile": True}}, "compile.deepcompile"),
     case("hybrid_engine", ALL, {"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled"),
     case("mesh", ALL, {"sequence_parallel_size": 2, "data_parallel_size": 2}, "data_parallel_size"),
+    case(
+        "autoep_one",
+        ALL,
+        {"expert_parallel": {"enabled": True, "autoep_size": 1}, "tensor_parallel": {"autotp_size": 2}},
+        "expert_parallel.autoep_size",
+    ),
     case("scaled", (2, 3), {"prescale_gradients": True, **zero(2)}, "prescale_gradients"),
     case("scaled", (2, 3), {"gradient_predivide_factor": 2.0, **zero(3)}, "gradient_predivide_factor"),
     case(
@@ -105,6 +112,8 @@ def test_a_mesh_is_refused_as_an_argument_too() -> None:
         {"prescale_gradients": True, **zero(3, reduce_scatter=False)},
         {"gradient_predivide_factor": 2.0, **zero(1)},
         {"sequence_parallel_size": 2},
+        {"expert_parallel": {"enabled": True, "autoep_size": 1}, "tensor_parallel": {"autotp_size": 1}},
+        {"expert_parallel": {"enabled": True, "autoep_size": 2}, "tensor_parallel": {"autotp_size": 2}},
     ],
 )
 def test_its_neighbours_are_not(sections: dict[str, Any], tmp_path: Path) -> None:
