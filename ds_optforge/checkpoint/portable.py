@@ -203,7 +203,13 @@ def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Re
     return [
         (
             stepped.name,
-            resumption_of(stepped.slices.placement.layout.names, stepped.members.rule, source_of, checkpoint.tensors),
+            resumption_of(
+                stepped.slices.placement.layout.names,
+                stepped.members.rule,
+                source_of,
+                checkpoint.tensors,
+                stepped.members.around.buffers,
+            ),
         )
         for stepped in live.stepped
     ]
@@ -221,12 +227,12 @@ def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption 
 
 def _allocate(optimizer: OptForge, stepped: Stepped, resumption: Resumption, loading: Loading) -> None:
     states: list[State] = [optimizer.state[tensor] for tensor in stepped.slices.tensors]
-    rule = stepped.members.rule
-    stepped.slices.allocate(rule, states)
+    stepped.slices.allocate(stepped.members, states)
     for state in states:
         state["step"].fill_(resumption.step)
         state.update(resumption.scalars)
-    loading.into_state(stepped.slices, states, rule, partial(resumption.key, averages=averages_of(rule)))
+    saved = partial(resumption.key, averages=averages_of(stepped.members.rule))
+    loading.into_state(stepped.slices, states, stepped.members, saved)
 
 
 def _restore_engine(live: LiveEngine, manifest: Mapping[str, Any], fresh: set[str]) -> None:

@@ -127,7 +127,8 @@ def averages(rule: str, params: Params) -> Iterator[str]:
 
     A rule without them is left alone.
     """
-    for place in PLACES if settings_of(rule).builds.averages else (Place(2),):
+    averages = settings_of(rule).builds.averages or "average" in params
+    for place in PLACES if averages else (Place(2),):
         yield from at(place, _evaluated(place, params))
 
 

@@ -22,3 +22,11 @@ def test_conformance(rule: str, check: str, pools: Pools) -> None:
 @pytest.mark.parametrize("rule", rule_names())
 def test_conformance_of_other_numbers_of_ranks(rule: str, check: str, ranks: int, pools: Pools) -> None:
     pools[ranks].run(run_check, check, rule, timeout_s=300.0)
+
+
+@pytest.mark.promise("average-any-rule")
+@pytest.mark.parametrize("rule", ["lion", "normuon"])
+def test_conformance_with_an_average_of_the_weights(rule: str, pools: Pools) -> None:
+    """On every stage, with and without offload. No rule knows of it: one of each kind stands for all."""
+    average = {"average": {"kind": "ema", "decay": 0.8}}
+    pools[2].run(run_check, "averages", rule, average, timeout_s=300.0)
