@@ -44,6 +44,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "sharding": sections.ShardingSettings,
     "telemetry": sections.TelemetrySettings,
     "average": around.AverageSettings,
+    "ema_nesterov": around.EmaNesterovSettings,
     "overrides": sections.Override,
     "schedule": schedule.ScheduleConfig,
 }

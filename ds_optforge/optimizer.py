@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
-from ds_optforge.rules.around import WEIGHT_AVERAGE, evaluated
+from ds_optforge.rules.around import KEYS, evaluated
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.group_step import GroupStep
@@ -338,7 +338,7 @@ class OptForge(torch.optim.Optimizer):
 
     def _refuse_other_formats(self, state_dict: Mapping[str, Any]) -> None:
         for members, tensor, state in self._loaded(state_dict):
-            _refuse_other_average(members, state)
+            _refuse_other_surroundings(members, state)
             for buffer in members.buffers:
                 saved = state.get(buffer.name)
                 expected = buffer_dtype(members.settings.state_dtype, buffer, tensor)
@@ -365,17 +365,17 @@ def _settings_of(state_dict: Mapping[str, Any]) -> list[str]:
     return sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
 
 
-def _refuse_other_average(members: Members, state: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the saved state of a tensor has an average of weights and this run has none, or the other way."""
-    saved = WEIGHT_AVERAGE.name in state
-    if saved != (WEIGHT_AVERAGE in members.around.buffers):
-        found, allowed = ("an average", 'the same "average"') if saved else ("no average", 'no "average"')
-        does = "leaves the average out" if saved else "begins one with the weights as they are"
-        raise ConfigError(
-            f"average: the checkpoint holds {found} of the weights in the group of {members.routes[0].name}; "
-            f"allowed: {allowed}, as in the run that saved it; or ds-optforge convert and ds_optforge.load_checkpoint, "
-            f"which {does}"
-        )
+def _refuse_other_surroundings(members: Members, state: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the saved state of a tensor has what is not around this run's rules, or lacks what is."""
+    own = {buffer.name for buffer in members.around.buffers}
+    for buffer, key in KEYS.items():
+        if (buffer in state) != (buffer in own):
+            found, allowed = (f"'{buffer}'", "the same") if buffer in state else (f"no '{buffer}'", "no")
+            raise ConfigError(
+                f'{key}: the checkpoint holds {found} of the group of {members.routes[0].name}; allowed: {allowed} "{key}", as '
+                "in the run that saved it; or ds-optforge convert and ds_optforge.load_checkpoint, which says what it begins "
+                "and what it leaves out"
+            )
 
 
 def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:

@@ -203,8 +203,8 @@ class TestStateDict:
     @pytest.mark.parametrize(
         ("saved", "loading", "message"),
         [
-            ({}, {"average": EMA}, 'average: the checkpoint holds no average of the weights in the group of .*: no "average"'),
-            ({"average": EMA}, {}, 'average: the checkpoint holds an average of the weights .*: the same "average"'),
+            ({}, {"average": EMA}, 'average: the checkpoint holds no .weight_average. of the group of .*: no "average"'),
+            ({"average": EMA}, {}, 'average: the checkpoint holds .weight_average. of the group of .*: the same "average"'),
         ],
     )
     def test_one_with_an_average_and_one_without_are_told_apart(
@@ -231,11 +231,11 @@ class TestStateDict:
         ({"name": "muon", "average": {**TAIL, "decay": 0.9}}, "average.decay: got 0.9 with kind 'tail'"),
         (
             {"name": "schedule_free_adamw", "average": EMA},
-            "optimizer.params.average: got 'ema' with 'schedule_free_adamw', which averages its weights itself; allowed: none",
+            "average: got a section with 'schedule_free_adamw', which averages its weights itself; allowed: none",
         ),
         (
             {"name": "muon", "average": TAIL, "roles": {"embedding": {"name": "schedule_free_adamw"}}},
-            "average: got 'tail' with 'schedule_free_adamw'",
+            "average: got a section with 'schedule_free_adamw'",
         ),
     ],
 )

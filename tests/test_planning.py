@@ -148,7 +148,7 @@ class TestBytes:
         sent = sum(rank.sent_bytes for rank in found.ranks)
         assert sent == 2 * 2 * numel * (world_size - 1) // world_size + flags
 
-    @pytest.mark.parametrize(("key", "value"), [("average", {"kind": "ema"})])
+    @pytest.mark.parametrize(("key", "value"), [("average", {"kind": "ema"}), ("ema_nesterov", {})])
     def test_what_is_around_rules_adds_a_float_an_element(self, key: str, value: dict[str, object]) -> None:
         """Whatever the state format. Of the rank's slice, padding included."""
         model = skeletons.load("gpt2")

@@ -48,7 +48,8 @@ class Source(Protocol):
 def export(source: Path, out: Path, dtype: torch.dtype | None = None, config: Path | None = None) -> None:
     """Write a folder that ``from_pretrained`` of transformers reads: weights in their shapes and under their names, and config.
 
-    A parameter whose weights are averaged (Schedule-Free, or ``"average"``) is written as its average, and tied weights once.
+    A parameter whose weights are averaged (Schedule-Free, or ``"average"``) is written as its average, one that is ahead
+    (``"ema_nesterov"``) without its look-ahead, and tied weights once.
     ``module.``, with which every name of a wrapped model begins, and torch.compile's ``_orig_mod.`` are left out of the names.
 
     Args:

@@ -22,6 +22,7 @@ from ds_optforge.checkpoint.random_states import saved_random_states, set_random
 from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge
+from ds_optforge.rules.around import UPDATE_AVERAGE
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import (
@@ -92,6 +93,7 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
         problems += [] if problems else [*_differences(live, checkpoint, strict), *_blocks_for_shards(live, checkpoint)]
         resumptions = [] if problems else _resumptions(live, checkpoint)
+        problems += _lost_lookaheads(live, checkpoint, resumptions)
     _refuse_different(checkpoint)
     fresh = live.on_any_stage({name for name, resumption in resumptions if isinstance(resumption, str)})
     _report(checkpoint, resumptions)
@@ -213,6 +215,27 @@ def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Re
         )
         for stepped in live.stepped
     ]
+
+
+def _lost_lookaheads(
+    live: LiveEngine, checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]
+) -> Iterator[str]:
+    """Yield a line for a group whose saved weights are ahead of the trained ones by state that this run would not take."""
+    ahead = {
+        name: group["step"]
+        for group in checkpoint.manifest["groups"].values()
+        for name in group["members"]
+        if group["scalars"].get("lookahead")
+    }
+    for stepped, (name, found) in zip(live.stepped, resumptions, strict=False):
+        names = [parameter for parameter in stepped.slices.placement.layout.names if parameter in ahead]
+        taken = UPDATE_AVERAGE in stepped.members.around.buffers
+        if names and not (taken and isinstance(found, Resumption) and UPDATE_AVERAGE.name not in found.anew):
+            yield (
+                f"{checkpoint.folder}: parameter group '{name}': the weights are ahead of the trained ones by ema_nesterov's "
+                f"'{UPDATE_AVERAGE.name}', which this run would not take; allowed: \"ema_nesterov\" and the rule of the run "
+                "that saved it; to go on without, end the look-ahead first (stop)"
+            )
 
 
 def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]) -> None:

@@ -6,9 +6,11 @@ from itertools import chain
 from typing import Any
 
 from ds_optforge.checkpoint.logical import buffer_name
-from ds_optforge.rules.around import SCALARS
+from ds_optforge.rules.around import SCALARS, UPDATE_AVERAGE, WEIGHT_AVERAGE
 from ds_optforge.rules.base import Buffer, Rule, buffers_of, statistics_of
 from ds_optforge.rules.registry import rule_settings
+
+_BEGINS = {WEIGHT_AVERAGE.name: "which begins with the weights as they are", UPDATE_AVERAGE.name: "from zeros"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def _of_around(
         if buffer in [own.name for own in around]:
             numbers |= saved[0] if whole else {}
             anew += [] if whole else [buffer]
-            notes += [] if whole else [f"a new {buffer}, which begins with the weights as they are"]
+            notes += [] if whole else [f"a new {buffer}, {_BEGINS[buffer]}"]
         elif any(saved):
             notes.append(f"no {buffer}, which the checkpoint has")
     return numbers, tuple(anew), ", ".join(notes)

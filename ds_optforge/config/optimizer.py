@@ -5,7 +5,7 @@ from typing import Any
 
 from ds_optforge.config.sections import ROLES, CommonSettings, Override, Role
 from ds_optforge.errors import ConfigError
-from ds_optforge.rules.around import Around
+from ds_optforge.rules.around import KEYS, Around
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.rules.registry import rule_names, rule_settings
 from ds_optforge.rules.settings import RuleSettings
@@ -56,7 +56,7 @@ class OptimizerConfig:
     @property
     def around(self) -> Around:
         """What stands around the rule of every parameter."""
-        return Around(self.common.average)
+        return Around(self.common.average, self.common.ema_nesterov)
 
     def settings(
         self,
@@ -135,10 +135,10 @@ class OptimizerConfig:
                 f"rule '{settings.rule}': its field '{min(taken)}' is a key of every configuration; allowed: another name"
             )
         rule, mode = settings.builds, self.common.sharding.mode
-        if rule.averages and self.common.average:
+        if rule.averages and self.around.buffers:
+            key = KEYS[self.around.buffers[0].name]
             raise ConfigError(
-                f"{self._path}.average: got '{self.common.average.kind}' with '{settings.rule}', which averages its weights "
-                "itself; allowed: none"
+                f"{self._path}.{key}: got a section with '{settings.rule}', which averages its weights itself; allowed: none"
             )
         if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
             raise ConfigError(

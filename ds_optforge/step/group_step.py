@@ -123,7 +123,7 @@ class GroupStep:
         torch._foreach_add_([state["step"] for state in states], 1)
         scalars = {key: value for key, value in states[0].items() if isinstance(value, float)}
         now = self._members.rule.begin(self._group, scalars, step)
-        around = self._members.around.begin(scalars, step)
+        around = self._members.around.begin(scalars, step, self._group["lr"])
         for state in states:
             state.update(scalars)
         if len(taking) == len(self._states):
@@ -181,24 +181,40 @@ class _Call:
             if not tensor.is_contiguous():
                 tensor.copy_(self.parameters[index].view(tensor.shape))
 
+    @property
+    def spans(self) -> Iterator[tuple[Span, ...]]:
+        """The spans for an elementwise rule, cut where a bounded number of elements is copied together."""
+        if self.watch:
+            yield from self.watch.spans
+        elif not self.around:
+            yield from self.slices.spans
+        else:
+            for spans in self.slices.spans:
+                yield from cut_spans(spans, chunk_numel(self.parameters[0].device))
+
     def chosen(self, spans: Sequence[Span]) -> list[Span]:
         """Return those of ``spans`` that are in stepped tensors."""
         return [span for span in spans if span.tensor in self.taking]
 
     @contextmanager
-    def changes(self, spans: Sequence[Span]) -> Iterator[None]:
-        """Open a context in which the rule changes the parameters in these ranges, for telemetry and what is around it."""
-        stepped = self.chosen(spans)
+    def changes(self, spans: Sequence[Span], active: Tensor | None = None) -> Iterator[None]:
+        """Open a context in which the rule changes the parameters in these ranges, for telemetry and what is around it.
+
+        Args:
+            spans: the ranges.
+            active: (items,) 0 or 1: whether the rule steps an item; None counts as all 1.
+        """
+        views, stepped = [span.of(self.parameters) for span in spans], self.chosen(spans)
+        before = self.around.before(views) if self.around else []
         with self.watch.changes(stepped, [span.of(self.parameters) for span in stepped]) if self.watch else nullcontext():
             yield
         if self.around:
-            for part in cut_spans(stepped, chunk_numel(self.parameters[0].device)):
-                with self.slices.opened(self.around.buffers, self.states, part) as state:
-                    self.around.advance([span.of(self.parameters) for span in part], state)
+            with self.slices.opened(self.around.buffers, self.states, spans) as state:
+                self.around.advance(views, before, state, [span.sizes for span in spans], active)
 
 
 def _step_elements(call: _Call, rule: ElementwiseRule) -> None:
-    for spans in map(call.chosen, call.watch.spans if call.watch else call.slices.spans):
+    for spans in map(call.chosen, call.spans):
         if not spans:
             continue
         parameters, gradients = ([span.of(tensors) for span in spans] for tensors in (call.parameters, call.gradients))
@@ -344,7 +360,7 @@ class _MatrixStep:
         parameters = portion.split(views)
         returned = self._returned(bucket, portion, parameters[0])
         sums = self._sums(bucket, portion, parameters[0].device, (False, True))
-        with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans):
+        with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, chosen):
             self._rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
 
     def _sum(self, bucket: Bucket, of_update: bool) -> None:

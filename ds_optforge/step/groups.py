@@ -58,7 +58,7 @@ class Groups:
         refuse_without_adapters(names.all, config.common.lora)
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
-        self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r} {config.common.average!r}"
+        self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r} {config.around!r}"
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._members_of: dict[Tensor, Members] = {}

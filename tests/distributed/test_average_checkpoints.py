@@ -1,4 +1,4 @@
-"""The average of the weights in checkpoints: on another topology, and in runs that begin with one or leave it out."""
+"""What is around rules in checkpoints: on another topology, and in runs that begin with it or leave it out."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tests.distributed.test_portable import SAVED, configuration, label
 from tests.oracles import EXACT
 
 MUON = {**cases.MUON, **EXACT}
+AHEAD = {"ema_nesterov": {"decay": 0.9, "start": 0}}
 EMA, TAIL = {"kind": "ema", "decay": 0.8}, {"kind": "tail", "start": 3}
 
 
@@ -29,14 +30,14 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(found[name], weight), name
 
 
-@pytest.mark.promise("average-checkpoints")
-@pytest.mark.parametrize("average", [EMA, TAIL], ids=["ema", "tail"])
-def test_it_moves_to_other_topologies(average: dict[str, Any], pools: Pools, tmp_path: Path) -> None:
+@pytest.mark.promise("average-checkpoints", "ema-nesterov")
+@pytest.mark.parametrize("around", [{"average": EMA}, {"average": TAIL}, AHEAD, {**AHEAD, "average": EMA}], ids=list)
+def test_it_moves_to_other_topologies(around: dict[str, Any], pools: Pools, tmp_path: Path) -> None:
     """Bit for bit at first. Five steps later 1e-5: gradients are summed in another order."""
-    expected = saved(pools, tmp_path / "saved", average=average)
+    expected = saved(pools, tmp_path / "saved", **around)
     later: dict[str, Tensor] = {}
     for topology in (SAVED, (1, 1, False), (2, 3, True), (3, 3, False), (2, 0, False), (4, 2, False)):
-        config = configuration(topology, {**MUON, "average": average})
+        config = configuration(topology, {**MUON, **around})
         for result in pools[topology[0]].run(checkpoints.load_and_average, config, str(tmp_path / "saved")):
             assert result["lines"] == []
             assert_same_bits(result["averages"], expected)
@@ -77,4 +78,30 @@ def test_a_run_without_one_leaves_it_out_and_says_so(pools: Pools, tmp_path: Pat
     for result in pools[2].run(checkpoints.load_and_average, plain, str(tmp_path / "saved")):
         assert_same_bits(result["averages"], result["trained"])
         assert all("goes on from step 5 with no weight_average, which the checkpoint has" in line for line in result["lines"])
+        assert len(result["lines"]) == 4
+
+
+@pytest.mark.promise("ema-nesterov")
+def test_a_run_without_look_ahead_is_refused_the_weights_that_are_ahead(pools: Pools, tmp_path: Path) -> None:
+    """They are not the trained ones. Once the look-ahead has ended they are, and only the average of changes is left out."""
+    saved(pools, tmp_path / "ahead", **AHEAD)
+    plain = configuration(SAVED, MUON)
+    for strict in (True, False):
+        for message, unchanged in pools[2].run(checkpoints.refused, plain, str(tmp_path / "ahead"), strict):
+            assert unchanged
+            assert "parameter group 'embedding.adamw': the weights are ahead of the trained ones by ema_nesterov's" in message
+    trained = saved(pools, tmp_path / "ended", ema_nesterov={"decay": 0.9, "start": 0, "stop": 5})
+    for result in pools[2].run(checkpoints.load_and_average, plain, str(tmp_path / "ended")):
+        assert_same_bits(result["trained"], trained)
+        assert all("goes on from step 5 with no update_average, which the checkpoint has" in line for line in result["lines"])
+        assert len(result["lines"]) == 4
+
+
+@pytest.mark.promise("ema-nesterov")
+def test_a_run_may_begin_to_look_ahead(pools: Pools, tmp_path: Path) -> None:
+    trained = saved(pools, tmp_path / "saved")
+    for result in pools[2].run(checkpoints.load_and_average, configuration(SAVED, {**MUON, **AHEAD}), str(tmp_path / "saved")):
+        assert_same_bits(result["trained"], trained)
+        assert_same_bits(result["averages"], trained)
+        assert all("with a new update_average, from zeros" in line for line in result["lines"])
         assert len(result["lines"]) == 4

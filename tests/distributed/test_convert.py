@@ -160,11 +160,19 @@ def test_nameless_parameters_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.promise("averaged-evaluation")
 @pytest.mark.parametrize("source", ["portable", "portable engine"])
-@pytest.mark.parametrize("rule", ["schedule_free_adamw", "muon"])
-def test_weights_are_exported_in_shape_and_averaged(rule: str, source: str, pools: Pools, tmp_path: Path) -> None:
-    """Without being asked: Schedule-Free's average, or that around any rule; of either kind of checkpoint."""
-    average = {"average": {"kind": "ema", "decay": 0.8}} if rule == "muon" else {}
-    config = configuration(SAVED, {**params_of(rule), **average})
+@pytest.mark.parametrize(
+    ("rule", "around"),
+    [
+        ("schedule_free_adamw", {}),
+        ("muon", {"average": {"kind": "ema", "decay": 0.8}}),
+        ("muon", {"ema_nesterov": {"start": 0}}),
+    ],
+)
+def test_weights_are_exported_in_shape_and_averaged(
+    rule: str, around: dict[str, Any], source: str, pools: Pools, tmp_path: Path
+) -> None:
+    """Without being asked: Schedule-Free's average, that around any rule, or without a look-ahead; of either checkpoint."""
+    config = configuration(SAVED, {**params_of(rule), **around})
     averages = pools[2].run(checkpoints.save_and_average, config, str(tmp_path / "portable"))[0]
     export(tmp_path / source, tmp_path / "model")
     exported = {name: t for path in (tmp_path / "model").glob("*.safetensors") for name, t in load_file(path).items()}
