@@ -21,7 +21,7 @@ from torch import Tensor
 from ds_optforge.config import schedule, sections
 from ds_optforge.orthogonalize import COEFFICIENT_SETS, healthy, orthogonalize
 from ds_optforge.orthogonalize.coefficients import CoefficientSet
-from ds_optforge.rules import RuleSettings, muon, normalization, rule_names, rule_settings
+from ds_optforge.rules import RuleSettings, around, muon, normalization, rule_names, rule_settings
 from ds_optforge.rules.base import MatrixRule
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "common": sections.CommonSettings,
     "sharding": sections.ShardingSettings,
     "telemetry": sections.TelemetrySettings,
+    "average": around.AverageSettings,
+    "ema_nesterov": around.EmaNesterovSettings,
     "overrides": sections.Override,
     "schedule": schedule.ScheduleConfig,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
+from ds_optforge.rules.around import KEYS, evaluated
 from ds_optforge.rules.base import statistics_of
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.finite import refuse_nonfinite
@@ -137,7 +138,7 @@ class OptForge(torch.optim.Optimizer):
         if len(held) > len(stepped):
             for group in held:  # in the order of the groups, which is that of the state
                 slices = self._groups.slices_of(group)
-                slices.allocate(self._groups[group].rule, [self.state[tensor] for tensor in slices.tensors])
+                slices.allocate(self._groups[group], [self.state[tensor] for tensor in slices.tensors])
 
     def _group_steps(self, group: dict[str, Any]) -> Iterator[GroupStep]:
         for members, tensors in self._groups.on_devices(group):
@@ -171,8 +172,8 @@ class OptForge(torch.optim.Optimizer):
 
     @property
     def averages_weights(self) -> bool:
-        """Whether any group's rule averages weights, so that there are averaged weights to evaluate."""
-        return any(members.rule.averages for members in self._groups.members.values())
+        """Whether weights are averaged, by any group's rule or around it, so that there are averaged weights to evaluate."""
+        return any(members.averages for members in self._groups.members.values())
 
     def eval(self) -> None:
         """Put the averaged weights into the parameters until `train`. With an engine use ``evaluation_weights(engine)``.
@@ -191,11 +192,11 @@ class OptForge(torch.optim.Optimizer):
         leave_averages(self)
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (tensor, its averaged values as a new tensor) for each stepped tensor of a rule that averages."""
+        """Yield (tensor, its averaged values as a new tensor) for each stepped tensor whose weights are averaged."""
         for tensor, state in self.state.items():
-            if state and (names := (rule := self._groups.rule_of(tensor)).averages):
+            if state and (names := (members := self._groups.members_of(tensor)).averages):
                 scalars = {key: value for key, value in state.items() if isinstance(value, float)}
-                yield tensor, rule.averaged(tensor.detach(), {name: state[name] for name in names}, scalars)
+                yield tensor, evaluated(members.rule, tensor.detach(), {name: state[name] for name in names}, scalars)
 
     def _refuse_while_averaged(self, what: str) -> None:
         if self._training_weights is not None:
@@ -234,7 +235,7 @@ class OptForge(torch.optim.Optimizer):
         return {
             "group": identifier,
             "rule": members.settings.rule,
-            "buffers": [buffer.name for buffer in members.rule.buffers],
+            "buffers": [buffer.name for buffer in members.buffers],
             "statistics": [[statistic.name, statistic.per] for statistic in statistics_of(members.rule)],
             "shapes": [shapes[name] for name in names],
             "placement": slices.placement.to_plain(),
@@ -336,7 +337,8 @@ class OptForge(torch.optim.Optimizer):
 
     def _refuse_other_formats(self, state_dict: Mapping[str, Any]) -> None:
         for members, tensor, state in self._loaded(state_dict):
-            for buffer in members.rule.buffers:
+            _refuse_other_surroundings(members, state)
+            for buffer in members.buffers:
                 saved = state.get(buffer.name)
                 expected = buffer_dtype(members.settings.state_dtype, buffer, tensor)
                 if saved is None or saved.dtype != expected or saved.numel() != tensor.numel():
@@ -360,6 +362,19 @@ class OptForge(torch.optim.Optimizer):
 def _settings_of(state_dict: Mapping[str, Any]) -> list[str]:
     """What the groups of a saved optimizer say of it."""
     return sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
+
+
+def _refuse_other_surroundings(members: Members, state: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the saved state of a tensor has what is not around this run's rules, or lacks what is."""
+    own = {buffer.name for buffer in members.around.buffers}
+    for buffer, key in KEYS.items():
+        if (buffer in state) != (buffer in own):
+            found, allowed = (f"'{buffer}'", "the same") if buffer in state else (f"no '{buffer}'", "no")
+            raise ConfigError(
+                f'{key}: the checkpoint holds {found} of the group of {members.routes[0].name}; allowed: {allowed} "{key}", as '
+                "in the run that saved it; or ds-optforge convert and ds_optforge.load_checkpoint, which says what it begins "
+                "and what it leaves out"
+            )
 
 
 def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:

@@ -66,6 +66,14 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "weights without being asked.",
         "averaged-refusal": "A step, or a training checkpoint, while the averaged weights are in is refused.",
     },
+    "Around any rule": {
+        "average-any-rule": "An average of the weights that any rule trains, exponential or of the last part of a run, is that "
+        "of `torch.optim.swa_utils` on every ZeRO stage, in float32 whatever the state format is.",
+        "average-checkpoints": "Checkpoints hold that average, on other topologies bit for bit; a run that begins one, or "
+        "leaves it out, says so.",
+        "ema-nesterov": "EMA-Nesterov around any rule follows its formula on every ZeRO stage, and the weights without "
+        "look-ahead are evaluated and exported.",
+    },
     "Optimizer state": {
         "state-buffers": "A parameter has one buffer of state with Lion and Muon, and two with AdamW and Schedule-Free AdamW.",
         "8bit-size": "8-bit state is about two bytes a parameter with AdamW, and one with a rule that has only a momentum.",

@@ -4,6 +4,7 @@ Numbers are of rank 0. They may fall; who makes one rise changes it here, with a
 """
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
@@ -85,6 +86,25 @@ def stepped(model: str, rule: str, stage: int) -> Stepped:
 @pytest.mark.parametrize(("model", "rule", "stage"), LAUNCHES)
 def test_launches(model: str, rule: str, stage: int) -> None:
     assert stepped(model, rule, stage).counts.launches <= LAUNCHES[model, rule, stage]
+
+
+AROUND: dict[str, dict[str, Any]] = {"average": {"kind": "ema"}, "ema_nesterov": {"start": 0}}
+# Most launches for each portion. EMA-Nesterov scales the matrices of a matrix rule by whether they had a gradient, by shape.
+AROUND_LAUNCHES = {("average", "muon"): 1, ("average", "adamw"): 1, ("ema_nesterov", "muon"): 24, ("ema_nesterov", "adamw"): 5}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("key", AROUND)
+@pytest.mark.parametrize("case", [("8 layers", "muon"), ("8 layers", "adamw"), ("7B", "muon"), ("2304 experts", "muon")])
+def test_what_is_around_a_rule_launches_by_portions(case: tuple[str, str], key: str, stage: int) -> None:
+    """Beyond the rule, and 320 blocks of a launch: no more with more fragments; it waits and copies nowhere."""
+    model, rule = case
+    shapes, world = MODELS[model]
+    found = steady_step(shapes, stage, world, name=rule, weight_decay=0.1, **{key: AROUND[key]})
+    numel = sum(prod(shape) for shape in shapes) // world
+    most = AROUND_LAUNCHES[key, rule] * (max(found.portions, 1) + numel // (320 * 65536) + 2)
+    assert 0 < found.counts.launches - stepped(model, rule, stage).counts.launches <= most
+    assert (found.counts.places("waits"), found.counts.places("copies"), found.counts.slow) == ({}, {}, [])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

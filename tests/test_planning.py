@@ -148,6 +148,15 @@ class TestBytes:
         sent = sum(rank.sent_bytes for rank in found.ranks)
         assert sent == 2 * 2 * numel * (world_size - 1) // world_size + flags
 
+    @pytest.mark.parametrize(("key", "value"), [("average", {"kind": "ema"}), ("ema_nesterov", {})])
+    def test_what_is_around_rules_adds_a_float_an_element(self, key: str, value: dict[str, object]) -> None:
+        """Whatever the state format. Of the rank's slice, padding included."""
+        model = skeletons.load("gpt2")
+        params = {"name": "muon", "state_dtype": "bfloat16"}
+        found = [forecast(model, OptimizerConfig({**params, **more}), Topology(8, 3)) for more in ({}, {key: value})]
+        for before, after in zip(found[0].ranks, found[1].ranks, strict=True):
+            assert after.state_bytes - before.state_bytes == 4 * after.slice_numel
+
     def test_normuon_adds_one_float_a_row(self) -> None:
         """4 bytes per output row, where the row's first element does not lie with the owner, each way."""
         muon, normuon = (

@@ -17,6 +17,7 @@ from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import buffer_name, weight_name
 from ds_optforge.checkpoint.manifest import MANIFEST
 from ds_optforge.errors import CheckpointError
+from ds_optforge.rules.around import SCALARS, evaluated
 from ds_optforge.rules.base import Rule
 from ds_optforge.rules.registry import rule_settings
 
@@ -47,8 +48,9 @@ class Source(Protocol):
 def export(source: Path, out: Path, dtype: torch.dtype | None = None, config: Path | None = None) -> None:
     """Write a folder that ``from_pretrained`` of transformers reads: weights in their shapes and under their names, and config.
 
-    A parameter whose rule averages weights (Schedule-Free) is written as its average, and tied weights once. ``module.``, with
-    which every name of a wrapped model begins, and torch.compile's ``_orig_mod.`` are left out of the names.
+    A parameter whose weights are averaged (Schedule-Free, or ``"average"``) is written as its average, one that is ahead
+    (``"ema_nesterov"``) without its look-ahead, and tied weights once.
+    ``module.``, with which every name of a wrapped model begins, and torch.compile's ``_orig_mod.`` are left out of the names.
 
     Args:
         source: the folder of a portable checkpoint, or anything that `convert` takes.
@@ -134,7 +136,7 @@ def _rule_of(source: Path, group: Mapping[str, Any]) -> type[Rule]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Weight:
-    """Reads one weight; the average, where its rule averages weights and has taken a step."""
+    """Reads one weight; the average, where there is one and it has begun."""
 
     source: Source
     name: str
@@ -145,10 +147,10 @@ class _Weight:
 
     def __call__(self) -> Tensor:
         weight = self.source.whole(weight_name(self.name))
-        names = {buffer: buffer_name(self.name, buffer) for buffer in (self.rule.averages if self.rule else ())}
-        if self.rule and names and all(name in self.source.tensors for name in names.values()):
-            buffers = {buffer: self.source.whole(name) for buffer, name in names.items()}
-            weight = self.rule.averaged(weight, buffers, self.scalars)
+        names = {buffer: buffer_name(self.name, buffer) for buffer in (*self.rule.averages, *SCALARS)} if self.rule else {}
+        buffers = {buffer: self.source.whole(name) for buffer, name in names.items() if name in self.source.tensors}
+        if self.rule and buffers:
+            weight = evaluated(self.rule, weight, buffers, self.scalars)
         return weight.view(self.shape).to(self.dtype)
 
 

@@ -42,7 +42,7 @@ class Stepped:
 
     @property
     def buffers(self) -> list[str]:
-        return [buffer.name for buffer in self.members.rule.buffers]
+        return [buffer.name for buffer in self.members.buffers]
 
     def chunks(self, without: Container[str], shards: Shards) -> Iterator[Chunk]:
         """This rank's chunks of the parameters whose names are not in ``without``; see `chunks_of`."""

@@ -14,10 +14,10 @@ from torch import Tensor
 from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.shards import WHOLE, Shards
-from ds_optforge.rules.base import Buffer, Rule, statistics_of
+from ds_optforge.rules.base import Buffer, statistics_of
 from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
 from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
-from ds_optforge.step.slices import Slices
+from ds_optforge.step.slices import Members, Slices
 from ds_optforge.zero.partition import Per
 from ds_optforge.zero.placement import Held, Placement
 
@@ -176,21 +176,23 @@ class Loading:
             if held is not None:
                 self._elements(name, weight_name(name), held.within.start, view(slices.tensors[held.tensor], held))
 
-    def into_state(self, slices: Slices, states: Sequence[State], rule: Rule, saved: Callable[[str, str], str | None]) -> None:
+    def into_state(
+        self, slices: Slices, states: Sequence[State], members: Members, saved: Callable[[str, str], str | None]
+    ) -> None:
         """Request the state buffers and statistics for ``states``, which must have been allocated.
 
         Args:
             slices: of one call of ``step()``.
             states: of its tensors.
-            rule: theirs.
+            members: theirs.
             saved: function of (parameter, buffer or statistic) that names the logical tensor to fill it from; None leaves it.
         """
         placement = slices.placement
-        places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(rule)}
+        places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(members.rule)}
         for parameter, name in enumerate(placement.layout.names):
             held = placement.held(parameter)
             if held is not None:
-                for buffer in rule.buffers:
+                for buffer in members.buffers:
                     if (key := saved(name, buffer.name)) is not None:
                         self._into_buffer(slices, states[held.tensor], buffer, parameter, held, key)
             for statistic, found in places.items():

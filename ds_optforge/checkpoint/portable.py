@@ -22,6 +22,7 @@ from ds_optforge.checkpoint.random_states import saved_random_states, set_random
 from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, remember_steps
+from ds_optforge.rules.around import UPDATE_AVERAGE
 from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.groups import GROUP
 from ds_optforge.zero.engine import (
@@ -92,6 +93,7 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
         problems += [] if problems else [*_differences(live, checkpoint, strict), *_blocks_for_shards(live, checkpoint)]
         resumptions = [] if problems else _resumptions(live, checkpoint)
+        problems += _lost_lookaheads(live, checkpoint, resumptions)
     _refuse_different(checkpoint)
     fresh = live.on_any_stage({name for name, resumption in resumptions if isinstance(resumption, str)})
     _report(checkpoint, resumptions)
@@ -204,10 +206,37 @@ def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Re
     return [
         (
             stepped.name,
-            resumption_of(stepped.slices.placement.layout.names, stepped.members.rule, source_of, checkpoint.tensors),
+            resumption_of(
+                stepped.slices.placement.layout.names,
+                stepped.members.rule,
+                source_of,
+                checkpoint.tensors,
+                stepped.members.around.buffers,
+            ),
         )
         for stepped in live.stepped
     ]
+
+
+def _lost_lookaheads(
+    live: LiveEngine, checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]
+) -> Iterator[str]:
+    """Yield a line for a group whose saved weights are ahead of the trained ones by state that this run would not take."""
+    ahead = {
+        name: group["step"]
+        for group in checkpoint.manifest["groups"].values()
+        for name in group["members"]
+        if group["scalars"].get("lookahead")
+    }
+    for stepped, (name, found) in zip(live.stepped, resumptions, strict=False):
+        names = [parameter for parameter in stepped.slices.placement.layout.names if parameter in ahead]
+        taken = UPDATE_AVERAGE in stepped.members.around.buffers
+        if names and not (taken and isinstance(found, Resumption) and UPDATE_AVERAGE.name not in found.anew):
+            yield (
+                f"{checkpoint.folder}: parameter group '{name}': the weights are ahead of the trained ones by ema_nesterov's "
+                f"'{UPDATE_AVERAGE.name}', which this run would not take; allowed: \"ema_nesterov\" and the rule of the run "
+                "that saved it; to go on without, end the look-ahead first (stop)"
+            )
 
 
 def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]) -> None:
@@ -222,12 +251,12 @@ def _report(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption 
 
 def _allocate(optimizer: OptForge, stepped: Stepped, resumption: Resumption, loading: Loading) -> None:
     states: list[State] = [optimizer.state[tensor] for tensor in stepped.slices.tensors]
-    rule = stepped.members.rule
-    stepped.slices.allocate(rule, states)
+    stepped.slices.allocate(stepped.members, states)
     for state in states:
         state["step"].fill_(resumption.step)
         state.update(resumption.scalars)
-    loading.into_state(stepped.slices, states, rule, partial(resumption.key, averages=averages_of(rule)))
+    saved = partial(resumption.key, averages=averages_of(stepped.members.rule))
+    loading.into_state(stepped.slices, states, stepped.members, saved)
 
 
 def _restore_engine(live: LiveEngine, manifest: Mapping[str, Any], fresh: set[str]) -> None:

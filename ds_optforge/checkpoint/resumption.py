@@ -2,11 +2,15 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ds_optforge.checkpoint.logical import buffer_name
-from ds_optforge.rules.base import Rule, buffers_of, statistics_of
+from ds_optforge.rules.around import SCALARS, UPDATE_AVERAGE, WEIGHT_AVERAGE
+from ds_optforge.rules.base import Buffer, Rule, buffers_of, statistics_of
 from ds_optforge.rules.registry import rule_settings
+
+_BEGINS = {WEIGHT_AVERAGE.name: "which begins with the weights as they are", UPDATE_AVERAGE.name: "from zeros"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +22,14 @@ class Resumption:
         scalars: the rule's own numbers.
         averages: by parameter, the saved buffer with which the rule's averages of the gradient begin, while the rest of the
             state begins as zeros; None takes every buffer and statistic under its own name.
+        anew: what is around the rule that begins now: names of buffers that are zeros.
         note: what of the saved state is not taken as it is, for the log; "" if all of it is.
     """
 
     step: int
     scalars: Mapping[str, float]
     averages: Mapping[str, str] | None = None
+    anew: Collection[str] = ()
     note: str = ""
 
     def key(self, parameter: str, buffer: str, averages: Collection[str]) -> str | None:
@@ -34,13 +40,19 @@ class Resumption:
             buffer: name of the buffer or statistic.
             averages: names of the rule's averages of the gradient.
         """
-        if self.averages is None:
+        if buffer in self.anew:
+            return None
+        if self.averages is None or buffer in SCALARS:
             return buffer_name(parameter, buffer)
         return buffer_name(parameter, self.averages[parameter]) if buffer in averages else None
 
 
 def resumption_of(
-    names: Sequence[str], rule: Rule, groups: Mapping[str, Mapping[str, Any]], stored: Collection[str]
+    names: Sequence[str],
+    rule: Rule,
+    groups: Mapping[str, Mapping[str, Any]],
+    stored: Collection[str],
+    around: Sequence[Buffer] = (),
 ) -> Resumption | str:
     """Decide what ``rule`` takes of the state of parameters.
 
@@ -49,6 +61,7 @@ def resumption_of(
         rule: theirs in this run.
         groups: by parameter, the saved group that it was in.
         stored: names of all logical tensors.
+        around: buffers of what is around the rule. Where not all of them are there they begin now, whatever the rule takes.
 
     Returns:
         The state; or, where all of it starts afresh, the reason.
@@ -62,14 +75,35 @@ def resumption_of(
     missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
     if len(steps) > 1:
         return f"its parameters had taken {steps} steps"
+    numbers, anew, note = _of_around(names, sources, stored, around)
     if not others and not missing:
-        return Resumption(steps[0], sources[0]["scalars"])
+        own = {key: value for key, value in sources[0]["scalars"].items() if key not in chain.from_iterable(SCALARS.values())}
+        return Resumption(steps[0], {**own, **numbers}, None, anew, note)
     averages = dict(_averages(names, groups, stored)) if _begins_with_an_average(rule) else {}
     if len(averages) == len(names):
-        return Resumption(steps[0], {}, averages, _note(averages, rule, groups, keys))
+        notes = filter(None, (_note(averages, rule, groups, keys), note))
+        return Resumption(steps[0], numbers, averages, anew, ", ".join(notes))
     if others:  # its buffers may have the names of this rule's, and mean something else
         return f"it was trained by '{others[0]}', whose state is not of this rule's kind"
     return f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
+
+
+def _of_around(
+    names: Sequence[str], sources: Sequence[Mapping[str, Any]], stored: Collection[str], around: Sequence[Buffer]
+) -> tuple[dict[str, float], tuple[str, ...], str]:
+    """The numbers of what is around the rule, the buffers that begin now, and a note of these and of what is left out."""
+    numbers: dict[str, float] = {}
+    anew, notes = [], []
+    for buffer, keys in SCALARS.items():
+        saved = [{key: source["scalars"][key] for key in keys if key in source["scalars"]} for source in sources]
+        whole = all(buffer_name(name, buffer) in stored for name in names) and saved.count(saved[0]) == len(saved)
+        if buffer in [own.name for own in around]:
+            numbers |= saved[0] if whole else {}
+            anew += [] if whole else [buffer]
+            notes += [] if whole else [f"a new {buffer}, {_BEGINS[buffer]}"]
+        elif any(saved):
+            notes.append(f"no {buffer}, which the checkpoint has")
+    return numbers, tuple(anew), ", ".join(notes)
 
 
 def averages_of(rule: Rule | type[Rule]) -> list[str]:

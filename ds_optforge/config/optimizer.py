@@ -5,6 +5,7 @@ from typing import Any
 
 from ds_optforge.config.sections import ROLES, CommonSettings, Override, Role
 from ds_optforge.errors import ConfigError
+from ds_optforge.rules.around import KEYS, Around
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.rules.registry import rule_names, rule_settings
 from ds_optforge.rules.settings import RuleSettings
@@ -51,6 +52,11 @@ class OptimizerConfig:
             self.settings(role)
         for index, override in enumerate(self.common.overrides):
             self._check_override(index, (override.role,) if override.role else ROLES)
+
+    @property
+    def around(self) -> Around:
+        """What stands around the rule of every parameter."""
+        return Around(self.common.average, self.common.ema_nesterov)
 
     def settings(
         self,
@@ -122,13 +128,18 @@ class OptimizerConfig:
         return self._checked(validate(_settings_of(name, self._path), merged, self._path, paths, CommonSettings.model_fields))
 
     def _checked(self, settings: RuleSettings) -> RuleSettings:
-        """Refuse a rule that the configuration cannot have: a field of its own names, or a sharding mode."""
+        """Refuse a rule that the configuration cannot have: a field of its own names, an average, or a sharding mode."""
         taken = {*CommonSettings.model_fields, *Override.model_fields} & type(settings).model_fields.keys()
         if taken:
             raise ConfigError(
                 f"rule '{settings.rule}': its field '{min(taken)}' is a key of every configuration; allowed: another name"
             )
         rule, mode = settings.builds, self.common.sharding.mode
+        if rule.averages and self.around.buffers:
+            key = KEYS[self.around.buffers[0].name]
+            raise ConfigError(
+                f"{self._path}.{key}: got a section with '{settings.rule}', which averages its weights itself; allowed: none"
+            )
         if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
             raise ConfigError(
                 f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which needs sums over whole matrices; "

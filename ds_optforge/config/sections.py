@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, Strict, field_validator, model_validator
 
+from ds_optforge.rules.around import AverageSettings, EmaNesterovSettings
 from ds_optforge.rules.settings import DTypeName
 from ds_optforge.validation import Section
 
@@ -114,6 +115,10 @@ class CommonSettings(Section):
     overrides: Annotated[tuple[Override, ...], Strict(False)] = Field((), description="settings by parameter name")
     sharding: ShardingSettings = ShardingSettings()
     telemetry: TelemetrySettings | None = Field(None, description='numbers about every k-th step: {"every": 10}')
+    average: AverageSettings | None = Field(None, description="an average of the trained weights, to evaluate and to export")
+    ema_nesterov: EmaNesterovSettings | None = Field(
+        None, description="gradients at weights that are ahead of the trained ones, along the average of their changes"
+    )
     split: Literal["auto"] | None = Field(None, description="auto: cut every weight whose fused matrices are known into them")
     heads: Literal["auto"] | None = Field(None, description="auto: cut the projections of attention into their heads")
     max_aspect_ratio: Annotated[float, Field(ge=1)] | None = Field(

@@ -78,7 +78,10 @@ def answer(question: Question) -> Plan:
     workload = Workload(tokens, per_token, _model_bytes(loaded))
     sharding = config.common.sharding
     reduced = _size_of(_without_auto(loaded), "reduce_bucket_size", REDUCE_BUCKET_SIZE)
-    stages = [plan_stage(routes, sharding, topology, speeds, workload, question.saving, reduced) for topology in topologies]
+    stages = [
+        plan_stage(routes, sharding, topology, speeds, workload, question.saving, reduced, config.around)
+        for topology in topologies
+    ]
     return Plan(
         question.model, routes, sharding, speeds, workload, question.sequence_length, stages, question.saving, _whole(loaded)
     )

@@ -18,6 +18,7 @@ from ds_optforge.forecast.exchange_sizes import cut_alike, exchange_sizes, fragm
 from ds_optforge.forecast.topology import Topology, stepped_together
 from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
+from ds_optforge.rules.around import NOTHING, Around
 from ds_optforge.rules.base import MatrixRule, statistics_of
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
@@ -128,16 +129,20 @@ def forecast(model: nn.Module, config: OptimizerConfig, topology: Topology) -> F
     Raises:
         ConfigError: the configuration does not fit the model, or expert_parallel does not divide the experts.
     """
-    return forecast_routes(routes_of(model, config), config.common.sharding, topology)
+    return forecast_routes(routes_of(model, config), config.common.sharding, topology, config.around)
 
 
-def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topology: Topology) -> Forecast:
+def forecast_routes(
+    routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, around: Around = NOTHING
+) -> Forecast:
     """Lay out and plan parameters that were routed already, as `forecast` does.
 
     Raises:
         ConfigError: expert_parallel does not divide the experts.
     """
-    groups = [PlannedCall(stepped, sharding, topology, experts) for stepped, experts in stepped_together(routes, topology)]
+    groups = [
+        PlannedCall(stepped, sharding, topology, experts, around) for stepped, experts in stepped_together(routes, topology)
+    ]
     ranks = tuple(RankFigures() for _ in range(topology.world_size))
     rows: Counter[int] = Counter()
     for group in groups:
@@ -184,11 +189,14 @@ class PlannedCall:
         wire_bytes: of an element that travels.
     """
 
-    def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
+    def __init__(
+        self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool, around: Around
+    ) -> None:
         self.siblings = topology.expert_parallel if experts else 1
         self.device = topology.device
         self.settings = routes[0].settings
         self.rule = built(self.settings)
+        self.buffers = (*self.rule.buffers, *around.buffers)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
         self.state_dtype = self.settings.state_dtype
@@ -224,7 +232,7 @@ class PlannedCall:
 
     def _figures(self) -> tuple[list[RankFigures], Counter[int]]:
         ranks = self.layout.world_size
-        state = sum(4.0 if buffer.full_precision else _BYTES[self.state_dtype] for buffer in self.rule.buffers)
+        state = sum(4.0 if buffer.full_precision else _BYTES[self.state_dtype] for buffer in self.buffers)
         touched = int(self.slice_numel * self._bytes_of_an_element(state))
         figures = [RankFigures(state_bytes=int(self.slice_numel * state), elementwise_bytes=touched) for _ in range(ranks)]
         rows: Counter[int] = Counter()

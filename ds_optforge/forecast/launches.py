@@ -42,7 +42,7 @@ def step_launches(predicted: Forecast) -> Launches:
     rank = max(range(len(predicted.ranks)), key=lambda each: predicted.ranks[each].flops)
     kernels, uncounted = 0, set()
     for call in predicted.calls:
-        if not counted_alone(call.settings):
+        if not counted_alone(call.settings) or len(call.buffers) > len(call.rule.buffers):  # something around the rule
             uncounted.add(call.settings.rule)
         elif isinstance(call.rule, MatrixRule):
             kernels += _matrix_launches(call, rank // call.siblings)

@@ -22,6 +22,7 @@ from ds_optforge.forecast.step_time import (
 )
 from ds_optforge.forecast.topology import Topology
 from ds_optforge.routing.roles import Route
+from ds_optforge.rules.around import NOTHING, Around
 
 ADAMW, INCUMBENT = "AdamW", "DeepSpeed's Muon"
 
@@ -155,13 +156,14 @@ def plan_stage(
     workload: Workload,
     saving: float = SAVING,
     reduce_bucket_size: int = REDUCE_BUCKET_SIZE,
+    around: Around = NOTHING,
 ) -> StagePlan:
-    """Predict all candidates on one stage; arguments as in `Plan`, `incumbent` and `recommended`.
+    """Predict all candidates on one stage; arguments as in `Plan`, `incumbent`, `recommended` and `Members`.
 
     Raises:
         ConfigError: expert_parallel does not divide the experts.
     """
-    predicted = forecast_routes(routes, sharding, topology)
+    predicted = forecast_routes(routes, sharding, topology, around)
     model_bytes = workload.model_bytes
     theirs = incumbent(routes, topology, model_bytes, reduce_bucket_size)
     candidates = [

@@ -144,8 +144,9 @@ def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:
 def evaluation_weights(engine: Any) -> Iterator[None]:
     """Put the weights for evaluation and export into the model, and take them out again at the end of the ``with`` block.
 
-    Inside, the model's weights are Schedule-Free's average on every stage; afterwards they are the training weights again,
-    bit for bit. Other rules leave the weights alone. Entering and leaving are collective.
+    Inside, the model's weights are the averages of ``"average"``, or Schedule-Free's, or those without the look-ahead of
+    ``"ema_nesterov"``, on every stage; afterwards they are the training weights again, bit for bit. Others are left alone.
+    Entering and leaving are collective.
 
     Args:
         engine: the engine that deepspeed.initialize or Accelerator.prepare returned; or an optimizer: the HF Trainer's

@@ -39,6 +39,7 @@ class Buffer:
         copies_weight: whether it starts as a copy of the weight; other buffers start as zeros.
         full_precision: whether it keeps the dtype of the parameters whatever the state format. Meant for values near a
             weight: a step is far smaller than the spacing of bfloat16 or 8-bit numbers around them.
+        wide: whether it is in float32 where the parameters' dtype is narrower (in plain PyTorch); ``full_precision`` too.
         of_update: whether a matrix rule advances it by the update, in `MatrixRule.apply`; other buffers are advanced by
             the gradient, in `MatrixRule.direction`.
         gradient_average: whether it is the exponential moving average m <- lerp(m, g, 1 - decay) of the gradient g, from zero
@@ -52,6 +53,7 @@ class Buffer:
     momentum: bool = False
     copies_weight: bool = False
     full_precision: bool = False
+    wide: bool = False
     of_update: bool = False
     gradient_average: bool = False
 

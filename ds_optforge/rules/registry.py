@@ -13,14 +13,16 @@ import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from typing import Any, TypeVar, get_args
 
 from ds_optforge.errors import ConfigError
+from ds_optforge.rules.around import SCALARS
 from ds_optforge.rules.base import Buffer, ElementwiseRule, Given, MatrixRule, Per, Rule, Statistic, Sum, settles
 from ds_optforge.rules.settings import REGISTERED, RuleSettings
 
 ENTRY_POINTS = "ds_optforge.rules"
-_RESERVED = ("step",)  # keys of the state that are no rule's
+_RESERVED = ("step", *SCALARS, *chain.from_iterable(SCALARS.values()))  # keys of the state that are no rule's
 _IMPORTED: set[str] = set()  # rules whose entry point has been imported
 S = TypeVar("S", bound=type[RuleSettings])
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """Runs one call of ``step()`` for one parameter group: elementwise, or with matrices that travel to owners in buckets."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optforge.rules.around import AroundStep
 from ds_optforge.rules.base import (
     Batch,
     ElementwiseRule,
@@ -21,7 +22,7 @@ from ds_optforge.rules.base import (
     statistics_of,
 )
 from ds_optforge.step.finite import Gradients
-from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
+from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.step.zeros import refuse_zeros
 
@@ -86,7 +87,7 @@ class GroupStep:
         fresh, rule = [index for index in self._taking if not self._states[index]], self._members.rule
         if fresh and isinstance(rule, MatrixRule) and rule.refuses_zeros:
             refuse_zeros(self._slices, fresh, self._members.settings.rule)
-        self._slices.allocate(rule, self._states, self._taking)
+        self._slices.allocate(self._members, self._states, self._taking)
         if fresh and self._is_rehearsal():
             return
         # Tensors that have been skipped are behind, and a rule counts steps: all with the same number are stepped together.
@@ -119,13 +120,16 @@ class GroupStep:
         torch._foreach_add_([state["step"] for state in states], 1)
         scalars = {key: value for key, value in states[0].items() if isinstance(value, float)}
         now = self._members.rule.begin(self._group, scalars, step)
+        around = self._members.around.begin(scalars, step, self._group["lr"])
         for state in states:
             state.update(scalars)
         if len(taking) == len(self._states):
-            return _Call(self._slices, self._states, self._gradients, now, step, frozenset(taking), watch)
-        return self._partial_call(frozenset(taking), now, step, watch)
+            return _Call(self._slices, self._states, self._gradients, now, step, frozenset(taking), watch, around)
+        return self._partial_call(frozenset(taking), now, step, watch, around)
 
-    def _partial_call(self, taking: frozenset[int], now: Hyperparameters, step: int, watch: Watch | None) -> "_Call":
+    def _partial_call(
+        self, taking: frozenset[int], now: Hyperparameters, step: int, watch: Watch | None, around: AroundStep | None
+    ) -> "_Call":
         """Gather what the rule gets for some of the tensors; a matrix rule, which has buckets of all, gets zeros for the rest.
 
         Zero gradients change no weight and no statistic of a matrix rule. They would fade its buffers: it gets others.
@@ -135,8 +139,8 @@ class GroupStep:
         if isinstance(self._members.rule, MatrixRule):
             for index in others:
                 states[index], gradients[index] = {}, torch.zeros_like(gradients[index])
-            self._slices.allocate(self._members.rule, states, others)
-        return _Call(self._slices, states, gradients, now, step, taking, watch)
+            self._slices.allocate(self._members, states, others)
+        return _Call(self._slices, states, gradients, now, step, taking, watch, around)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +154,7 @@ class _Call:
         step: number of the step, from 1.
         taking: numbers of the tensors that are stepped.
         watch: of telemetry, if the step is recorded.
+        around: what goes on around the rule, if anything.
     """
 
     slices: Slices
@@ -159,6 +164,7 @@ class _Call:
     step: int
     taking: frozenset[int]
     watch: Watch | None
+    around: AroundStep | None
 
     @cached_property
     def parameters(self) -> list[Tensor]:
@@ -172,25 +178,45 @@ class _Call:
             if not tensor.is_contiguous():
                 tensor.copy_(self.parameters[index].view(tensor.shape))
 
+    @property
+    def spans(self) -> Iterator[tuple[Span, ...]]:
+        """The spans for an elementwise rule, cut where a bounded number of elements is copied together."""
+        if self.watch:
+            yield from self.watch.spans
+        elif not self.around:
+            yield from self.slices.spans
+        else:
+            for spans in self.slices.spans:
+                yield from cut_spans(spans, chunk_numel(self.parameters[0].device))
+
     def chosen(self, spans: Sequence[Span]) -> list[Span]:
         """Return those of ``spans`` that are in stepped tensors."""
         return [span for span in spans if span.tensor in self.taking]
 
-    def changes(self, spans: Sequence[Span], parameters: Tensors) -> AbstractContextManager[None]:
-        """Open a context in which the rule changes the parameters, for telemetry."""
-        if not self.watch:
-            return nullcontext()
-        stepped = [(span, view) for span, view in zip(spans, parameters, strict=True) if span.tensor in self.taking]
-        return self.watch.changes([span for span, _ in stepped], [view for _, view in stepped])
+    @contextmanager
+    def changes(self, spans: Sequence[Span], active: Tensor | None = None) -> Iterator[None]:
+        """Open a context in which the rule changes the parameters in these ranges, for telemetry and what is around it.
+
+        Args:
+            spans: the ranges.
+            active: (items,) 0 or 1: whether the rule steps an item; None counts as all 1.
+        """
+        views, stepped = [span.of(self.parameters) for span in spans], self.chosen(spans)
+        before = self.around.before(views) if self.around else []
+        with self.watch.changes(stepped, [span.of(self.parameters) for span in stepped]) if self.watch else nullcontext():
+            yield
+        if self.around:
+            with self.slices.opened(self.around.buffers, self.states, spans) as state:
+                self.around.advance(views, before, state, [span.sizes for span in spans], active)
 
 
 def _step_elements(call: _Call, rule: ElementwiseRule) -> None:
-    for spans in map(call.chosen, call.watch.spans if call.watch else call.slices.spans):
+    for spans in map(call.chosen, call.spans):
         if not spans:
             continue
         parameters, gradients = ([span.of(tensors) for span in spans] for tensors in (call.parameters, call.gradients))
         with call.slices.opened(rule.buffers, call.states, spans) as state:
-            with call.changes(spans, parameters):
+            with call.changes(spans):
                 rule.step(parameters, gradients, state, call.now)
             if call.watch:
                 call.watch.momentum(spans, gradients, state)
@@ -333,7 +359,7 @@ class _MatrixStep:
         parameters = portion.split(views)
         returned = self._returned(bucket, portion, parameters[0])
         sums = bucket.sums.given(number, of_update=True) if bucket.sums else {}
-        with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
+        with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, chosen):
             self._rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
 
     def _sum(self, bucket: Bucket, of_update: bool) -> None:

@@ -13,7 +13,7 @@ from ds_optforge.routing.lora import refuse_without_adapters
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
 from ds_optforge.routing.tags import replaced, tag_new, tags_of
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule, Rule
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
@@ -58,10 +58,10 @@ class Groups:
         refuse_without_adapters(names.all, config.common.lora)
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
-        self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r}"
+        self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r} {config.around!r}"
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
-        self._rules: dict[Tensor, Rule] = {}
+        self._members_of: dict[Tensor, Members] = {}
         self.dicts = self._build(routed, entries)
 
     def _all_routed(self, given: Sequence[dict[str, Any]], placed: Sequence[tuple[str, Tensor]]) -> Iterator[Routed]:
@@ -98,7 +98,7 @@ class Groups:
         for entry in entries:
             group, settings = members[entry.identifier], entry.settings
             parameters, routes = (tuple(column) for column in zip(*group, strict=True)) if group else ((), ())
-            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings))
+            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings), self._config.around)
             stepped = list(parameters) or [next(placeholders)]
             groups.append({"params": stepped, GROUP: entry.identifier, **entry.keys, **settings.scheduled()})
         return groups
@@ -129,7 +129,7 @@ class Groups:
         for device in devices:
             indices = [index for index, tensor in enumerate(tensors) if tensor.device == device]
             parameters, routes = tuple(members.parameters[i] for i in indices), tuple(members.routes[i] for i in indices)
-            part = Members(parameters, routes, members.settings, members.rule)
+            part = Members(parameters, routes, members.settings, members.rule, members.around)
             found.append((part, [tensors[index] for index in indices]))
         return found
 
@@ -170,12 +170,12 @@ class Groups:
             ) from error
 
     def remember(self, group: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
-        """Note that ``tensors`` belong to ``group``, for `rule_of`: ZeRO-3 empties the groups between steps."""
-        self._rules |= dict.fromkeys(tensors, self[group].rule)
+        """Note that ``tensors`` belong to ``group``, for `members_of`: ZeRO-3 empties the groups between steps."""
+        self._members_of |= dict.fromkeys(tensors, self[group])
 
-    def rule_of(self, tensor: Tensor) -> Rule:
-        """Return the rule that steps ``tensor``, which was bound or loaded before."""
-        return self._rules[tensor]
+    def members_of(self, tensor: Tensor) -> Members:
+        """Return the members whose rule steps ``tensor``, which was bound or loaded before."""
+        return self._members_of[tensor]
 
     def refuse_unfrozen(self, stepped: Sequence[Mapping[str, Any]]) -> None:
         """Refuse a step while a parameter is trainable that was frozen when the optimizer was built.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.routing.roles import Route
+from ds_optforge.rules.around import Around
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, statistics_of
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat
@@ -42,6 +43,17 @@ class Members:
     routes: tuple[Route, ...]
     settings: RuleSettings
     rule: ElementwiseRule | MatrixRule
+    around: Around
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """The state buffers of the rule and of what is around it."""
+        return (*self.rule.buffers, *self.around.buffers)
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Names of the buffers from which the weights to evaluate are computed; empty if these are the trained ones."""
+        return (*self.rule.averages, *(buffer.name for buffer in self.around.buffers))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,14 +161,14 @@ class Slices:
 
     def allocate(
         self,
-        rule: ElementwiseRule | MatrixRule,
+        members: Members,
         states: Sequence[MutableMapping[str, Any]],
         indices: Iterable[int] | None = None,
     ) -> None:
         """Allocate missing state.
 
         Args:
-            rule: of the group.
+            members: of the group.
             states: the optimizer's state of each tensor; entries are added in place.
             indices: numbers of the tensors that are to have state; None for all.
         """
@@ -166,9 +178,9 @@ class Slices:
                 continue
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             values = tensor.detach().contiguous()  # state is row-major whatever the weight is
-            for buffer in rule.buffers:
+            for buffer in members.buffers:
                 self.format_of(index, buffer).allocate(state, buffer, values)
-            for statistic in statistics_of(rule):
+            for statistic in statistics_of(members.rule):
                 count = self.value_counts[statistic.name][index]
                 state[statistic.name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
 
@@ -176,10 +188,10 @@ class Slices:
     def opened(
         self, buffers: Sequence[Buffer], states: Sequence[MutableMapping[str, Any]], spans: Sequence[Span], store: bool = True
     ) -> Iterator[State]:
-        """Open a context with the state of some spans, in the tensors' dtype, and store it at the end.
+        """Open a context with the state of some spans, in the tensors' dtype or a wide one, and store it at the end.
 
         Args:
-            buffers: of the rule; those to open.
+            buffers: those to open.
             states: the optimizer's state of each tensor.
             spans: the ranges to open.
             store: whether changes are stored.
@@ -192,7 +204,7 @@ class Slices:
             for span in spans:
                 style, state, within = self.format_of(span.tensor, buffer), states[span.tensor], span.within
                 value = style.read(state, buffer, within.start, within.numel)
-                values[buffer.name].append(value.to(self.tensors[span.tensor].dtype))
+                values[buffer.name].append(value if buffer.wide else value.to(self.tensors[span.tensor].dtype))
         yield values
         if not store:
             return
@@ -202,11 +214,31 @@ class Slices:
 
     def format_of(self, tensor: int, buffer: Buffer) -> StateFormat:
         """Return the format in which the tensor of that number keeps ``buffer``."""
-        return Plain(self.tensors[tensor].dtype) if buffer.full_precision else self.formats[tensor]
+        return Plain(_full_precision(buffer, self.tensors[tensor])) if buffer.full_precision else self.formats[tensor]
 
 
 def buffer_dtype(state_dtype: str, buffer: Buffer, tensor: Tensor) -> torch.dtype:
     """Return the dtype in which ``tensor`` keeps ``buffer``, given the configured ``state_dtype``."""
     if buffer.full_precision or state_dtype == "float32":
-        return tensor.dtype
+        return _full_precision(buffer, tensor)
     return torch.uint8 if state_dtype == "8bit" else torch.bfloat16
+
+
+def _full_precision(buffer: Buffer, tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32) if buffer.wide else tensor.dtype
+
+
+def cut_spans(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
+    """Cut spans, and yield them in tuples of at most ``limit`` elements."""
+    packed: list[Span] = []
+    room = limit
+    for span in spans:
+        for start in range(0, span.within.numel, limit):
+            numel = min(limit, span.within.numel - start)
+            if numel > room:
+                yield tuple(packed)
+                packed, room = [], limit
+            packed.append(Span(span.tensor, Range(span.within.start + start, numel), (numel,)))
+            room -= numel
+    if packed:
+        yield tuple(packed)

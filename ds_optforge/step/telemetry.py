@@ -23,11 +23,10 @@ from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import Hyperparameters, MatrixRule, State, Tensors
 from ds_optforge.step.health import EXPECTED, Expected, Health, expected, healthy_ranges
 from ds_optforge.step.host import onto, to_host
-from ds_optforge.step.slices import Members, Slices, Span, chunk_numel
+from ds_optforge.step.slices import Members, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.zero.agreement import on_first_rank, sum_over_ranks
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding
-from ds_optforge.zero.partition import Range
 from ds_optforge.zero.pipeline import Stage, replicated, sum_over_stages
 from ds_optforge.zero.placement import Held
 from ds_optforge.zero.shards import over_tensor_ranks, shard_of, tensor_rank
@@ -242,7 +241,7 @@ class Watch:
         """The slices' spans for an elementwise rule, cut so that a bounded number of elements is copied together."""
         limit = chunk_numel(self.slices.tensors[0].device)
         for spans in self.slices.spans:
-            yield from _cut(spans, limit)
+            yield from cut_spans(spans, limit)
 
     @contextmanager
     def changes(self, spans: Sequence[Span], views: Tensors) -> Iterator[None]:
@@ -388,22 +387,6 @@ def _merged(fragments: Sequence[Held]) -> list[tuple[int, int]]:
         begin = merged.pop()[0] if merged and merged[-1][1] == start else start
         merged.append((begin, start + fragment.numel))
     return merged
-
-
-def _cut(spans: Sequence[Span], limit: int) -> Iterator[tuple[Span, ...]]:
-    """Cut spans, and yield them in tuples of at most ``limit`` elements."""
-    packed: list[Span] = []
-    room = limit
-    for span in spans:
-        for start in range(0, span.within.numel, limit):
-            numel = min(limit, span.within.numel - start)
-            if numel > room:
-                yield tuple(packed)
-                packed, room = [], limit
-            packed.append(Span(span.tensor, Range(span.within.start + start, numel), (numel,)))
-            room -= numel
-    if packed:
-        yield tuple(packed)
 
 
 def _sample(routes: Sequence[Route]) -> frozenset[tuple[str, int]]:

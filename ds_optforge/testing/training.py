@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import ds_optforge
 from ds_optforge.rules import MatrixRule
+from ds_optforge.rules.around import KEYS
 from ds_optforge.testing import model as awkward
 from ds_optforge.testing.compare import far_losses, far_weights, other_bits, other_numbers, other_run
 from ds_optforge.testing.engines import (
@@ -127,7 +128,8 @@ def averages(rule: str, params: Params) -> Iterator[str]:
 
     A rule without them is left alone.
     """
-    for place in PLACES if settings_of(rule).builds.averages else (Place(2),):
+    averages = settings_of(rule).builds.averages or not params.keys().isdisjoint(KEYS.values())
+    for place in PLACES if averages else (Place(2),):
         yield from at(place, _evaluated(place, params))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
+from ds_optforge.rules.around import WEIGHT_AVERAGE
 from ds_optforge.rules.registry import rule_settings
 
 BUFFERS = {
@@ -67,3 +68,18 @@ def test_a_group_may_come_of_two_rules() -> None:
 def test_different_steps_and_none_start_afresh() -> None:
     assert taken({"a": ("adamw", 5), "b": ("adamw", 6)}, "adamw") == "its parameters had taken [5, 6] steps"
     assert taken({"a": ("adamw", 0)}, "muon") == "no step of it had been taken"
+
+
+def test_an_average_of_the_weights_is_taken_whatever_the_rule_was() -> None:
+    """It is of the weights, not of the rule; one that is not whole begins anew, with its count."""
+    groups = {name: {"rule": "adamw", "step": 5, "scalars": {"weights_averaged": 3.0}} for name in ("a", "b")}
+    stored = {f"optimizer/{name}/{buffer}" for name in groups for buffer in ("exp_avg", "exp_avg_sq", "weight_average")}
+    found = resumption_of(["a", "b"], rule_called("muon"), groups, stored, (WEIGHT_AVERAGE,))
+    assert isinstance(found, Resumption)
+    assert (found.scalars, found.anew) == ({"weights_averaged": 3.0}, ())
+    assert found.key("a", "weight_average", ["momentum_buffer"]) == "optimizer/a/weight_average"
+    found = resumption_of(["a", "b"], rule_called("muon"), groups, stored - {"optimizer/b/weight_average"}, (WEIGHT_AVERAGE,))
+    assert isinstance(found, Resumption)
+    assert (found.scalars, found.anew) == ({}, ("weight_average",))
+    assert found.key("a", "weight_average", ["momentum_buffer"]) is None
+    assert found.note.endswith("a new weight_average, which begins with the weights as they are")

@@ -282,6 +282,22 @@ def evaluate_on_average(config: dict[str, Any], folder: str) -> dict[str, Any]:
     return {"before": before, "inside": inside, "after": after, "end": end, "loss": loss, "refused": refused}
 
 
+def average_beside(config: dict[str, Any], decay: float) -> dict[str, Any]:
+    """Train; the weights inside `evaluation_weights`, and the moving average of what the engine's weights were."""
+    engine = build_engine(config, {})
+    try:
+        expected: dict[str, Tensor] = {}
+        for step in range(STEPS):
+            run_steps(engine, step, 1)
+            for name, weight in full_parameters(engine.module).items():
+                expected[name] = expected[name].lerp_(weight, 1 - decay) if step else weight
+        with ds_optforge.evaluation_weights(engine):
+            inside = full_parameters(engine.module)
+        return {"inside": inside, "expected": expected, "trained": full_parameters(engine.module)}
+    finally:
+        engine.destroy()
+
+
 class MixtureNet(nn.Module):
     """Four experts, one per token: with 8 tokens some are idle in some steps."""
 

@@ -1,6 +1,7 @@
 """What the ranks of a pool run to test portable checkpoints."""
 
 import errno
+import logging
 import os
 import random
 import sys
@@ -116,10 +117,48 @@ def save_and_average(config: dict[str, Any], folder: str) -> dict[str, torch.Ten
     engine = build_engine(config, {})
     run_steps(engine, 0, HALF)
     ds_optforge.save_checkpoint(engine, folder)
-    with ds_optforge.evaluation_weights(engine):
-        averages = full_parameters(engine.module)
+    engine.save_checkpoint(f"{folder} engine")
+    averages = _averages(engine)
     engine.destroy()
     return averages
+
+
+def load_and_average(config: dict[str, Any], folder: str, how: str = "portable") -> dict[str, Any]:
+    """Load into a fresh engine: trained weights, those to evaluate with, the same five steps later, what was logged."""
+    engine = build_engine(config, {})
+    lines, logger = Lines(), logging.getLogger("ds_optforge")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(lines)
+    try:
+        if how == "engine":
+            engine.load_checkpoint(folder)
+        else:
+            ds_optforge.load_checkpoint(engine, folder)
+        found: dict[str, Any] = {"trained": full_parameters(engine.module), "averages": _averages(engine)}
+        run_steps(engine, HALF, HALF)
+        found |= {"later": _averages(engine), "lines": [line for line in lines.found if "goes on from" in line]}
+        return found
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
+        engine.destroy()
+
+
+class Lines(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+def _averages(engine: Any) -> dict[str, torch.Tensor]:
+    with ds_optforge.evaluation_weights(engine):
+        return full_parameters(engine.module)
 
 
 def run_incumbent(config: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """`ds_optforge.testing` on every registered rule: a new one is tested by being registered."""
 
+from typing import Any
+
 import pytest
 
 from ds_optforge.rules import rule_names
@@ -22,3 +24,11 @@ def test_conformance(rule: str, check: str, pools: Pools) -> None:
 @pytest.mark.parametrize("rule", rule_names())
 def test_conformance_of_other_numbers_of_ranks(rule: str, check: str, ranks: int, pools: Pools) -> None:
     pools[ranks].run(run_check, check, rule, timeout_s=300.0)
+
+
+@pytest.mark.promise("average-any-rule", "ema-nesterov")
+@pytest.mark.parametrize("around", [{"average": {"kind": "ema", "decay": 0.8}}, {"ema_nesterov": {"start": 0}}], ids=list)
+@pytest.mark.parametrize("rule", ["lion", "normuon"])
+def test_conformance_with_what_is_around_a_rule(rule: str, around: dict[str, Any], pools: Pools) -> None:
+    """On every stage, with and without offload. No rule knows of it: one of each kind stands for all."""
+    pools[2].run(run_check, "averages", rule, around, timeout_s=300.0)

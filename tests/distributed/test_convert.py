@@ -50,6 +50,13 @@ def assert_equal(folder: Path) -> None:
     assert manifests[0]["counters"].items() <= manifests[1]["counters"].items()
 
 
+def test_an_average_is_converted(pools: Pools, tmp_path: Path) -> None:
+    config = cases.engine_config(3, {**cases.MUON, "average": {"kind": "tail", "start": 3}})
+    pools[2].run(checkpoints.save_both, config, str(tmp_path), **ODD)
+    assert_equal(tmp_path)
+    assert "optimizer/up.weight/weight_average" in checkpoints.logical_tensors(tmp_path / "converted")
+
+
 def test_a_run_goes_on_from_a_converted_checkpoint(pools: Pools, tmp_path: Path) -> None:
     config = configuration(SAVED, params_of("normuon"), **schedule("normuon"))
     expected = pools[2].run(checkpoints.run_and_save, config, str(tmp_path / "engine"), "engine")[0]
@@ -152,15 +159,27 @@ def test_nameless_parameters_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("averaged-evaluation")
-def test_weights_are_exported_in_shape_and_averaged(pools: Pools, tmp_path: Path) -> None:
-    config = configuration(SAVED, params_of("schedule_free_adamw"))
+@pytest.mark.parametrize("source", ["portable", "portable engine"])
+@pytest.mark.parametrize(
+    ("rule", "around"),
+    [
+        ("schedule_free_adamw", {}),
+        ("muon", {"average": {"kind": "ema", "decay": 0.8}}),
+        ("muon", {"ema_nesterov": {"start": 0}}),
+    ],
+)
+def test_weights_are_exported_in_shape_and_averaged(
+    rule: str, around: dict[str, Any], source: str, pools: Pools, tmp_path: Path
+) -> None:
+    """Without being asked: Schedule-Free's average, that around any rule, or without a look-ahead; of either checkpoint."""
+    config = configuration(SAVED, {**params_of(rule), **around})
     averages = pools[2].run(checkpoints.save_and_average, config, str(tmp_path / "portable"))[0]
-    export(tmp_path / "portable", tmp_path / "model")
+    export(tmp_path / source, tmp_path / "model")
     exported = {name: t for path in (tmp_path / "model").glob("*.safetensors") for name, t in load_file(path).items()}
     assert exported.keys() == averages.keys()
     for name, weight in averages.items():
         assert torch.equal(exported[name], weight), name
-    export(tmp_path / "portable", tmp_path / "half", torch.bfloat16)
+    export(tmp_path / source, tmp_path / "half", torch.bfloat16)
     half = [t for path in (tmp_path / "half").glob("*.safetensors") for t in load_file(path).values()]
     assert {tensor.dtype for tensor in half} == {torch.bfloat16}
 

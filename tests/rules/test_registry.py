@@ -315,6 +315,10 @@ LACKING: dict[str, tuple[Any, str]] = {
         settings_of(whole(statistics=(Statistic("momentum"),))),
         "Whole: state 'momentum': a name that is taken; allowed: another one",
     ),
+    "a buffer of what is around rules": (
+        settings_of(elementwise(buffers=(Buffer("weight_average"),))),
+        "Plain: state 'weight_average': a name that is taken",
+    ),
     "a buffer named step": (settings_of(elementwise(buffers=(Buffer("step"),))), "Plain: state 'step': a name that is taken"),
     "a buffer named as scales": (settings_of(elementwise(buffers=(Buffer("m_absmax"),))), "Plain: state 'm_absmax': a name"),
     "a buffer named as a path": (settings_of(elementwise(buffers=(Buffer("a/b"),))), "Plain: state 'a/b': allowed: a name of"),
