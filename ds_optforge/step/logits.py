@@ -289,8 +289,6 @@ class _Watcher:
 
     def _add(self, query: Tensor, key: Tensor, kept: Kept, scale: float | None) -> None:
         found, owner = self._attention, self._owner()
-        if torch.compiler.is_compiling():
-            raise self._wrong("a compiled forward pass", 'a model without torch.compile, or no "qk_clip"')
         alike = query.dim() == key.dim() == 4 and query.shape[3] == key.shape[3] == found.size
         if not alike or query.shape[1] != found.heads or key.shape[1] not in (found.heads, found.key_heads):
             raise self._wrong(
@@ -306,6 +304,14 @@ class _Watcher:
         return ConfigError(f"qk_clip: {self._path or 'the model'} ({kind}): got {found}; allowed: {allowed}")
 
 
+@torch.compiler.disable(reason="qk_clip does not work in a compiled forward pass")
+def _refuse_compiled() -> None:
+    raise ConfigError(
+        'qk_clip: got a forward pass that torch.compile has compiled; allowed: one that is not compiled, or no "qk_clip" (what a '
+        "module attends with is looked at between its projections and its attention function)"
+    )
+
+
 class _Hook:
     """A hook of a watched module, before or after its forward pass; in a copy or a file of the module it does nothing."""
 
@@ -313,8 +319,11 @@ class _Hook:
         self._call = call
 
     def __call__(self, module: nn.Module, *values: Any) -> None:
-        if self._call is not None:
-            self._call(module)
+        if self._call is None:
+            return
+        if torch.is_grad_enabled() and torch.compiler.is_compiling():
+            _refuse_compiled()
+        self._call(module)
 
     def __deepcopy__(self, memo: Any) -> "_Hook":
         return _Hook()
