@@ -43,6 +43,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "common": sections.CommonSettings,
     "sharding": sections.ShardingSettings,
     "telemetry": sections.TelemetrySettings,
+    "qk_clip": sections.QKClipSettings,
     "overrides": sections.Override,
     "schedule": schedule.ScheduleConfig,
 }

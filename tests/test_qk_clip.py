@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import ds_optforge
 from ds_optforge import ConfigError, OptForge, build_optimizer
 from ds_optforge.step.logits import QUERIES, Kept
 from tests import attentions
 from tests.attentions import FAMILIES
+from tests.launches import Launches
 from tests.oracles import EXACT
 
+PACKAGE = Path(ds_optforge.__file__).parent
 STANDING = {"name": "muon", "lr": 0.0, "adamw": {"lr": 0.0}}  # what changes is QK-clip's work
 MUON = {"name": "muon", "lr": 0.02, "adamw": {"lr": 1e-3, "eps": 1e-5}, **EXACT}
 NOWHERE = 1e9  # a tau that no logit reaches
@@ -277,6 +281,40 @@ class TestOverTime:
         assert all(weight.equal(before[name]) for name, weight in weights(model).items())
 
 
+class TestItsCost:
+    """Counted on the meta device: launches, and waits of the host, by the files of the package that cause them."""
+
+    @pytest.mark.promise("qk-clip-cost")
+    @pytest.mark.parametrize("family", ["llama", "deepseek", "gpt2", "own"])
+    def test_a_dozen_launches_for_each_module_and_no_wait_in_steps_that_look_and_none_in_others(self, family: str) -> None:
+        model = FAMILIES[family]().to("meta")
+        optimizer = built(model, 1.0, every=2, params={"name": "sgd", "lr": 0.1})
+        steps = [self._counted(model, optimizer) for _ in range(4)]
+        modules = 1 if family == "own" else 2
+        assert steps[2] == (0, 0)
+        launches, waits = steps[3]
+        assert waits == 0
+        # Of a module 16 for its logits, 2 weights and 2 biases; 8 for the factors of all.
+        assert launches <= (16 + 4) * modules + 8
+
+    def _counted(self, model: nn.Module, optimizer: OptForge) -> tuple[int, int]:
+        tokens = torch.zeros(4, 16, dtype=torch.long, device="meta")
+        given = (
+            {"input_ids": tokens} if isinstance(model, attentions.Own) else {"inputs_embeds": torch.zeros(4, 16, 36).to("meta")}
+        )
+        with Launches() as counts:
+            model(**given, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        # The attention function itself is called in its place, and is not its cost.
+        own = [op for op in counts.ops if op.place.startswith(("step/qk_clip", "step/logits")) and not self._called(op.place)]
+        return sum(op.launches for op in own), sum(op.waits for op in own)
+
+    def _called(self, place: str) -> bool:
+        file, _, line = place.partition(":")
+        return "return function(" in (PACKAGE / file).read_text().splitlines()[int(line) - 1]
+
+
 class TestAroundTheModel:
     def test_a_failed_forward_pass_leaves_transformers_as_it_was(self) -> None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -395,11 +433,11 @@ class TestWhatItRefuses:
     def test_an_attention_function_that_it_does_not_know(self) -> None:
         model = attentions.llama()
         model.config._attn_implementation = "flex_attention"
-        built(model, 100.0)
+        optimizer = built(model, 100.0)
         with pytest.raises(
             ConfigError, match="got the attention implementation 'flex_attention'; allowed: eager, sdpa, flash_"
         ):
-            model(input_ids=attentions.batch(0))
+            step(model, optimizer, attentions.batch(0))
 
     def test_registered_attention_that_shows_nothing(self) -> None:
         model = attentions.Own(joined=False, shows=False)
@@ -409,16 +447,14 @@ class TestWhatItRefuses:
 
     def test_queries_of_another_shape_than_registered(self) -> None:
         model = attentions.Own(joined=False)
-        built(model, 100.0)
+        optimizer = built(model, 100.0)
         model.attention.parts = lambda x: [torch.zeros(4, heads, 16, 9, requires_grad=True) for heads in (2, 1, 1)]
         with pytest.raises(
             ConfigError, match=r"got queries \(4, 2, 16, 9\) and keys \(4, 1, 16, 9\); allowed: \(batch, 4, tok"
         ):
-            model(attentions.batch(0), attentions.batch(0))
+            step(model, optimizer, attentions.batch(0))
 
     def test_a_registration_whose_numbers_do_not_fit(self) -> None:
-        import ds_optforge
-
         linear = nn.Linear(8, 12)
         with pytest.raises(ConfigError, match="register_attention: got 5 heads and 5 of keys for maps of 12 and 12 outputs"):
             ds_optforge.register_attention(nn.Module(), query=linear, key=nn.Linear(8, 12), heads=5)

@@ -8,6 +8,7 @@ sequences, with all keys that they attend to. Nothing reads a value from the dev
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -65,10 +66,15 @@ class LogitWatch:
             Float32; -inf for what was not seen, or was not finite.
         """
         found = [maxima.to(device, non_blocking=True) for maxima in self._maxima.values()]
-        self._maxima, self._on, self._turn = {}, None, self._turn + 1
+        self._turn += 1
+        self.drop()
         if not found:
             return torch.full((self._count,), -math.inf, device=device)
         return found[0] if len(found) == 1 else torch.stack(found).amax(0)
+
+    def drop(self) -> None:
+        """Begin anew: the step did not want to know them."""
+        self._maxima, self._on = {}, None
 
     @torch.no_grad()
     def add(self, start: int, attention: Attention, query: Tensor, key: Tensor, kept: "Kept", scale: float | None) -> None:
@@ -109,7 +115,8 @@ class LogitWatch:
 def _largest(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
     """Return the largest allowed logit of each head of the queries, (heads,) in float32."""
     batch, heads, tokens, size = query.shape
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         grouped = (query.float() * scale).reshape(batch, key.shape[1], -1, size)
         logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, tokens, -1)
     if allowed is not None:
@@ -304,11 +311,11 @@ class _Watcher:
         return ConfigError(f"qk_clip: {self._path or 'the model'} ({kind}): got {found}; allowed: {allowed}")
 
 
-@torch.compiler.disable(reason="qk_clip does not work in a compiled forward pass")
+@torch.compiler.disable(reason="qk_clip does not work in a compiled forward pass")  # type: ignore[no-untyped-call,untyped-decorator]
 def _refuse_compiled() -> None:
     raise ConfigError(
-        'qk_clip: got a forward pass that torch.compile has compiled; allowed: one that is not compiled, or no "qk_clip" (what a '
-        "module attends with is looked at between its projections and its attention function)"
+        "qk_clip: got a forward pass that torch.compile has compiled; allowed: one that is not compiled (what a module attends "
+        'with is looked at between its projections and its attention function), or no "qk_clip"'
     )
 
 

@@ -136,10 +136,10 @@ class QKClip:
         if any(slices is done for slices in stepped for done in self._done):
             self._done, self._powers = [], None
         if not self._done:
-            device = stepped[0].binding.device
-            largest = self._watch.take(device)
             if step % self._every == 0:
-                self._begin(step, largest)
+                self._begin(step, self._watch.take(stepped[0].binding.device))
+            else:
+                self._watch.drop()
         self._done += stepped
         if self._powers is not None:
             for slices in stepped:

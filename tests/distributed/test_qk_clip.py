@@ -59,7 +59,6 @@ def check(pools: Pools, found: dict[str, Any], family: str, parts: int = 1) -> N
 
 
 @pytest.mark.promise("qk-clip-everywhere")
-@pytest.mark.compatibility("qk_clip", verdict="exact")
 @pytest.mark.parametrize(
     ("family", "stage"),
     [
