@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ds_optforge
 from ds_optforge import ConfigError, OptForge, build_optimizer
@@ -317,8 +318,6 @@ class TestItsCost:
 
 class TestAroundTheModel:
     def test_a_failed_forward_pass_leaves_transformers_as_it_was(self) -> None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         known = dict(ALL_ATTENTION_FUNCTIONS)
         model = attentions.llama()
         optimizer = built(model, NOWHERE)
@@ -432,12 +431,14 @@ class TestWhatItRefuses:
 
     def test_an_attention_function_that_it_does_not_know(self) -> None:
         model = attentions.llama()
-        model.config._attn_implementation = "flex_attention"
+        ALL_ATTENTION_FUNCTIONS["own"] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        model.config._attn_implementation = "own"
         optimizer = built(model, 100.0)
         with pytest.raises(
-            ConfigError, match="got the attention implementation 'flex_attention'; allowed: eager, sdpa, flash_"
+            ConfigError, match="got the attention implementation 'own'; allowed: eager, sdpa, flash_attention_2"
         ):
             step(model, optimizer, attentions.batch(0))
+        del ALL_ATTENTION_FUNCTIONS["own"]
 
     def test_registered_attention_that_shows_nothing(self) -> None:
         model = attentions.Own(joined=False, shows=False)
