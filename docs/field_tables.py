@@ -47,6 +47,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "telemetry": sections.TelemetrySettings,
     "average": around.AverageSettings,
     "ema_nesterov": around.EmaNesterovSettings,
+    "qk_clip": sections.QKClipSettings,
     "overrides": sections.Override,
     "schedule": schedule.ScheduleConfig,
 }

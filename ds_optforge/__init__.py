@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler
     from ds_optforge.optimizer import OptForge
     from ds_optforge.orthogonalize import orthogonalize
+    from ds_optforge.routing.attention import register_attention
     from ds_optforge.schedules import OptForgeSchedule
     from ds_optforge.zero.layout import LayoutError
 
@@ -38,6 +39,7 @@ __all__ = [
     "load_checkpoint",
     "orthogonalize",
     "register",
+    "register_attention",
     "save_checkpoint",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "integrations.plain": ("MuonWithAuxAdam", "build_optimizer", "build_scheduler"),
     "optimizer": ("OptForge",),
     "orthogonalize": ("orthogonalize",),
+    "routing.attention": ("register_attention",),
     "schedules": ("OptForgeSchedule",),
     "zero.layout": ("LayoutError",),
 }

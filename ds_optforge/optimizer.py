@@ -18,6 +18,7 @@ from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.finite import refuse_nonfinite
 from ds_optforge.step.group_step import GroupStep
 from ds_optforge.step.groups import GROUP, Groups
+from ds_optforge.step.qk_clip import QKClip
 from ds_optforge.step.schedule_check import ScheduleCheck
 from ds_optforge.step.slices import Members, Slices, buffer_dtype
 from ds_optforge.step.step_counts import StepCounts
@@ -27,7 +28,16 @@ logger = logging.getLogger("ds_optforge")
 
 
 # Attributes beside torch's that a copy has.
-_COPIED = ("_groups", "_schedule_check", "_warned", "_allocated", "_training_weights", "_telemetry", "_step_counts")
+_COPIED = (
+    "_groups",
+    "_schedule_check",
+    "_warned",
+    "_allocated",
+    "_training_weights",
+    "_telemetry",
+    "_step_counts",
+    "_qk_clip",
+)
 
 # What to do with a checkpoint of another optimizer; the end of messages.
 OTHER_OPTIMIZERS_CHECKPOINT = (
@@ -66,6 +76,8 @@ class OptForge(torch.optim.Optimizer):
         self._schedule_check.remember(self.param_groups)
         asked = checked.common.telemetry
         self._telemetry = Telemetry(asked.every, self._groups.members, self._groups.stage) if asked else None
+        bounds = checked.common.qk_clip
+        self._qk_clip = QKClip(bounds, self._groups, self._any_steps_taken) if bounds else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add one of the groups that were made from the configuration; torch's constructor calls it.
@@ -116,6 +128,9 @@ class OptForge(torch.optim.Optimizer):
             if not step.is_idle:
                 step.update_group()
         self._step_counts.remember(self._states(held))
+        taken = max((step.steps_taken for step in steps if not step.is_idle), default=0)
+        if self._qk_clip and taken:  # else nothing was stepped, or DeepSpeed has only had state allocated
+            self._qk_clip.clip([step.slices for step in steps], taken)
         return loss
 
     def _held(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,6 +175,9 @@ class OptForge(torch.optim.Optimizer):
         missing = len(steps) < sum(bool(members.parameters) for members in self._groups.members.values())
         return 0 if missing else min(steps)
 
+    def _any_steps_taken(self) -> int:
+        return max((int(state["step"]) for state in self.state.values() if "step" in state), default=0)
+
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             logger.warning(message)
@@ -169,6 +187,11 @@ class OptForge(torch.optim.Optimizer):
     def telemetry(self) -> dict[str, Any]:
         """The last record of ``"telemetry": {"every": k}``: {"step": n, "groups": {group: {name: value}}}; empty before."""
         return self._telemetry.last if self._telemetry else {}
+
+    @property
+    def attention_logits(self) -> dict[str, Any]:
+        """What ``"qk_clip"`` saw before the last clip: {"step": n, "max": {module: [of each key head]}}; empty before."""
+        return self._qk_clip.logits if self._qk_clip else {}
 
     @property
     def averages_weights(self) -> bool:
@@ -312,6 +335,11 @@ class OptForge(torch.optim.Optimizer):
             RuntimeError: averaged weights are in the model.
         """
         self._refuse_while_averaged("a copy")
+        if self._qk_clip:
+            raise TypeError(
+                'an OptForge with "qk_clip" cannot be copied or pickled, since it watches this model; allowed: a new one, and '
+                "load_state_dict"
+            )
         if any(slices.binding.process_group is not None for slices in self._groups.bound):
             raise TypeError(
                 "an OptForge whose slices are ZeRO's cannot be copied or pickled, since they belong to this process; allowed: "

@@ -91,6 +91,13 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "schedule-recipe": "Warm-up, warm-down and the final rate can be given as fractions, as in the autoresearch recipe.",
         "schedule-epochs": "The total number of steps may come from the caller: epochs times the length of the loader.",
     },
+    "QK-clip": {
+        "qk-clip-bound": "QK-clip brings a head's largest attention logit down to tau, and changes no other head.",
+        "qk-clip-otherwise": "While no logit is larger than tau, QK-clip changes no bit.",
+        "qk-clip-everywhere": "QK-clip does the same on every ZeRO stage, on any number of ranks and with micro-batches.",
+        "qk-clip-cost": "QK-clip makes the host wait nowhere, and launches nothing in steps that do not look at logits.",
+        "qk-clip-refused": "Attention that QK-clip cannot bound exactly is refused by the name of its module.",
+    },
     "ZeRO, ranks and offload": {
         "world-size": "One process and any number of ranks train the same parameters.",
         "zero-stages": "ZeRO 1, 2 and 3 train the same parameters.",

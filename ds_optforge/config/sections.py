@@ -55,6 +55,13 @@ class TelemetrySettings(Section):
     every: int = Field(ge=1, description="steps from one record to the next; 10 cost less than 1% of a step's time")
 
 
+class QKClipSettings(Section):
+    """Settings of QK-clip, which bounds the attention logits (MuonClip of Kimi K2, arXiv 2507.20534, section 2.1)."""
+
+    tau: Annotated[float, Field(gt=0)] = Field(100.0, description="the largest attention logit that a head is to have")
+    every: int = Field(1, ge=1, description="steps from one look at the logits, and clip, to the next")
+
+
 class Override(Section):
     """Settings for the parameters whose name matches a regular expression (searched anywhere in the name)."""
 
@@ -118,6 +125,9 @@ class CommonSettings(Section):
     average: AverageSettings | None = Field(None, description="an average of the trained weights, to evaluate and to export")
     ema_nesterov: EmaNesterovSettings | None = Field(
         None, description="gradients at weights that are ahead of the trained ones, along the average of their changes"
+    )
+    qk_clip: QKClipSettings | None = Field(
+        None, description='bound the attention logits: {"tau": 100, "every": 1}; see docs/qk_clip.md'
     )
     split: Literal["auto"] | None = Field(None, description="auto: cut every weight whose fused matrices are known into them")
     heads: Literal["auto"] | None = Field(None, description="auto: cut the projections of attention into their heads")

@@ -66,6 +66,12 @@ def tag_new(parameters: Iterable[Tensor]) -> None:
             tag(model)
 
 
+def models_of(parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """Return the tagged models that have any of ``parameters``, the one that was tagged last first."""
+    numbers = set(map(id, parameters))
+    return [model for model in reversed(list(_MODELS)) if not numbers.isdisjoint(map(id, model.parameters()))]
+
+
 def replaced(parameters: Iterable[Tensor]) -> list[str]:
     """Return the names of those ``parameters`` that are in no model any more which has some of the others."""
     names = {id(parameter): name for parameter in parameters if (name := tags_of(parameter).name) is not None}

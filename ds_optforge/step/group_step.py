@@ -68,6 +68,16 @@ class GroupStep:
         return len(self._slices.binding.indices)
 
     @property
+    def slices(self) -> Slices:
+        """The group's tensors."""
+        return self._slices
+
+    @property
+    def steps_taken(self) -> int:
+        """The steps of the tensor that has taken most; 0 before the first."""
+        return max(int(state.get("step", 0)) for state in self._states)
+
+    @property
     def is_idle(self) -> bool:
         """Whether none of the parameters has a gradient, so that there is no step."""
         return not self._taking

@@ -59,6 +59,7 @@ class Groups:
         log_routing([(entry.settings, entry.numel) for entry in entries], config)
         # The text on which ranks must agree.
         self._routing = f"{routing_table(item[1] for item in routed)}\n{config.common.telemetry!r} {config.around!r}"
+        self._routing += f"\n{config.common.qk_clip!r}" if config.common.qk_clip else ""
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._members_of: dict[Tensor, Members] = {}

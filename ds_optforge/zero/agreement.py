@@ -16,6 +16,12 @@ def sum_over_ranks(values: Tensor, binding: Binding) -> None:
         dist.all_reduce(values, group=binding.process_group)
 
 
+def max_over_all_ranks(values: Tensor) -> None:
+    """Take the maxima of ``values``, of any shape, in place over all ranks. Collective where there is a process group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+
+
 def on_first_rank() -> bool:
     """Return whether this is the first rank of all, or there are no others."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -108,6 +108,19 @@ def test_heads_change_the_run() -> None:
     assert with_heads[-1] != pytest.approx(without[-1], rel=1e-4)
 
 
+@pytest.mark.promise("qk-clip-everywhere")
+def test_the_trainer_bounds_attention_logits(pools: Pools, tmp_path: Path) -> None:
+    """A tau below the logits of new weights, so that every step clips."""
+    clipped = {"qk_clip": {"tau": 1e-3}}
+    params = {**MUON, "lr": 0.01, "weight_decay": 0.05}
+    losses, weights = in_plain_pytorch({**params, **clipped}, tied=False)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert weights[name].norm() < 0.9 * in_plain_pytorch(params, tied=False)[1][name].norm()
+    for found in pools[2].run(frameworks.train_llama, config(3, {**MUON, **clipped}), str(tmp_path), SETTINGS):
+        assert found["losses"] == pytest.approx(losses, rel=1e-5)
+        assert_same(found["parameters"], weights, 1e-5)
+
+
 SCHEDULE_FREE = {"name": "schedule_free_adamw", "lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-5}
 
 
