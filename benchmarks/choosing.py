@@ -86,6 +86,14 @@ CONTENDERS = {
     "schedule_free_adamw": Contender(0.005, {"name": "schedule_free_adamw", "warmup_steps": 10}),
     "muon": with_matrices("muon", 0.04),
     "normuon": with_matrices("normuon", 0.04),
+    "muon+rows_after": with_matrices("muon", 0.04, normalize={"by": "rows", "when": "after"}),
+    "muon+rows_before": with_matrices("muon", 0.04, normalize={"by": "rows", "when": "before"}),
+    "muon_squared": with_matrices("muon_squared", 0.04),
+    "adamuon": with_matrices("adamuon", 0.01),
+    "aurora": with_matrices("aurora", 0.04),
+    "muon_hyperball": with_matrices("muon_hyperball", 0.018),
+    "muown": with_matrices("muown", 0.006),
+    "muon+ema_nesterov": with_matrices("muon", 0.04, ema_nesterov={"start": 20}),
 }
 LOSSES = (
     Column("title", "workload"),
