@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ds_optforge.rules import rule_names, rule_settings
 from tests.launch.commands import on_this_machine
 
 TORCHRUN = "torchrun --nproc-per-node 2"
@@ -127,3 +128,14 @@ def test_from_adamw(tmp_path: Path) -> None:
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("finetune/runs/*/summary.json")]
     assert {each["weights"] for each in summaries} == {str(tmp_path / "pretrained" / "model.safetensors")}
     assert {each["config"]["optimizer"]["params"]["name"] for each in summaries} == {"adamw", "muon"}
+
+
+def test_choosing_has_a_cost_for_every_contender(tmp_path: Path) -> None:
+    """The losses are those of `ds-optforge compare`, which has its own tests."""
+    finished = on_this_machine(f"python benchmarks/choosing.py --quick --only costs --out {shlex.quote(str(tmp_path))}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = {row["rule"]: row for row in json.loads((tmp_path / "choosing.json").read_text())["costs"]}
+    assert rows["adamw"]["over_adamw"] == 1.0
+    assert (rows["adamw"]["sent_mb"], rows["adamw"]["tflops"]) == (0.0, 0.0)
+    assert rows["aurora"]["tflops"] > rows["muon"]["tflops"] > 0
+    assert {name for name in rule_names() if rule_settings(name).needs_matrix()} <= {rule.partition("+")[0] for rule in rows}

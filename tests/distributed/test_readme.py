@@ -1,4 +1,4 @@
-"""The README's Python snippets run as they stand there."""
+"""The Python snippets of the README and of docs/quickstart.md run as they stand there."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,22 @@ from tests.distributed import cases
 from tests.distributed.conftest import Pools
 
 ROOT = Path(__file__).parents[2]
-SNIPPETS = dict(re.findall(r"<!-- snippet: (\w+) -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/quickstart.md", "docs/launching.md")}
+FOUND = {
+    page: dict(re.findall(r"<!-- snippet: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL)) for page, text in PAGES.items()
+}
+SNIPPETS = FOUND["README.md"] | {"quickstart": FOUND["docs/quickstart.md"]["deepspeed"]}
 
 
-def test_every_python_block_is_a_snippet() -> None:
-    assert (ROOT / "README.md").read_text().count("```python") == len(SNIPPETS) == 5
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/quickstart.md", 3)])
+def test_every_python_block_is_a_snippet(page: str, count: int) -> None:
+    assert PAGES[page].count("```python") == len(FOUND[page]) == count
+
+
+def test_the_quickstart_repeats_snippets_that_run_elsewhere() -> None:
+    quickstart = FOUND["docs/quickstart.md"]
+    assert quickstart["plain"] == FOUND["README.md"]["plain"]
+    assert quickstart["accelerate"] == FOUND["docs/launching.md"]["accelerate"]
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
