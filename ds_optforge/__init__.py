@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, register
     from ds_optforge.integrations.explanation import explain
     from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler
+    from ds_optforge.integrations.trainer import OptForgeCallback, TrainerOptimizer
     from ds_optforge.optimizer import OptForge
     from ds_optforge.orthogonalize import orthogonalize
     from ds_optforge.schedules import OptForgeSchedule
@@ -29,7 +30,9 @@ __all__ = [
     "LayoutError",
     "MuonWithAuxAdam",
     "OptForge",
+    "OptForgeCallback",
     "OptForgeSchedule",
+    "TrainerOptimizer",
     "build_optimizer",
     "build_scheduler",
     "evaluation_weights",
@@ -52,10 +55,12 @@ _HOMES = {
     "schedules": ("OptForgeSchedule",),
     "zero.layout": ("LayoutError",),
 }
+# Imported when one of them is used: transformers takes seconds, and is an extra.
+_OF_THE_TRAINER = ("OptForgeCallback", "TrainerOptimizer")
 
 
 def _import_names() -> None:
-    """Import everything in ``__all__``, once.
+    """Import everything in ``__all__`` but what is for the HF Trainer, once.
 
     A script that forgets register(model) then gets OptForge's own message, which names that line: see `publish_names`.
     """
@@ -88,6 +93,9 @@ if not TYPE_CHECKING:  # a type checker would accept every name
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         _import_names()
+        if name in _OF_THE_TRAINER:
+            home = import_module(f"{__name__}.integrations.trainer")
+            globals().update({found: getattr(home, found) for found in _OF_THE_TRAINER})
         return globals()[name]
 
     def __dir__() -> list[str]:

@@ -111,12 +111,13 @@ def test_heads_change_the_run() -> None:
 SCHEDULE_FREE = {"name": "schedule_free_adamw", "lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-5}
 
 
-def average_after(steps: int) -> float:
+def average_after(steps: int, ranks: int = 2) -> float:
     """The loss of plain PyTorch's averaged weights on the Trainer's evaluation set."""
     model = frameworks.llama(tied=False)
     optimizer = build_optimizer(model, SCHEDULE_FREE)
-    batches = [torch.stack([row["input_ids"] for row in frameworks.sentences(64)[4 * i : 4 * i + 4]]) for i in range(steps)]
-    for batch in batches:
+    rows = frameworks.sentences(64)
+    for step in range(steps):
+        batch = torch.stack([row["input_ids"] for row in rows[2 * ranks * step : 2 * ranks * (step + 1)]])
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
