@@ -20,7 +20,7 @@ from ds_optforge.config.refused import setting
 from ds_optforge.errors import ConfigError
 from ds_optforge.integrations.deepspeed import beside_object, reach_weights, register
 from ds_optforge.integrations.plain import build_optimizer
-from ds_optforge.optimizer import OptForge
+from ds_optforge.optimizer import OptForge, groups_of
 from ds_optforge.step.groups import GROUP
 
 try:
@@ -83,6 +83,17 @@ def _refuse_replacement(file: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_left_out(model: nn.Module, optimizer: OptForge) -> None:
+    """Raise ConfigError where a trainer has wrapped or changed its model after the optimizer was built for it."""
+    held = {id(parameter) for members in groups_of(optimizer).members.values() for parameter in members.parameters}
+    left = [name for name, found in model.named_parameters() if found.requires_grad and id(found) not in held]
+    if left:
+        raise ConfigError(
+            f"optimizer: holds none of {len(left)} parameters that the model trains ({left[0]}, ...); allowed: one that is built "
+            "for the model as the trainer has made it (optimizer_cls_and_kwargs, or DeepSpeed's file, in the place of optimizers)"
+        )
+
+
 class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
     """Callback for ``trainer.add_callback(OptForgeCallback(trainer))``, before ``trainer.train()``.
 
@@ -97,7 +108,8 @@ class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         ConfigError: ``portable`` without DeepSpeed or in a search of hyperparameters, or an optimizer in DeepSpeed's file beside
-            ``optimizer_cls_and_kwargs``; when training begins, an optimizer that is no OptForge.
+            ``optimizer_cls_and_kwargs``; when training begins, an optimizer that is no OptForge, or that was built before the
+            trainer added parameters.
     """
 
     def __init__(self, trainer: Any, portable: bool = False) -> None:
@@ -122,6 +134,7 @@ class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
         if self._portable and state.is_hyper_param_search:
             raise ConfigError("portable: got True in a search of hyperparameters; allowed: False")
         self._optimizer = reach_weights(optimizer)
+        _refuse_left_out(self._trainer.model, self._optimizer)
         callbacks = self._trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)

@@ -239,7 +239,7 @@ def train_llama(
         config: of DeepSpeed, left as it is; empty for a Trainer without DeepSpeed.
         settings: of TrainingArguments.
         resume: from the checkpoint of that step.
-        snippet: code that makes an AveragingTrainer, to be used in the Trainer's place.
+        snippet: code that makes a trainer of model, arguments and rows, and trains.
         registers: code that makes a callback Register, to be used in the place of ``register(model)``.
         optimizer: settings for a TrainerOptimizer, in the place of ``register(model)``.
         callback: arguments of an OptForgeCallback, in the place of ``register(model)``.
@@ -250,8 +250,7 @@ def train_llama(
     """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if config else "false"
     PartialState(backend="gloo", **({} if config else {"cpu": True}))  # on a CPU Accelerate would count one process
-    names: dict[str, Any] = {"ds_optforge": ds_optforge, "AveragingTrainer": Trainer, "TrainerCallback": TrainerCallback}
-    exec(snippet, names)  # the text of the docs
+    names: dict[str, Any] = {"ds_optforge": ds_optforge, "TrainerCallback": TrainerCallback}
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=2,
@@ -270,16 +269,21 @@ def train_llama(
     if registers:
         exec(registers, names)  # what `ds-optforge init` prints
         callbacks.append(names["Register"]())
-    elif optimizer is None and callback is None:
+    elif optimizer is None and callback is None and not snippet:
         ds_optforge.register(model)
     data: dict[str, Any] = {"train_dataset": sentences(64), "eval_dataset": sentences(16)}
     if optimizer is not None:
         data["optimizer_cls_and_kwargs"] = (ds_optforge.TrainerOptimizer, optimizer)
-    trainer = names["AveragingTrainer"](model=model, args=arguments, callbacks=callbacks, **data)
-    recorder.trainer = trainer
-    if callback is not None:
-        trainer.add_callback(ds_optforge.OptForgeCallback(trainer, **callback))
-    trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{resume}")) if resume else None)
+    if snippet:
+        names |= {"model": model, "arguments": arguments, "rows": data["train_dataset"]}
+        exec(snippet, names)  # the text of the docs
+        trainer = names["trainer"]
+    else:
+        trainer = Trainer(model=model, args=arguments, callbacks=callbacks, **data)
+        recorder.trainer = trainer
+        if callback is not None:
+            trainer.add_callback(ds_optforge.OptForgeCallback(trainer, **callback))
+        trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{resume}")) if resume else None)
     engine = trainer.model_wrapped
     result = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -293,6 +297,28 @@ def train_llama(
     if config:
         engine.destroy()
     return result
+
+
+def go_on(stage: int, params: dict[str, Any], folder: str, step: int, steps: int) -> dict[str, Any]:
+    """Resume from a portable checkpoint of `train_llama` on 2 ranks, without the Trainer, for ``steps`` more of its steps."""
+    config = {
+        "train_batch_size": 4,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "OptForge", "params": params},
+    }
+    engine = ds_optforge.initialize(model=llama(False), config=config)[0]
+    ds_optforge.load_checkpoint(engine, folder)
+    losses = []
+    for i in range(step, step + steps):
+        batch = torch.stack([row["input_ids"] for row in sentences(64)[4 * i : 4 * i + 4]])
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    parameters = cases.full_parameters(engine.module)
+    engine.destroy()
+    return {"losses": losses, "parameters": parameters}
 
 
 # ------------------------------------------------------------------------------------------ export
