@@ -82,10 +82,20 @@ def test_a_name_that_is_not_there_is_refused_without_an_import() -> None:
 def test_the_first_name_that_is_used_brings_all() -> None:
     used = (
         "import ds_optforge\nds_optforge.ConfigError\n"
-        "assert set(ds_optforge.__all__) <= vars(ds_optforge).keys()\n"
+        "assert set(ds_optforge.__all__) - vars(ds_optforge).keys() == {'OptForgeCallback', 'TrainerOptimizer'}\n"
         "import torch\nassert torch.optim.OptForge is ds_optforge.OptForge"
     )
     assert "torch" in imported(used)
+
+
+def test_what_is_for_the_trainer_alone_brings_transformers() -> None:
+    assert imported("import ds_optforge\nds_optforge.OptForge", ("transformers",)) == []
+    assert imported("import ds_optforge\nds_optforge.TrainerOptimizer", ("transformers",)) == ["transformers"]
+
+
+def test_without_transformers_the_trainers_names_say_what_to_install() -> None:
+    process = run("import sys\nsys.modules['transformers'] = None\nimport ds_optforge\nds_optforge.OptForgeCallback")
+    assert "transformers is not installed; allowed: pip install 'ds-optforge[hf]'" in process.stderr
 
 
 def test_every_name_is_the_one_of_its_module() -> None:

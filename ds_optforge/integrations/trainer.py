@@ -90,16 +90,16 @@ def _refuse_left_out(model: nn.Module, optimizer: OptForge) -> None:
     if left:
         raise ConfigError(
             f"optimizer: holds none of {len(left)} parameters that the model trains ({left[0]}, ...); allowed: one that is built "
-            "for the model as the trainer has made it (optimizer_cls_and_kwargs, or DeepSpeed's file, in the place of optimizers)"
+            "for the model as the trainer has made it (optimizer_cls_and_kwargs or DeepSpeed's file, in the place of optimizers)"
         )
 
 
-class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
+class OptForgeCallback(TrainerCallback):
     """Callback for ``trainer.add_callback(OptForgeCallback(trainer))``, before ``trainer.train()``.
 
-    Under DeepSpeed it registers the trainer's model. Each record of training in the Trainer's log gets the learning rate of every parameter
-    group in its last step, as ``learning_rate/GROUP``, and, with ``"telemetry": {"every": k}``, the record of telemetry since
-    the one before, as ``optforge/GROUP/NAME``. Evaluation and prediction are of the averaged weights, where a rule averages,
+    Under DeepSpeed it registers the trainer's model. Each record of training in the Trainer's log gets the learning rate of every
+    parameter group in its last step, as ``learning_rate/GROUP``, and, with ``"telemetry": {"every": k}``, the record of telemetry
+    since the one before, as ``optforge/GROUP/NAME``. Evaluation and prediction are of the averaged weights, where a rule averages,
     and training goes on with its own.
 
     Args:
@@ -107,9 +107,9 @@ class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
         portable: whether to write a portable checkpoint into the folder ``optforge`` of each checkpoint of the Trainer.
 
     Raises:
-        ConfigError: ``portable`` without DeepSpeed or in a search of hyperparameters, or an optimizer in DeepSpeed's file beside
-            ``optimizer_cls_and_kwargs``; when training begins, an optimizer that is no OptForge, or that was built before the
-            trainer added parameters.
+        ConfigError: ``portable`` without DeepSpeed or in a search of hyperparameters, or an optimizer in DeepSpeed's file
+            beside ``optimizer_cls_and_kwargs``; when training begins, an optimizer that is no OptForge, or that was built before
+            the trainer added parameters.
     """
 
     def __init__(self, trainer: Any, portable: bool = False) -> None:
@@ -119,7 +119,9 @@ class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
         self._told = 0  # the step of the last record of telemetry in the log
         plugin = trainer.accelerator.state.deepspeed_plugin
         if portable and plugin is None:
-            raise ConfigError("portable: got True without DeepSpeed; allowed: False (the Trainer's checkpoint resumes anywhere)")
+            raise ConfigError(
+                "portable: got True without DeepSpeed; allowed: False (the Trainer's checkpoint resumes anywhere)"
+            )
         asked = getattr(trainer, "optimizer_cls_and_kwargs", None)
         if plugin is not None and asked is not None and "optimizer" in plugin.deepspeed_config:
             raise ConfigError(
@@ -165,7 +167,9 @@ class OptForgeCallback(TrainerCallback):  # type: ignore[misc]
         if self._optimizer is not None:
             self._optimizer.train()
 
-    on_predict = on_evaluate
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **keywords: Any) -> None:
+        """Do as after an evaluation."""
+        self.on_evaluate(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Write the portable checkpoint beside the Trainer's own; one that is there is replaced, as the Trainer's is."""

@@ -1,7 +1,6 @@
 """What the ranks of a pool run with TRL: its trainers on small random models, with adapters that they make themselves."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +69,11 @@ def model(kind: str) -> Any:
     return LlamaForSequenceClassification(config)
 
 
+def lora(kind: str) -> LoraConfig:
+    """Rank 4."""
+    return LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+
+
 def settings_of(kind: str, folder: str, config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the trainer's configuration: 2 steps of 4 rows on all ranks."""
     ranks = int(os.environ["WORLD_SIZE"])
@@ -100,6 +104,35 @@ def reward(completions: list[str], **columns: Any) -> list[float]:
     return [float(sum(map(ord, text))) for text in completions]
 
 
+def refused_early(params: dict[str, Any], folder: str) -> None:
+    """An optimizer of the model before TRL has put adapters into it."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    PartialState(backend="gloo", cpu=True)
+    before = model("sft")
+    trainer = SFTTrainer(
+        model=before,
+        args=SFTConfig(**settings_of("sft", folder, {})),
+        train_dataset=rows("sft"),
+        processing_class=tokenizer(),
+        peft_config=lora("sft"),
+        optimizers=(ds_optforge.build_optimizer(before, params), None),
+    )
+    trainer.add_callback(ds_optforge.OptForgeCallback(trainer))
+    trainer.train()
+
+
+def run_page(snippet: str, config: dict[str, Any], folder: str) -> list[float]:
+    """The losses of the lines of docs/finetuning.md."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    names: dict[str, Any] = {"ds_optforge": ds_optforge, "SFTTrainer": SFTTrainer, "model": model("sft"), "lora": lora("sft")}
+    names |= {"arguments": SFTConfig(**settings_of("sft", folder, config)), "rows": rows("sft"), "tokenizer": tokenizer()}
+    exec(snippet, names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    names["trainer"].model_wrapped.destroy()
+    return losses
+
+
 def train(kind: str, config: dict[str, Any], params: dict[str, Any], folder: str) -> dict[str, Any]:
     """Train with one of TRL's trainers, which puts adapters of rank 4 into the model.
 
@@ -116,13 +149,12 @@ def train(kind: str, config: dict[str, Any], params: dict[str, Any], folder: str
     PartialState(backend="gloo", **({} if config else {"cpu": True}))
     trainer_class, settings_class = KINDS[kind]
     arguments = {"reward_funcs": reward} if kind == "grpo" else {}
-    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
     trainer = trainer_class(
         model=model(kind),
         args=settings_class(**settings_of(kind, folder, config)),
         train_dataset=rows(kind),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type=task),
+        peft_config=lora(kind),
         **arguments,
     )
     if not config:  # an argument of two of the four alone, and an attribute of all

@@ -67,9 +67,7 @@ def test_the_trainers_own_argument_trains_as_plain_pytorch_does(place: str, pool
 
 @pytest.mark.promise("averaged-evaluation")
 @pytest.mark.parametrize("place", [*PLACES, "stage 3, from the file"])
-def test_with_the_callback_the_trainer_evaluates_averaged_weights_and_goes_on(
-    place: str, pools: Pools, tmp_path: Path
-) -> None:
+def test_with_the_callback_the_trainer_evaluates_averaged_weights_and_goes_on(place: str, pools: Pools, tmp_path: Path) -> None:
     """It evaluates, saves a checkpoint, trains on and evaluates again."""
     params = trainer.SCHEDULE_FREE
     settings = {**SCHEDULE, "learning_rate": 0.01, "adam_epsilon": 1e-5, "max_grad_norm": 0.0}
@@ -169,5 +167,5 @@ def test_what_cannot_be_exact_is_refused_before_a_step(case: str, pools: Pools, 
 
 
 def test_a_transformers_that_hands_over_parameter_groups_is_told_the_version() -> None:
-    with pytest.raises(ds_optforge.ConfigError, match="allowed: transformers>=5.2"):
+    with pytest.raises(ds_optforge.ConfigError, match=r"allowed: transformers>=5\.2"):
         ds_optforge.TrainerOptimizer([{"params": []}], name="muon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.distributed import cases
 from tests.distributed.conftest import Pools
+from tests.distributed.pool import RankFailure
 from tests.distributed.test_parity import assert_same
 from tests.oracles import EXACT
 
@@ -20,9 +22,7 @@ HEAD = "base_model.model.score.modules_to_save.default.weight"
 # By trainer: what it trains beside the factors, by group. PEFT trains the head that a reward model begins with.
 BESIDE: dict[str, dict[str, list[str]]] = {"sft": {}, "dpo": {}, "reward": {"unembedding.adamw": [HEAD]}, "grpo": {}}
 PLACES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-FACTORS = {
-    f"base_model.model.model.layers.0.{place}.lora_{letter}.default.weight" for place in PLACES for letter in "AB"
-}
+FACTORS = {f"base_model.model.model.layers.0.{place}.lora_{letter}.default.weight" for place in PLACES for letter in "AB"}
 
 
 def trained(found: dict[str, Any]) -> set[str]:
@@ -51,3 +51,18 @@ def test_adapters_that_trl_makes_are_orthogonalized(kind: str, pools: Pools, tmp
             # Of a reward model the last token alone is scored: q_proj's gradient has one direction, the next being 5e-8 of it,
             # and what orthogonalizing makes of these is rounding.
             assert_same(found["parameters"], plain["parameters"], 1e-4 if kind == "reward" else 1e-5)
+
+
+def test_the_pages_lines_train(pools: Pools, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"<!-- snippet: trl -->\n```python\n(.*?)```", page, re.DOTALL)
+    config = cases.engine_config(2, MUON, train_batch_size=4)
+    del config["optimizer"]
+    first, second = pools[2].run(aligners.run_page, snippet, config, str(tmp_path))
+    assert first == second
+    assert len(first) == 2
+
+
+def test_an_optimizer_that_was_built_before_the_adapters_is_refused(pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match="optimizer: holds none of 6 parameters that the model trains"):
+        pools[1].run(aligners.refused_early, MUON, str(tmp_path))
