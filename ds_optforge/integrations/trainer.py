@@ -89,18 +89,18 @@ def _refuse_left_out(model: nn.Module, optimizer: OptForge) -> None:
     left = [name for name, found in model.named_parameters() if found.requires_grad and id(found) not in held]
     if left:
         raise ConfigError(
-            f"optimizer: holds none of {len(left)} parameters that the model trains ({left[0]}, ...); allowed: one that is built "
-            "for the model as the trainer has made it (optimizer_cls_and_kwargs or DeepSpeed's file, in the place of optimizers)"
+            f"optimizer: holds none of {len(left)} parameters that the model trains ({left[0]}, ...); allowed: one that is "
+            "built for the model as the trainer has made it (optimizer_cls_and_kwargs or DeepSpeed's file, and not optimizers)"
         )
 
 
 class OptForgeCallback(TrainerCallback):
     """Callback for ``trainer.add_callback(OptForgeCallback(trainer))``, before ``trainer.train()``.
 
-    Under DeepSpeed it registers the trainer's model. Each record of training in the Trainer's log gets the learning rate of every
-    parameter group in its last step, as ``learning_rate/GROUP``, and, with ``"telemetry": {"every": k}``, the record of telemetry
-    since the one before, as ``optforge/GROUP/NAME``. Evaluation and prediction are of the averaged weights, where a rule averages,
-    and training goes on with its own.
+    Under DeepSpeed it registers the trainer's model. Each record of training in the Trainer's log gets the learning rate of
+    every parameter group in its last step, as ``learning_rate/GROUP``, and, with ``"telemetry": {"every": k}``, the record of
+    telemetry since the one before, as ``optforge/GROUP/NAME``. Evaluation and prediction are of the averaged weights, where a
+    rule averages, and training goes on with its own.
 
     Args:
         trainer: whose callback this is, of transformers or derived from it.
@@ -108,8 +108,8 @@ class OptForgeCallback(TrainerCallback):
 
     Raises:
         ConfigError: ``portable`` without DeepSpeed or in a search of hyperparameters, or an optimizer in DeepSpeed's file
-            beside ``optimizer_cls_and_kwargs``; when training begins, an optimizer that is no OptForge, or that was built before
-            the trainer added parameters.
+            beside ``optimizer_cls_and_kwargs``; when training begins, an optimizer that is no OptForge, or that was built
+            before the trainer added parameters.
     """
 
     def __init__(self, trainer: Any, portable: bool = False) -> None:
