@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, register
     from ds_optforge.integrations.explanation import explain
     from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler
+    from ds_optforge.integrations.trainer import OptForgeCallback, TrainerOptimizer
     from ds_optforge.optimizer import OptForge
     from ds_optforge.orthogonalize import orthogonalize
     from ds_optforge.routing.attention import register_attention
@@ -55,6 +56,8 @@ _HOMES = {
     "schedules": ("OptForgeSchedule",),
     "zero.layout": ("LayoutError",),
 }
+# Imported when one of them is used, and not by `from ds_optforge import *`: transformers takes seconds, and is an extra.
+_OF_THE_TRAINER = ("OptForgeCallback", "TrainerOptimizer")
 
 
 def _import_names() -> None:
@@ -88,13 +91,16 @@ class _BeforeDeepSpeed(MetaPathFinder):
 if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
-        if name not in __all__:
+        if name not in (*__all__, *_OF_THE_TRAINER):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         _import_names()
+        if name in _OF_THE_TRAINER:
+            home = import_module(f"{__name__}.integrations.trainer")
+            globals().update({found: getattr(home, found) for found in _OF_THE_TRAINER})
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, *_OF_THE_TRAINER})
 
 
 if "torch" in sys.modules:

@@ -61,6 +61,8 @@ class OptForge(torch.optim.Optimizer):
         ConfigError: a bad configuration, or parameters that were not registered.
     """
 
+    _refresh: Callable[[], None] | None = None  # of an engine's weights, see `reach_model`; copies have no engine
+
     def __init__(self, params: Iterable[Any], **config: Any) -> None:
         checked = OptimizerConfig(config)
         self._groups = Groups(params, checked)
@@ -202,17 +204,24 @@ class OptForge(torch.optim.Optimizer):
         """Put the averaged weights into the parameters until `train`. With an engine use ``evaluation_weights(engine)``.
 
         Frameworks call this on an engine's optimizer too, where it would change the slices and not the model: it then only
-        logs a warning.
+        logs a warning, but for the HF Trainer with an `OptForgeCallback`, where it reaches the model. Collective there.
         """
-        if self._groups.hold([tensor for group in self._held(self.param_groups) for tensor in group["params"]]):
-            if self._training_weights is None:
-                enter_averages(self)
-        elif self.averages_weights and self._training_weights is None:
+        if self._training_weights is not None or not self.averages_weights:
+            return
+        plain = self._groups.hold([tensor for group in self._held(self.param_groups) for tensor in group["params"]])
+        if plain or self._refresh:
+            enter_averages(self)
+            if self._refresh:
+                self._refresh()
+        else:
             self._warn_once("optimizer.eval() does not reach an engine's weights: evaluate inside evaluation_weights(engine)")
 
     def train(self) -> None:
-        """Put the trained weights back in place of the averaged ones, bit-exactly."""
+        """Put the trained weights back in place of the averaged ones, bit-exactly. Collective where `eval` is."""
+        averaged = self._training_weights is not None
         leave_averages(self)
+        if averaged and self._refresh:
+            self._refresh()
 
     def _averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (tensor, its averaged values as a new tensor) for each stepped tensor whose weights are averaged."""
@@ -429,6 +438,11 @@ def send_telemetry(optimizer: OptForge, monitor: Monitor) -> None:
     """Write every later record of ``optimizer`` to ``monitor``, DeepSpeed's ``engine.monitor``, too."""
     if optimizer._telemetry:
         optimizer._telemetry.send_to(monitor)
+
+
+def reach_model(optimizer: OptForge, refresh: Callable[[], None]) -> None:
+    """Let ``eval()`` and ``train()`` of an engine's ``optimizer`` reach the model's weights, which ``refresh()`` writes."""
+    optimizer._refresh = refresh
 
 
 @torch.no_grad()

@@ -115,6 +115,11 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "Launching": {
         "deepspeed-launcher": "`deepspeed --num_gpus N train.py --ds_config ds_configs/muon_zero2.json` trains.",
         "accelerate-launch": "`accelerate launch` gives the losses that the deepspeed launcher gives.",
+        "trainer-argument": "The HF Trainer's `optimizer_cls_and_kwargs` trains as plain PyTorch does, with CPU offload and "
+        "without DeepSpeed.",
+        "trainer-log": "With `OptForgeCallback` the HF Trainer's log has every group's learning rate, and the telemetry.",
+        "trainer-portable": "With `OptForgeCallback` a portable checkpoint lies in each of the HF Trainer's.",
+        "trl-adapters": "The adapters that TRL's trainers make are orthogonalized, and nothing goes to AdamW unasked.",
         "mpi": "MPI jobs, on one host or several, give the losses that the other launchers give.",
     },
     "Installing, and rules of one's own": {

@@ -88,6 +88,16 @@ def test_the_first_name_that_is_used_brings_all() -> None:
     assert "torch" in imported(used)
 
 
+def test_what_is_for_the_trainer_alone_brings_transformers() -> None:
+    assert imported("import ds_optforge\nds_optforge.OptForge", ("transformers",)) == []
+    assert imported("import ds_optforge\nds_optforge.TrainerOptimizer", ("transformers",)) == ["transformers"]
+
+
+def test_without_transformers_the_trainers_names_say_what_to_install() -> None:
+    process = run("import sys\nsys.modules['transformers'] = None\nimport ds_optforge\nds_optforge.OptForgeCallback")
+    assert "transformers is not installed; allowed: pip install 'ds-optforge[hf]'" in process.stderr
+
+
 def test_every_name_is_the_one_of_its_module() -> None:
     for name in ds_optforge.__all__:
         found = getattr(ds_optforge, name)

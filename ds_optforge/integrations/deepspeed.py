@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from ds_optforge.config.deepspeed import check, check_beside_optimizer, load_config
 from ds_optforge.config.refused import BUILT_LATER, ULYSSES, setting
 from ds_optforge.errors import ConfigError
-from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, send_telemetry
+from ds_optforge.optimizer import OptForge, enter_averages, leave_averages, reach_model, send_telemetry
 from ds_optforge.routing.tags import tag
 from ds_optforge.schedules import OptForgeSchedule
 from ds_optforge.step.groups import GROUP
@@ -78,7 +79,7 @@ def initialize(
     if optimizer is None:
         check(loaded)
     else:
-        loaded = _beside_object(loaded, optimizer)
+        loaded = beside_object(loaded, optimizer)
     _refuse_beside_pipeline(model, loaded)
     if "scheduler" in loaded and arguments.get("lr_scheduler") is not None:
         raise ConfigError(f"scheduler: {_BOTH.format(what='scheduler', argument='lr_scheduler')}")
@@ -88,7 +89,7 @@ def initialize(
     result: tuple[Any, ...] = deepspeed.initialize(model=model, config=loaded, optimizer=optimizer, **arguments)
     refuse_unwritable_weights(result[0])
     refuse_unfinished_gathers(result[0].optimizer)
-    send_telemetry(_base_optimizer(result[0])[1], result[0].monitor)
+    send_telemetry(base_optimizer(result[0])[1], result[0].monitor)
     return result
 
 
@@ -98,7 +99,7 @@ _BOTH = (
 )
 
 
-def _beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+def beside_object(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     """The configuration, checked for use with an optimizer object, beside which DeepSpeed ignores an "optimizer" section."""
     if "optimizer" in config:
         raise ConfigError(f"optimizer: {_BOTH.format(what='optimizer', argument='optimizer')}")
@@ -132,12 +133,29 @@ def _refuse_beside_pipeline(model: nn.Module, config: Mapping[str, Any]) -> None
         )
 
 
-def _base_optimizer(engine: Any) -> tuple[Any, OptForge]:
-    """(the wrapper around it, the OptForge) under an engine's or a framework's wrappers."""
+def base_optimizer(engine: Any) -> tuple[Any, OptForge]:
+    """(the wrapper around it, the OptForge) under an engine's or a framework's wrappers.
+
+    Raises:
+        ConfigError: another optimizer is there.
+    """
     wrapper = optimizer = engine
     while not isinstance(optimizer, OptForge):
+        if not hasattr(optimizer, "optimizer"):
+            raise ConfigError(f"optimizer: got a {type(optimizer).__name__}; allowed: an OptForge, or an engine that steps one")
         wrapper, optimizer = optimizer, optimizer.optimizer
     return wrapper, optimizer
+
+
+def reach_weights(engine: Any) -> OptForge:
+    """Let ``eval()`` and ``train()`` of the OptForge under ``engine`` reach the model's weights; return that OptForge.
+
+    Args:
+        engine: an engine, or a framework's wrapper of its optimizer.
+    """
+    wrapper, optimizer = base_optimizer(engine)
+    reach_model(optimizer, partial(torch.no_grad()(refresh_weights), wrapper))
+    return optimizer
 
 
 @contextmanager
@@ -155,7 +173,7 @@ def evaluation_weights(engine: Any) -> Iterator[None]:
     Raises:
         RuntimeError: inside the block, by `step()` and by saving a training checkpoint.
     """
-    wrapper, optimizer = _base_optimizer(engine)
+    wrapper, optimizer = base_optimizer(engine)
     if not optimizer.averages_weights:
         yield
         return

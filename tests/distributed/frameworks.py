@@ -27,6 +27,7 @@ from transformers import (
 
 import ds_optforge
 from ds_optforge.integrations.accelerate import make_accelerator, optimizer_and_scheduler
+from ds_optforge.integrations.deepspeed import base_optimizer
 from tests import models
 from tests.distributed import cases
 
@@ -191,15 +192,21 @@ def after_another_state(config: dict[str, Any]) -> None:
 
 
 class Recorder(TrainerCallback):
-    """What every step began with: its learning rates."""
+    """What every step began with: its learning rates; and what a callback that reports sees."""
 
     def __init__(self) -> None:
         self.rates: list[dict[str, float]] = []
+        self.reported: list[dict[str, float]] = []
         self.trainer: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Called by the Trainer."""
-        self.rates.append(rates(self.trainer.model_wrapped))
+        groups = base_optimizer(self.trainer.optimizer)[1].param_groups
+        self.rates.append({group["optforge_group"]: group["lr"] for group in groups})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
+        """Called by the Trainer."""
+        self.reported.append(dict(logs))
 
 
 def llama(tied: bool) -> LlamaForCausalLM:
@@ -223,28 +230,33 @@ def train_llama(
     resume: int | None = None,
     snippet: str = "",
     registers: str = "",
+    optimizer: dict[str, Any] | None = None,
+    callback: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train with the HF Trainer, 2 sequences a rank and step, in order.
 
     Args:
-        config: of DeepSpeed, left as it is.
+        config: of DeepSpeed, left as it is; empty for a Trainer without DeepSpeed.
         settings: of TrainingArguments.
         resume: from the checkpoint of that step.
-        snippet: code that makes an AveragingTrainer, to be used in the Trainer's place.
+        snippet: code that makes a trainer of model, arguments and rows, and trains.
         registers: code that makes a callback Register, to be used in the place of ``register(model)``.
+        optimizer: settings for a TrainerOptimizer, in the place of ``register(model)``.
+        callback: arguments of an OptForgeCallback, in the place of ``register(model)``.
 
     Returns:
-        Losses, in training and in evaluation, learning rates, weights and parameter groups.
+        Losses, in training and in evaluation, learning rates, weights and parameter groups; the Trainer's log, and what a
+        reporter saw of it.
     """
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo")  # on a CPU Accelerate would count one process
-    names: dict[str, Any] = {"ds_optforge": ds_optforge, "AveragingTrainer": Trainer, "TrainerCallback": TrainerCallback}
-    exec(snippet, names)  # the text of the docs
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true" if config else "false"
+    PartialState(backend="gloo", **({} if config else {"cpu": True}))  # on a CPU Accelerate would count one process
+    names: dict[str, Any] = {"ds_optforge": ds_optforge, "TrainerCallback": TrainerCallback}
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=2,
         train_sampling_strategy="sequential",
-        deepspeed=copy.deepcopy(config),
+        deepspeed=copy.deepcopy(config) or None,
+        use_cpu=not config,
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
@@ -257,22 +269,56 @@ def train_llama(
     if registers:
         exec(registers, names)  # what `ds-optforge init` prints
         callbacks.append(names["Register"]())
-    else:
+    elif optimizer is None and callback is None and not snippet:
         ds_optforge.register(model)
-    data = {"train_dataset": sentences(64), "eval_dataset": sentences(16)}
-    trainer = names["AveragingTrainer"](model=model, args=arguments, callbacks=callbacks, **data)
-    recorder.trainer = trainer
-    trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{resume}")) if resume else None)
+    data: dict[str, Any] = {"train_dataset": sentences(64), "eval_dataset": sentences(16)}
+    if optimizer is not None:
+        data["optimizer_cls_and_kwargs"] = (ds_optforge.TrainerOptimizer, optimizer)
+    if snippet:
+        names |= {"model": model, "arguments": arguments, "rows": data["train_dataset"]}
+        exec(snippet, names)  # the text of the docs
+        trainer = names["trainer"]
+    else:
+        trainer = Trainer(model=model, args=arguments, callbacks=callbacks, **data)
+        recorder.trainer = trainer
+        if callback is not None:
+            trainer.add_callback(ds_optforge.OptForgeCallback(trainer, **callback))
+        trainer.train(resume_from_checkpoint=str(Path(folder, f"checkpoint-{resume}")) if resume else None)
     engine = trainer.model_wrapped
     result = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "evaluated": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
         "rates": recorder.rates,
-        "parameters": cases.full_parameters(engine.module),
-        "groups": [{**group, "params": None} for group in cases.base_optimizer(engine).param_groups],
+        "parameters": cases.full_parameters(getattr(engine, "module", engine)),
+        "groups": [{**group, "params": None} for group in base_optimizer(trainer.optimizer)[1].param_groups],
+        "log": trainer.state.log_history,
+        "reported": recorder.reported,
     }
-    engine.destroy()
+    if config:
+        engine.destroy()
     return result
+
+
+def go_on(stage: int, params: dict[str, Any], folder: str, step: int, steps: int) -> dict[str, Any]:
+    """Resume from a portable checkpoint of `train_llama` on 2 ranks, without the Trainer, for ``steps`` more of its steps."""
+    config = {
+        "train_batch_size": 4,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "OptForge", "params": params},
+    }
+    engine = ds_optforge.initialize(model=llama(False), config=config)[0]
+    ds_optforge.load_checkpoint(engine, folder)
+    losses = []
+    for i in range(step, step + steps):
+        batch = torch.stack([row["input_ids"] for row in sentences(64)[4 * i : 4 * i + 4]])
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    parameters = cases.full_parameters(engine.module)
+    engine.destroy()
+    return {"losses": losses, "parameters": parameters}
 
 
 # ------------------------------------------------------------------------------------------ export

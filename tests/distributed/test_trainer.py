@@ -1,6 +1,5 @@
 """The HF Trainer on a small Llama: register(model) and the JSON, and it trains as plain PyTorch does on one process."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from tests.oracles import EXACT
 
 frameworks = pytest.importorskip("tests.distributed.frameworks", reason="transformers is not installed (extra 'hf')")
 
-LAUNCHING = (Path(__file__).parents[2] / "docs" / "launching.md").read_text()
-(AVERAGING,) = re.findall(r"<!-- snippet: trainer -->\n```python\n(.*?)```", LAUNCHING, re.DOTALL)
 STEPS, SAVED = 8, 4
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
@@ -124,36 +121,16 @@ def test_the_trainer_bounds_attention_logits(pools: Pools, tmp_path: Path) -> No
 SCHEDULE_FREE = {"name": "schedule_free_adamw", "lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-5}
 
 
-def average_after(steps: int) -> float:
+def average_after(steps: int, ranks: int = 2) -> float:
     """The loss of plain PyTorch's averaged weights on the Trainer's evaluation set."""
     model = frameworks.llama(tied=False)
     optimizer = build_optimizer(model, SCHEDULE_FREE)
-    batches = [torch.stack([row["input_ids"] for row in frameworks.sentences(64)[4 * i : 4 * i + 4]]) for i in range(steps)]
-    for batch in batches:
+    rows = frameworks.sentences(64)
+    for step in range(steps):
+        batch = torch.stack([row["input_ids"] for row in rows[2 * ranks * step : 2 * ranks * (step + 1)]])
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     optimizer.eval()
     rows = torch.stack([row["input_ids"] for row in frameworks.sentences(16)])
     return float(model(input_ids=rows, labels=rows).loss.detach())
-
-
-@pytest.mark.promise("averaged-evaluation")
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_documented_trainer_evaluates_averaged_weights_and_goes_on(stage: int, pools: Pools, tmp_path: Path) -> None:
-    """It evaluates, saves a checkpoint, trains on and evaluates again."""
-    given = config(stage, SCHEDULE_FREE)
-    given["scheduler"]["params"] = {"name": "none"}
-    settings = {
-        "max_steps": STEPS,
-        "learning_rate": 0.01,
-        "adam_epsilon": 1e-5,
-        "max_grad_norm": 0.0,
-        "eval_strategy": "steps",
-        "eval_steps": SAVED,
-        "save_strategy": "steps",
-        "save_steps": SAVED,
-    }
-    expected = [average_after(SAVED), average_after(STEPS)]
-    for found in pools[2].run(frameworks.train_llama, given, str(tmp_path), settings, snippet=AVERAGING):
-        assert found["evaluated"] == pytest.approx(expected, rel=1e-5)
