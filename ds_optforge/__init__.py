@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ds_optforge.integrations.deepspeed import evaluation_weights, initialize, register
     from ds_optforge.integrations.explanation import explain
     from ds_optforge.integrations.plain import MuonWithAuxAdam, build_optimizer, build_scheduler
-    from ds_optforge.integrations.trainer import OptForgeCallback, TrainerOptimizer
+    from ds_optforge.integrations.trainer import OptForgeCallback as OptForgeCallback
+    from ds_optforge.integrations.trainer import TrainerOptimizer as TrainerOptimizer
     from ds_optforge.optimizer import OptForge
     from ds_optforge.orthogonalize import orthogonalize
     from ds_optforge.routing.attention import register_attention

@@ -1,4 +1,4 @@
-"""What DeepSpeed's built-in Muon does where OptForge's does otherwise: the README's table. Each shows it in the installed version.
+"""What DeepSpeed's built-in Muon does where OptForge's does otherwise, shown in the installed version.
 
 A test that fails here after an update of DeepSpeed means that a line of the README is no longer true.
 """
