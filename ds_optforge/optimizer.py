@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
-from ds_optforge.rules.around import KEYS, evaluated
+from ds_optforge.rules.around import evaluated
 from ds_optforge.rules.base import statistics_of
-from ds_optforge.rules.registry import rule_settings
 from ds_optforge.step.finite import refuse_nonfinite
 from ds_optforge.step.group_step import GroupStep
 from ds_optforge.step.groups import GROUP, Groups
 from ds_optforge.step.qk_clip import QKClip
+from ds_optforge.step.saved_state import refuse_missing_rules, refuse_other_surroundings, settings_of
 from ds_optforge.step.schedule_check import ScheduleCheck
 from ds_optforge.step.slices import Members, Slices, buffer_dtype
 from ds_optforge.step.step_counts import StepCounts
@@ -305,14 +305,14 @@ class OptForge(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def _refuse_other_state(self, state_dict: dict[str, Any]) -> None:
-        _refuse_missing_rules(state_dict)
+        refuse_missing_rules(state_dict)
         self._refuse_other_routes(state_dict)
         found = [group.get(GROUP) for group in state_dict["param_groups"]]
         expected = [group[GROUP] for group in self.param_groups]
         if found != expected and not any(found):
             raise ConfigError(
                 f"the checkpoint holds {len(found)} parameter groups of another optimizer, with the settings "
-                f"{_settings_of(state_dict)}; allowed: OptForge's, {expected}. {OTHER_OPTIMIZERS_CHECKPOINT}"
+                f"{settings_of(state_dict)}; allowed: OptForge's, {expected}. {OTHER_OPTIMIZERS_CHECKPOINT}"
             )
         if found != expected:
             raise ConfigError(f"the checkpoint holds the parameter groups {found}; allowed: this run's, {expected}")
@@ -374,7 +374,7 @@ class OptForge(torch.optim.Optimizer):
 
     def _refuse_other_formats(self, state_dict: Mapping[str, Any]) -> None:
         for members, tensor, state in self._loaded(state_dict):
-            _refuse_other_surroundings(members, state)
+            refuse_other_surroundings(members, state)
             for buffer in members.buffers:
                 saved = state.get(buffer.name)
                 expected = buffer_dtype(members.settings.state_dtype, buffer, tensor)
@@ -394,34 +394,6 @@ class OptForge(torch.optim.Optimizer):
                     device = torch.device("cpu") if key == "step" else tensor.device
                     source = state[key] if state[key].dtype == value.dtype else value
                     state[key] = source.to(device)
-
-
-def _settings_of(state_dict: Mapping[str, Any]) -> list[str]:
-    """What the groups of a saved optimizer say of it."""
-    return sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
-
-
-def _refuse_other_surroundings(members: Members, state: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the saved state of a tensor has what is not around this run's rules, or lacks what is."""
-    own = {buffer.name for buffer in members.around.buffers}
-    for buffer, key in KEYS.items():
-        if (buffer in state) != (buffer in own):
-            found, allowed = (f"'{buffer}'", "the same") if buffer in state else (f"no '{buffer}'", "no")
-            raise ConfigError(
-                f'{key}: the checkpoint holds {found} of the group of {members.routes[0].name}; allowed: {allowed} "{key}", as '
-                "in the run that saved it; or ds-optforge convert and ds_optforge.load_checkpoint, which says what it begins "
-                "and what it leaves out"
-            )
-
-
-def _refuse_missing_rules(state_dict: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a rule of another package that is not installed here."""
-    for described in state_dict.get("optforge", ()):
-        if rule_settings(described["rule"]) is None:
-            raise ConfigError(
-                f"the checkpoint holds the state of the rule '{described['rule']}' (parameter group "
-                f"'{described['group']}'), which nothing here offers; allowed: install the package of that rule, or import it"
-            )
 
 
 def groups_of(optimizer: OptForge) -> Groups:
