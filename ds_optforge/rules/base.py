@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Healthy
+from ds_optforge.orthogonalize import Healthy, Team
 
 Tensors: TypeAlias = Sequence[Tensor]
 State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter, of its shape and dtype
@@ -91,7 +91,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Whole matrices of one shape, for `MatrixRule.update`.
+    """Whole matrices of one shape, or one matrix of a team, for `MatrixRule.update`.
 
     Attributes:
         matrices: (n, rows, cols) directions, in the wire's dtype; may be overwritten.
@@ -102,7 +102,9 @@ class Batch:
         sums: by name, (n, outputs) or (n, 1) in float32.
         has_all: whether no statistic is another rank's, so that none is negative.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
-            telemetry.
+            telemetry. With a team, with this member's rows of them.
+        team: the ranks that compute the update of the one matrix together; None for a rank alone. Only a rule that
+            `works_in_teams` gets one.
     """
 
     matrices: Tensor
@@ -112,6 +114,7 @@ class Batch:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     has_all: bool = False
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
+    team: Team | None = None
 
 
 class Rule(ABC):
@@ -203,6 +206,8 @@ class MatrixRule(Rule):
         statistics: float32 values that are kept per output row or per matrix.
         sums: sums over whole rows or matrices. If there are any, no tensor of an elementwise member spans two matrices.
         reads_weights: whether `direction`, and `summand` of the gradient, get the weights.
+        in_teams: whether the `update` of the class that says so heeds ``batch.team``; `team_cost` is then needed. It is not
+            inherited by a class that has an `update` of its own.
     """
 
     __slots__ = ()
@@ -210,10 +215,27 @@ class MatrixRule(Rule):
     statistics: ClassVar[tuple[Statistic, ...]] = ()
     sums: ClassVar[tuple[Sum, ...]] = ()
     reads_weights: ClassVar[bool] = False
+    in_teams: ClassVar[bool] = False
 
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
         """Return the cost of `update` on one (rows, cols) matrix in FLOPs. The plan balances owners by it."""
+
+    def team_cost(self, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Count what `update` of one (rows, cols) matrix costs a member of a team. Teams are planned by it.
+
+        Args:
+            rows: stored rows.
+            cols: stored columns.
+            blocks: rows of each member.
+
+        Returns:
+            (FLOPs of the member with most rows; calls of `Team.gather`; bytes of the tensors that these fill).
+
+        Raises:
+            NotImplementedError: a rule without ``in_teams``.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
@@ -241,7 +263,8 @@ class MatrixRule(Rule):
             now: the hyperparameters that `begin` returned.
 
         Returns:
-            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0.
+            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0. With a team, this
+            member's rows of the one update.
         """
 
     @abstractmethod
@@ -295,6 +318,16 @@ class MatrixRule(Rule):
             NotImplementedError: a rule without `sums`.
         """
         raise NotImplementedError
+
+
+def works_in_teams(rule: MatrixRule) -> bool:
+    """Whether several ranks can compute the `update` of one matrix together.
+
+    The class that defines `update` has to say so: one that overrides the `update` of a rule for teams may not know of them.
+    Statistics of a rule have one owner.
+    """
+    definer = next(base for base in type(rule).__mro__ if "update" in vars(base))
+    return bool(vars(definer).get("in_teams", False)) and not rule.statistics
 
 
 def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:

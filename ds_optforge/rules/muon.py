@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, orthogonalized."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -10,7 +10,18 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Healthy, Method, accurate_method, coefficient_set, flops, healthy, orthogonalize
+from ds_optforge.orthogonalize import (
+    Healthy,
+    Method,
+    Team,
+    accurate_method,
+    coefficient_set,
+    flops,
+    healthy,
+    orthogonalize,
+    orthogonalize_rows,
+    team_cost,
+)
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive
@@ -49,12 +60,16 @@ class Orthogonalization:
     compile: bool = False
     rms: float = _MOONLIGHTS_RMS
 
-    def __call__(self, matrices: Tensor) -> Tensor:
+    def __call__(self, matrices: Tensor, team: Team | None = None) -> Tensor:
         """Return the orthogonal factors of ``matrices``, (n, rows, cols), in ``dtype``; the argument may be overwritten.
+
+        With a ``team``, of one matrix, (1, own rows, cols). It is then collective, and never compiled.
 
         Raises:
             ValueError: see `orthogonalize`.
         """
+        if team is not None:
+            return orthogonalize_rows(matrices, team, self.coefficients, self.steps, self.method, self.dtype)
         function = _compiled() if self.compile else orthogonalize
         return function(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
 
@@ -74,9 +89,18 @@ class Orthogonalization:
         Raises:
             ValueError: see `orthogonalize`.
         """
+        return flops(rows, cols, *self._form())
+
+    def team_cost(self, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Return FLOPs, gathers and gathered bytes of a member of a team: see `MatrixRule.team_cost`."""
+        own, gathers, numel = team_cost(rows, cols, *self._form(), blocks)
+        return own, gathers, numel * self.dtype.itemsize
+
+    def _form(self) -> tuple[int, Method]:
+        """Return the number of steps, and a method that is accurate in ``dtype``."""
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
-        return flops(rows, cols, steps, accurate_method(self.method, steps, self.dtype, chosen.steep))
+        return steps, accurate_method(self.method, steps, self.dtype, chosen.steep)
 
 
 @cache
@@ -104,10 +128,15 @@ class Muon(MatrixRule):
     momentum_warmup: tuple[float, int] | None = None
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
+    in_teams: ClassVar[bool] = True
 
     def cost(self, rows: int, cols: int) -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix."""
         return self.orthogonalization.flops(rows, cols)
+
+    def team_cost(self, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Return FLOPs, gathers and gathered bytes of a member; arguments as in `MatrixRule.team_cost`."""
+        return self.orthogonalization.team_cost(rows, cols, blocks)
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
         """Lower ``momentum`` during its warm-up; arguments as in `Rule.begin`."""
@@ -126,7 +155,7 @@ class Muon(MatrixRule):
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
         """Orthogonalize and scale a batch; arguments as in `MatrixRule.update`."""
         # Scaled in the wire's precision: the compute dtype may be narrower.
-        orthogonal = self.orthogonalization(batch.matrices).to(batch.matrices.dtype)
+        orthogonal = self.orthogonalization(batch.matrices, batch.team).to(batch.matrices.dtype)
         batch.watch(orthogonal)
         scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
         active = batch.active

@@ -1,11 +1,11 @@
 """Places of fragments in the buffers of one rank's buckets. Pure Python on integers: no tensors, no process groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per, Range
-from ds_optforge.zero.plan import ExchangePlan, split_evenly
+from ds_optforge.zero.plan import ExchangePlan, Team, split_evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +60,19 @@ class RankBucket:
     source rank, built alike.
 
     Attributes:
-        fragments: this rank's fragments, with increasing slice offsets.
+        fragments: this rank's fragments, with increasing slice offsets; where several members of a team get some of one, each
+            of these is one.
         sent: place of each of them in the send buffer.
         owned: numbers of the matrices that this rank orthogonalizes, in order.
-        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, of the rows that it touches.
+        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, of the rows that it touches, and for a
+            matrix with a team, of the rows that this rank owns.
         folds: number of blocks of columns in which the elements of each of them arrive, one behind the other.
         received: places of their fragments in the receive buffer.
         sends: elements per destination rank; empty if nothing travels (send and receive buffer are then the same).
         receives: elements per source rank; empty if nothing travels.
         kept: the rule's statistics.
         matrices: numbers of all of the bucket's matrices; if it travels, the same on all ranks.
+        teams: of those owned matrices that have one, in the order in which all members take them.
     """
 
     fragments: tuple[Fragment, ...]
@@ -82,6 +85,7 @@ class RankBucket:
     receives: tuple[int, ...]
     kept: Kept
     matrices: tuple[int, ...]
+    teams: tuple[Team, ...] = ()
 
     @property
     def travels(self) -> bool:
@@ -131,19 +135,69 @@ def local_buckets(plan: ExchangePlan, rank: int, numel: int, kept: Kept = NO_STA
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
-    layout, owners = plan.layout, plan.owners
-    held = [fragment for matrix in exchange if (fragment := layout.fragment(matrix, rank)) is not None]
-    owned = tuple(matrix for matrix in exchange if owners[matrix] == rank)
+    layout = plan.layout
+    teams = {team.matrix: team for team in plan.teams_of(exchange)}
+
+    def to_owners(matrix: int, source: int) -> Iterator[tuple[int, Fragment]]:
+        """Yield (owner, fragment) for what ``source`` holds of a matrix."""
+        fragment = layout.fragment(matrix, source)
+        if fragment is None:
+            return
+        if matrix not in teams:
+            yield plan.owners[matrix], fragment
+            return
+        for member in teams[matrix].ranks:
+            if (own := _within_block(fragment, _block(layout.matrices[matrix], teams[matrix], member))) is not None:
+                yield member, own
+
+    leaving = [item for matrix in exchange for item in to_owners(matrix, rank)]
+    owned = tuple(m for m in exchange if rank in (teams[m].ranks if m in teams else (plan.owners[m],)))
     arriving = [
         (source, fragment)
         for matrix in owned
         for source in layout.holders(matrix)
-        if (fragment := layout.fragment(matrix, source)) is not None
+        for owner, fragment in to_owners(matrix, source)
+        if owner == rank
     ]
-    sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], kept)
+    sends, sent = _blocks(layout, leaving, kept)
     receives, received = _blocks(layout, arriving, kept)
-    shapes, folds = _shapes(layout, owned), tuple(layout.matrices[matrix].folds for matrix in owned)
-    return RankBucket(tuple(held), sent, owned, shapes, folds, received, sends, receives, kept, tuple(exchange))
+    shapes, folds = list(_shapes(layout, owned)), tuple(layout.matrices[matrix].folds for matrix in owned)
+    if teams:
+        first = {m: _block(layout.matrices[m], teams[m], rank) for m in owned if m in teams}
+        shapes = [(first[m].numel // cols, cols) if m in first else (rows, cols) for m, (rows, cols) in zip(owned, shapes)]
+        received = tuple(
+            replace(place, within=Range(place.within.start - first[place.matrix].start, place.within.numel))
+            if place.matrix in first
+            else place
+            for place in received
+        )
+    return RankBucket(
+        tuple(fragment for _, fragment in leaving),
+        sent,
+        owned,
+        tuple(shapes),
+        folds,
+        received,
+        sends,
+        receives,
+        kept,
+        tuple(exchange),
+        tuple(team for team in teams.values() if rank in team.ranks),
+    )
+
+
+def _block(matrix: Matrix, team: Team, rank: int) -> Range:
+    """Return the elements of the matrix that a member of its team owns."""
+    rows = team.rows_of(rank)
+    return Range(rows.start * matrix.cols, rows.numel * matrix.cols)
+
+
+def _within_block(fragment: Fragment, block: Range) -> Fragment | None:
+    """Return what a fragment has of a ``block`` of its matrix; None if it has nothing."""
+    start, end = max(fragment.within.start, block.start), min(fragment.within.end, block.end)
+    if start >= end:
+        return None
+    return Fragment(fragment.matrix, Range(start, end - start), fragment.slice_start + start - fragment.within.start)
 
 
 def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:

@@ -19,6 +19,7 @@ from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
 from ds_optforge.zero.placement import Held, Placement, TensorRange
 from ds_optforge.zero.plan import make_plan
 from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
+from ds_optforge.zero.teams import TeamCost, with_teams
 
 
 class Routed(Protocol):
@@ -52,6 +53,7 @@ class Wanted:
         statistics: by statistic of the rule, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
+        team_cost: what a matrix costs a team: see `with_teams`; None for a rule that needs one owner.
     """
 
     bucket_numel: int
@@ -60,6 +62,7 @@ class Wanted:
     statistics: tuple[Per, ...] = ()
     gathers: bool = True
     alone: bool = False
+    team_cost: TeamCost | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +137,8 @@ def plan_group(
         return matrix.parts * cost(*matrix.part_shape) if cost else 0
 
     plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
+    if wanted.team_cost and wanted.gathers:
+        plan = with_teams(plan, cost_of, wanted.team_cost, wanted.wire.itemsize, device)
     require_agreement(plan, agreed, binding)
     held = tuple(map(tuple, placement.held_fragments()))
     if cost is None:
