@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.partition import PartitionLayout, Range
-from ds_optforge.zero.plan import ExchangePlan
+from ds_optforge.zero.plan import ExchangePlan, Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,11 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
     sizes = []
     for exchange in plan.exchanges:
         size = ExchangeSizes(*([0] * plan.layout.world_size for _ in range(3)))
-        for alike in cut_alike(plan.layout, exchange):
+        teams = plan.teams_of(exchange)
+        for team in teams:
+            _add_team(size, plan.layout, team)
+        in_teams = {team.matrix for team in teams}
+        for alike in cut_alike(plan.layout, [index for index in exchange if index not in in_teams]):
             matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
             elements = [
                 within.numel + 1 + kept.words * sum(matrix.values_in(per, within).numel for per in kept.per)
@@ -44,6 +48,20 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
                 size.keeps[owner] += elements[owner - first]
         sizes.append(size)
     return sizes
+
+
+def _add_team(size: ExchangeSizes, layout: PartitionLayout, team: Team) -> None:
+    """Add what travels to the members of a team, which has no statistics."""
+    cols = layout.matrices[team.matrix].cols
+    blocks = [(member, team.block(member, cols)) for member in team.ranks]
+    for rank, within in fragments(layout, team.matrix):
+        for member, block in blocks:
+            common = within.common(block)
+            if common is None:
+                continue
+            size.sends[rank] += common.numel + 1
+            size.receives[member] += common.numel + 1
+            size.keeps[rank] += (common.numel + 1) * (rank == member)
 
 
 def cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list[int]]:

@@ -193,5 +193,6 @@ def _plain(found: StagePlan) -> dict[str, Any]:
         "flops_max_over_mean": predicted.balance,
         "path_over_ideal": predicted.path_over_ideal,
         "exchanges": predicted.exchanges,
+        "teams": {str(ranks): predicted.teams[ranks] for ranks in sorted(predicted.teams)},
         "ranks": [asdict(rank) for rank in predicted.ranks],
     }

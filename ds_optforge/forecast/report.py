@@ -46,6 +46,8 @@ def _lines(plan: Plan) -> Iterator[str | Table]:
     yield _overview(plan)
     for found in plan.stages:
         yield _recommendation(plan, found)
+        if found.predicted.teams:
+            yield _teams(found.predicted)
     yield from _fit(plan)
     for found in plan.stages:
         yield _memory_table(found, several=len(plan.stages) > 1)
@@ -110,6 +112,16 @@ def _recommendation(plan: Plan, found: StagePlan) -> str:
     tokens = found.tokens_at(plan.saving, plan.workload)
     beyond = f" Below {tokens:,} tokens a step it costs more than {plan.saving:.0%}." if tokens else ""
     return f"Recommended on ZeRO-{found.stage}: {chosen.name}, {costs}; {why}.{beyond}"
+
+
+def _teams(predicted: Forecast) -> str:
+    sizes = sorted(predicted.teams)
+    each = f"{sizes[0]} ranks" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} ranks"
+    sent = max(rank.gathered_bytes for rank in predicted.ranks) / 1e6
+    return (
+        f"Teams on ZeRO-{predicted.topology.stage}: with gather, {predicted.teams.total()} of {predicted.matrices:,} matrices are "
+        f"orthogonalized by {each} each, which send each other up to {sent:,.1f} MB for it."
+    )
 
 
 def _fit(plan: Plan) -> Iterator[str]:

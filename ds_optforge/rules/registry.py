@@ -187,6 +187,8 @@ def _problems_of_state(rule: type[Rule]) -> Iterator[str]:
         yield "averages and averaged: got one of them; allowed: both, or neither"
     if issubclass(rule, MatrixRule) and bool(sums) != (rule.summand is not MatrixRule.summand):
         yield "sums and summand: got one of them; allowed: both, or neither"
+    if issubclass(rule, MatrixRule) and rule.in_teams != (rule.team_cost is not MatrixRule.team_cost):
+        yield "in_teams and team_cost: got one of them; allowed: both, or neither"
 
 
 def _declared(rule: type[Rule], name: str, kind: type[T]) -> Generator[str, None, tuple[T, ...]]:

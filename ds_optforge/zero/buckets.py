@@ -1,8 +1,9 @@
 """Places of fragments in the buffers of one rank's buckets. Pure Python on integers: no tensors, no process groups."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import MappingProxyType
 
 from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per, Range
 from ds_optforge.zero.plan import ExchangePlan, Team, split_evenly
@@ -137,67 +138,42 @@ def local_buckets(plan: ExchangePlan, rank: int, numel: int, kept: Kept = NO_STA
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
     layout = plan.layout
     teams = {team.matrix: team for team in plan.teams_of(exchange)}
-
-    def to_owners(matrix: int, source: int) -> Iterator[tuple[int, Fragment]]:
-        """Yield (owner, fragment) for what ``source`` holds of a matrix."""
-        fragment = layout.fragment(matrix, source)
-        if fragment is None:
-            return
-        if matrix not in teams:
-            yield plan.owners[matrix], fragment
-            return
-        for member in teams[matrix].ranks:
-            if (own := _within_block(fragment, _block(layout.matrices[matrix], teams[matrix], member))) is not None:
-                yield member, own
-
-    leaving = [item for matrix in exchange for item in to_owners(matrix, rank)]
-    owned = tuple(m for m in exchange if rank in (teams[m].ranks if m in teams else (plan.owners[m],)))
+    own_teams = tuple(team for team in teams.values() if rank in team.ranks)
+    blocks = {team.matrix: team.block(rank, layout.matrices[team.matrix].cols) for team in own_teams}
+    owned = tuple(m for m in exchange if m in blocks or (plan.owners[m] == rank and m not in teams))
+    leaving = [item for matrix in exchange for item in _to_owners(plan, matrix, rank, teams.get(matrix))]
     arriving = [
         (source, fragment)
         for matrix in owned
         for source in layout.holders(matrix)
-        for owner, fragment in to_owners(matrix, source)
+        for owner, fragment in _to_owners(plan, matrix, source, teams.get(matrix))
         if owner == rank
     ]
     sends, sent = _blocks(layout, leaving, kept)
-    receives, received = _blocks(layout, arriving, kept)
-    shapes, folds = list(_shapes(layout, owned)), tuple(layout.matrices[matrix].folds for matrix in owned)
-    if teams:
-        first = {m: _block(layout.matrices[m], teams[m], rank) for m in owned if m in teams}
-        shapes = [(first[m].numel // cols, cols) if m in first else (rows, cols) for m, (rows, cols) in zip(owned, shapes)]
-        received = tuple(
-            replace(place, within=Range(place.within.start - first[place.matrix].start, place.within.numel))
-            if place.matrix in first
-            else place
-            for place in received
-        )
-    return RankBucket(
-        tuple(fragment for _, fragment in leaving),
-        sent,
-        owned,
-        tuple(shapes),
-        folds,
-        received,
-        sends,
-        receives,
-        kept,
-        tuple(exchange),
-        tuple(team for team in teams.values() if rank in team.ranks),
-    )
+    receives, places = _blocks(layout, arriving, kept)
+    received = tuple(_within_block(place, blocks[place.matrix]) if place.matrix in blocks else place for place in places)
+    shapes, folds = _shapes(layout, owned, blocks), tuple(layout.matrices[matrix].folds for matrix in owned)
+    held = tuple(fragment for _, fragment in leaving)
+    return RankBucket(held, sent, owned, shapes, folds, received, sends, receives, kept, tuple(exchange), own_teams)
 
 
-def _block(matrix: Matrix, team: Team, rank: int) -> Range:
-    """Return the elements of the matrix that a member of its team owns."""
-    rows = team.rows_of(rank)
-    return Range(rows.start * matrix.cols, rows.numel * matrix.cols)
+def _to_owners(plan: ExchangePlan, matrix: int, rank: int, team: Team | None) -> Iterator[tuple[int, Fragment]]:
+    """Yield (owner, fragment) for what ``rank`` holds of a straddling matrix: several where it has a team."""
+    fragment = plan.layout.fragment(matrix, rank)
+    if fragment is None:
+        return
+    if team is None:
+        yield plan.owners[matrix], fragment
+        return
+    for member in team.ranks:
+        within = fragment.within.common(team.block(member, plan.layout.matrices[matrix].cols))
+        if within is not None:
+            yield member, Fragment(matrix, within, fragment.slice_start + within.start - fragment.within.start)
 
 
-def _within_block(fragment: Fragment, block: Range) -> Fragment | None:
-    """Return what a fragment has of a ``block`` of its matrix; None if it has nothing."""
-    start, end = max(fragment.within.start, block.start), min(fragment.within.end, block.end)
-    if start >= end:
-        return None
-    return Fragment(fragment.matrix, Range(start, end - start), fragment.slice_start + start - fragment.within.start)
+def _within_block(place: BufferPlace, block: Range) -> BufferPlace:
+    """Return the fragment's place with elements counted from those of the ``block`` that a member of a team owns."""
+    return replace(place, within=Range(place.within.start - block.start, place.within.numel))
 
 
 def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:
@@ -256,8 +232,12 @@ def _within_rows(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
     return replace(place, within=within, statistics=statistics)
 
 
-def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((layout.matrices[m].rows, layout.matrices[m].cols) for m in matrices)
+def _shapes(
+    layout: PartitionLayout, matrices: Sequence[int], blocks: Mapping[int, Range] = MappingProxyType({})
+) -> tuple[tuple[int, int], ...]:
+    """Return (rows, cols) of each of these matrices, or of the block of it that is owned."""
+    found = ((blocks.get(m), layout.matrices[m]) for m in matrices)
+    return tuple((block.numel // matrix.cols if block else matrix.rows, matrix.cols) for block, matrix in found)
 
 
 def _blocks(

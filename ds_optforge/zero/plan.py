@@ -43,10 +43,10 @@ class Team:
     flops: int
     gathered_bytes: int
 
-    def rows_of(self, rank: int) -> Range:
-        """Return the stored rows that ``rank``, a member, owns."""
+    def block(self, rank: int, cols: int) -> Range:
+        """Return the elements of the matrix, of ``cols`` columns, that ``rank``, a member, owns."""
         member = self.ranks.index(rank)
-        return Range(sum(self.rows[:member]), self.rows[member])
+        return Range(sum(self.rows[:member]) * cols, self.rows[member] * cols)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +293,11 @@ class Clocks:
         """Begin the next exchange, after all matrices of the earlier ones have been added."""
         self._add_local()
         self._ends = [self._ends[1], self.end]
+
+    @property
+    def gate(self) -> int:
+        """The time before which no rank begins with the current exchange."""
+        return self._ends[0]
 
     def add(self, rank: int, cost: int) -> None:
         """Let ``rank`` compute a matrix of that ``cost`` in the current exchange."""

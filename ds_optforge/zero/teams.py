@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from ds_optforge.zero.partition import Matrix
@@ -55,6 +55,8 @@ def with_teams(
 ) -> ExchangePlan:
     """Return the plan with teams where they make the critical path shorter by a tenth or more; else the plan itself.
 
+    The time that members take to gather rows counts as part of that path. The busiest rank gets no more FLOPs than before.
+
     Members hold fragments of their matrix, as owners do. Matrices that join several, and those that tensor parallelism has
     cut, keep one owner each.
 
@@ -67,19 +69,24 @@ def with_teams(
         device: type of the device of the weights.
     """
     layout = plan.layout
+    if not plan.exchanges or layout.tensor_ranks > 1:
+        return plan
+    cost = _by_shape(cost)
     before = critical_path(plan, cost)
     costs = [cost(matrix) for matrix in layout.matrices]
-    local = local_costs(plan, costs)
+    local = _local_costs(plan, costs)
     ideal = max(-(-sum(costs) // layout.world_size), max(local))
-    if not plan.exchanges or layout.tensor_ranks > 1 or ideal > (1 - _GAIN) * before:
+    if ideal > (1 - _GAIN) * before:
         return plan
-    choices = _Choices(team_cost, wire_bytes, device)
+    choices, busiest = _Choices(team_cost, wire_bytes, device), max(_loads(plan, costs))
     best, limit, found = before, float(before), None
     while limit > ideal:
         limit *= _FINER
-        tried = _Schedule(plan, costs, local, choices, int(limit))
-        if tried.end <= (1 - _GAIN / 2) * best:
-            best, found = tried.end, tried
+        for evenly in (False, True):
+            enough = int((1 - _GAIN / 2) * best)
+            tried = _Schedule(plan, costs, local, choices, int(limit), evenly, enough)
+            if tried.end <= enough and max(tried.load) <= busiest:
+                best, found = tried.end, tried
     if found is None or not found.teams or best > (1 - _GAIN) * before:
         return plan
     exchanges = tuple(bounded(plan.exchanges, found.owners, layout.matrices, plan.bucket_numel))
@@ -93,7 +100,28 @@ def with_teams(
     )
 
 
-def local_costs(plan: ExchangePlan, costs: Sequence[int]) -> list[int]:
+def _by_shape(cost: Callable[[Matrix], int]) -> Callable[[Matrix], int]:
+    """Return the cost of a matrix, computed once per shape."""
+    known: dict[tuple[object, ...], int] = {}
+
+    def of(matrix: Matrix) -> int:
+        key = matrix.rows, matrix.cols, matrix.transposed, matrix.joins
+        if key not in known:
+            known[key] = cost(matrix)
+        return known[key]
+
+    return of
+
+
+def _loads(plan: ExchangePlan, costs: Sequence[int]) -> list[int]:
+    """Return the cost of each rank's matrices."""
+    loads = [0] * plan.layout.world_size
+    for owner, cost in zip(plan.owners, costs, strict=True):
+        loads[owner] += cost
+    return loads
+
+
+def _local_costs(plan: ExchangePlan, costs: Sequence[int]) -> list[int]:
     """Return the cost of the matrices that do not travel, by rank."""
     travelling = {matrix for exchange in plan.exchanges for matrix in exchange}
     local = [0] * plan.layout.world_size
@@ -136,8 +164,8 @@ class _Choices:
         flops, gathers, nbytes = self._team_cost(matrix.rows, matrix.cols, blocks)
         if size == 1:
             return _Choice(blocks, flops, flops, 0)
-        # The fragments that arrive with the exchange are gathered first, in the wire's dtype.
-        gathers, nbytes = gathers + 1, nbytes + matrix.numel * self._wire_bytes
+        # The fragments that arrive with the exchange, and a flag of each member, are gathered first, in the wire's dtype.
+        gathers, nbytes = gathers + 1, nbytes + (matrix.numel + size) * self._wire_bytes
         sent = nbytes * (size - 1) // size
         return _Choice(blocks, flops, flops + self._rate * (sent + gathers * (size - 1) * _BYTES_OF_A_MESSAGE), sent)
 
@@ -158,36 +186,57 @@ def _blocks(matrix: Matrix, size: int) -> tuple[int, ...]:
 class _Schedule:
     """Owners and teams, chosen in the order of the exchanges, the costliest matrix first, for the ranks that are free first.
 
+    A matrix gets a team, as small a one as will do, if one rank would not be done with it in time.
+
     Args:
         plan: with the exchanges.
         costs: of the matrices.
         local: by rank, the cost of matrices that do not travel.
         choices: the possible teams.
-        limit: the time in which a matrix should be done.
+        limit: the time at which all should be done.
+        evenly: whether an exchange should be done by the share of it that is the share of the cost up to there; if not, a
+            rank that is free may be at it until the limit.
+        enough: the end from which on nothing more needs to be chosen.
 
     Attributes:
         owners: of all matrices; of a team, its first member.
         teams: in the order in which they were chosen.
-        end: the time at which the last rank is done.
+        load: FLOPs of each rank.
+        end: the time at which the last rank is done; beyond ``enough`` only that it is.
     """
 
     def __init__(
-        self, plan: ExchangePlan, costs: Sequence[int], local: Sequence[int], choices: _Choices, limit: int
+        self,
+        plan: ExchangePlan,
+        costs: Sequence[int],
+        local: Sequence[int],
+        choices: _Choices,
+        limit: int,
+        evenly: bool,
+        enough: int,
     ) -> None:
-        self.owners, self.teams = list(plan.owners), list[Team]()
+        self.owners, self.teams, self.load = list(plan.owners), list[Team](), list(local)
         layout = plan.layout
         everyone = range(layout.world_size)
         clocks = Clocks(local, len(plan.exchanges))
         free = _Free(clocks.of_rank)
-        for exchange in plan.exchanges:
+        done = list(accumulate(sum(costs[matrix] for matrix in exchange) for exchange in plan.exchanges))
+        for exchange, cost_until in zip(plan.exchanges, done, strict=True):
             clocks.begin_exchange()
+            deadline = limit * cost_until // done[-1] if evenly else limit
             for matrix in sorted(exchange, key=lambda index: (-costs[index], index)):
+                if clocks.end > enough:
+                    break
                 holders = layout.holders(matrix)
-                choice = choices.within(layout.matrices[matrix], len(holders), limit)
+                of_all = holders == everyone
+                begin = free.earliest() if of_all else min(clocks.of_rank[rank] for rank in holders)
+                choice = choices.within(layout.matrices[matrix], len(holders), deadline - max(begin, clocks.gate))
                 size = len(choice.rows) if choice else 1
-                ranks = free.first(size) if holders == everyone else _first(holders, size, clocks.of_rank)
+                ranks = free.first(size) if of_all else _first(holders, size, clocks.of_rank)
                 clocks.add_together(ranks, choice.time if choice else costs[matrix])
                 free.moved(ranks)
+                for rank in ranks:
+                    self.load[rank] += choice.flops if choice else costs[matrix]
                 self.owners[matrix] = ranks[0]
                 if choice:
                     self.teams.append(Team(matrix, tuple(ranks), choice.rows, choice.flops, choice.gathered_bytes))
@@ -202,15 +251,19 @@ class _Free:
         self._heap = [(time, rank) for rank, time in enumerate(clock)]
         heapq.heapify(self._heap)
 
+    def earliest(self) -> int:
+        """Return the time at which the first of them is free."""
+        while self._heap[0][0] < self._clock[self._heap[0][1]]:  # moved by local matrices
+            rank = self._heap[0][1]
+            heapq.heapreplace(self._heap, (self._clock[rank], rank))
+        return self._heap[0][0]
+
     def first(self, size: int) -> list[int]:
-        """Return that many ranks, in order; they are missing until `moved` tells of them."""
+        """Return that many ranks, in increasing order; they are missing until `moved` tells of them."""
         found: set[int] = set()
         while len(found) < size:
-            time, rank = heapq.heappop(self._heap)
-            if time == self._clock[rank]:
-                found.add(rank)
-            elif time < self._clock[rank]:  # local matrices have moved it
-                heapq.heappush(self._heap, (self._clock[rank], rank))
+            self.earliest()
+            found.add(heapq.heappop(self._heap)[1])
         return sorted(found)
 
     def moved(self, ranks: Sequence[int]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ds_optforge.orthogonalize import COEFFICIENT_SETS, Method, accurate_method, orthogonalize, orthogonalize_rows
+from ds_optforge.orthogonalize import COEFFICIENT_SETS, Method, orthogonalize, orthogonalize_rows, team_cost
+from tests.oracles import newton_schulz
 
 # One member's rows, from a start: a rounding of bfloat16 apart where a kernel adds up in another order, with the five steps
 # that follow it.
@@ -67,3 +68,57 @@ def test_the_rows_of_the_members_are_those_of_one_rank(
     assert [tuple(block.shape) for block in found] == [(1, block, cols) for block in blocks]
     assert all(block.dtype == dtype for block in found)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", sorted(COEFFICIENT_SETS))
+@pytest.mark.parametrize(("rows", "cols"), [(12, 12), (10, 40), (40, 10)])
+def test_every_set_agrees_with_the_formula_in_float64(name: str, rows: int, cols: int) -> None:
+    chosen, given = COEFFICIENT_SETS[name], matrix(rows, cols, torch.float64)
+    expected = newton_schulz(given[0], chosen.sequence(None), chosen.safety, chosen.eps)
+    for method in ("standard", "gram"):
+        blocks = [rows // 2, rows - rows // 2]
+        found, _ = in_threads(blocks, lambda team: orthogonalize_rows(given.clone(), team, name, None, method, torch.float64))
+        torch.testing.assert_close(torch.cat(found, 1)[0], expected, rtol=0, atol=1e-9)  # steep sets magnify most
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_in_bfloat16_a_team_is_no_further_from_the_formula_than_one_rank(method: Method) -> None:
+    """Which is what it can be held to: a kernel may add up fewer rows in another order, and each step magnifies that."""
+    given = matrix(192, 320, torch.bfloat16)
+    exact = newton_schulz(given[0])
+    one = orthogonalize(given, "quintic", None, method)
+    found, _ = in_threads([64, 64, 64], lambda team: orthogonalize_rows(given.clone(), team, "quintic", None, method))
+    distance = torch.linalg.vector_norm(one.double()[0] - exact)
+    assert torch.linalg.vector_norm(torch.cat(found, 1).double()[0] - exact) <= 1.1 * distance
+    assert torch.linalg.vector_norm(torch.cat(found, 1).double() - one.double()) <= distance
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+@pytest.mark.parametrize(("rows", "cols"), [(24, 24), (16, 40), (40, 16)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_what_it_costs_is_what_was_counted(steps: int, rows: int, cols: int, method: Method) -> None:
+    """FLOPs of each of four members, and what each gathers."""
+
+    def counted(team: Threads) -> Tensor:
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize_rows(given.clone(), team, "quintic", steps, method, torch.float32)
+        return torch.tensor(counter.get_total_flops())
+
+    given, blocks = matrix(rows, cols, torch.float32), [rows // 4] * 4
+    found, members = in_threads(blocks, counted)
+    own, gathers, numel = team_cost(rows, cols, steps, method, blocks)
+    assert [int(each) for each in found] == [own] * 4
+    assert [len(member.gathered) for member in members] == [gathers] * 4
+    assert [sum(member.gathered) for member in members] == [numel] * 4
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_zeros_stay_zeros(method: Method) -> None:
+    found, _ = in_threads([4, 4], lambda team: orthogonalize_rows(torch.zeros(1, 8, 12), team, "quintic", None, method))
+    assert not torch.cat(found, 1).any()
+
+
+def test_more_steps_than_the_gram_form_bears_in_bfloat16_are_refused_as_for_one_rank() -> None:
+    given, team = matrix(8, 16, torch.bfloat16), Threads(0, [8], [torch.empty(0)], Barrier(1))
+    with pytest.raises(ValueError, match="method: got 'gram' with 6 steps"):
+        orthogonalize_rows(given, team, [(3.4445, -4.7750, 2.0315)] * 6, 6, "gram")
