@@ -1,7 +1,9 @@
 """Elements that travel in each exchange of a plan, without the buckets of all ranks."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.partition import PartitionLayout, Range
@@ -53,15 +55,16 @@ def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[Excha
 def _add_team(size: ExchangeSizes, layout: PartitionLayout, team: Team) -> None:
     """Add what travels to the members of a team, which has no statistics."""
     cols = layout.matrices[team.matrix].cols
-    blocks = [(member, team.block(member, cols)) for member in team.ranks]
+    ends = [cols * rows for rows in accumulate(team.rows)]
     for rank, within in fragments(layout, team.matrix):
-        for member, block in blocks:
-            common = within.common(block)
-            if common is None:
-                continue
-            size.sends[rank] += common.numel + 1
-            size.receives[member] += common.numel + 1
-            size.keeps[rank] += (common.numel + 1) * (rank == member)
+        at = within.start
+        while at < within.end:
+            member = bisect_right(ends, at)
+            numel = min(ends[member], within.end) - at + 1  # with a flag
+            at = ends[member]
+            size.sends[rank] += numel
+            size.receives[team.ranks[member]] += numel
+            size.keeps[rank] += numel * (rank == team.ranks[member])
 
 
 def cut_alike(layout: PartitionLayout, indices: Sequence[int]) -> Iterable[list[int]]:

@@ -119,8 +119,8 @@ def _teams(predicted: Forecast) -> str:
     each = f"{sizes[0]} ranks" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} ranks"
     sent = max(rank.gathered_bytes for rank in predicted.ranks) / 1e6
     return (
-        f"Teams on ZeRO-{predicted.topology.stage}: with gather, {predicted.teams.total()} of {predicted.matrices:,} matrices are "
-        f"orthogonalized by {each} each, which send each other up to {sent:,.1f} MB for it."
+        f"Teams on ZeRO-{predicted.topology.stage}: with gather, {each} each orthogonalize {predicted.teams.total():,} of the "
+        f"{predicted.matrices:,} matrices together; for that a rank sends up to {sent:,.1f} MB."
     )
 
 

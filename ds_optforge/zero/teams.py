@@ -19,10 +19,10 @@ from ds_optforge.zero.plan import Clocks, ExchangePlan, Team, bounded, critical_
 # What a team's cost is counted in: FLOPs of a member, gathers, and bytes of the tensors that these fill.
 TeamCost: TypeAlias = Callable[[int, int, Sequence[int]], tuple[int, int, int]]
 
-# FLOPs in the time in which a byte travels. On accelerators that of an H100 (half of 989 TFLOP/s) with 400 Gbit/s: over
-# NVLink sharing pays sooner, over slower links later. On a CPU that of one core and gloo.
+# FLOPs in the time in which a byte travels. On accelerators those of an H100 (half of 989 TFLOP/s) with 400 Gbit/s, of which
+# programs reach 70%: over NVLink a team would pay sooner. On a CPU those of one core and gloo.
 _FLOPS_OF_A_BYTE = {"cpu": 64}
-_FLOPS_OF_A_BYTE_ELSEWHERE = 2**13
+_FLOPS_OF_A_BYTE_ELSEWHERE = 2**14
 
 # Each message of a gather takes at least as long as this many bytes.
 _BYTES_OF_A_MESSAGE = 2**16

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.forecast.forecast import forecast
 from ds_optforge.forecast.topology import Topology
 from tests.distributed import teams
 from tests.distributed.conftest import Pools
-from tests.distributed.test_parity import TOLERANCE, assert_same
-from tests.oracles import EXACT
+from tests.distributed.test_parity import assert_same
+from tests.oracles import EXACT, newton_schulz
 
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 0.001}}
 ONE, TWO = [(512, 512)], [(512, 512)] * 2
@@ -58,6 +59,17 @@ def test_a_step_computes_and_sends_what_was_predicted(stage: int, pools: Pools) 
     assert [found["sent"]["c10d::alltoall_base_"] for found in counted] == exchanged
 
 
+def distance_from_formula(weight: Tensor) -> float:
+    """How far the first step to ``weight``, at learning rate 1, is from the formula in float64 on the rounded momentum."""
+    model = teams.build(ONE, 0)
+    model(teams.inputs_of(0, ONE)).backward()
+    before = model.layers[0].weight
+    assert isinstance(before, Tensor)
+    assert before.grad is not None
+    momentum = (before.grad * (0.05 + 0.95 * 0.05)).bfloat16()  # Nesterov's, from zero
+    return float((before.detach() - newton_schulz(momentum) - weight).norm())
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("state_dtype", ["float32", "8bit"])
 def test_in_bfloat16_a_step_is_that_of_one_owner_up_to_the_rounding_of_its_products(
@@ -65,8 +77,8 @@ def test_in_bfloat16_a_step_is_that_of_one_owner_up_to_the_rounding_of_its_produ
 ) -> None:
     """On the same ranks, with gradients that are alike bit for bit, and a rule that knows of no teams.
 
-    The largest elements of these updates are about 0.2: one rounding of bfloat16 is 2^-11 there, and up to eight were seen
-    where the kernel adds up fewer rows in another order.
+    A kernel may add up fewer rows in another order, and Newton-Schulz magnifies small singular directions, of which this
+    gradient, of rank 8, has 504. So the bound is how far one owner is from the formula: 1.05, where the two are 0.035 apart.
     """
     params = {**MUON, "state_dtype": state_dtype, "lr": 1.0, "weight_decay": 0.0}
     together = pools[4].run(teams.train, stage, ONE, params, 1)
@@ -75,8 +87,9 @@ def test_in_bfloat16_a_step_is_that_of_one_owner_up_to_the_rounding_of_its_produ
     for found, expected in zip(together, alone, strict=True):
         assert "c10d::send" not in expected["sent"]
         name = "layers.0.weight"
-        difference = found["parameters"][name] - expected["parameters"][name]
-        assert difference.abs().max() <= 2**-8
+        difference = (found["parameters"][name] - expected["parameters"][name]).norm()
+        assert difference <= distance_from_formula(expected["parameters"][name]) / 10
+        assert distance_from_formula(found["parameters"][name]) <= 1.02 * distance_from_formula(expected["parameters"][name])
         assert torch.equal(found["parameters"]["bias"], expected["parameters"]["bias"])
 
 
@@ -87,8 +100,7 @@ def test_a_matrix_without_gradient_stands_still_on_all_members(stage: int, pools
     expected = teams.one_process(TWO, params, 2, skipped=1, few=1)
     before = teams.one_process(TWO, params, 1, few=1)["layers.1.weight"]
     for found in pools[4].run(teams.train, stage, TWO, params, 2, skipped=1, few=1):
-        assert_same(found["parameters"], expected, TOLERANCE)
-        assert torch.equal(found["parameters"]["layers.1.weight"], expected["layers.1.weight"]) or stage
+        assert_same(found["parameters"], expected)
         torch.testing.assert_close(found["parameters"]["layers.1.weight"], before, rtol=0, atol=1e-6)
 
 
@@ -108,11 +120,13 @@ def test_telemetry_sees_the_whole_factor(pools: Pools) -> None:
         pools[4].run(teams.train, 3, TWO, {**params, "name": name}, 1) for name in ("muon", "lonely")
     )
     errors = [
-        {group: numbers.get("orthogonality_error") for group, numbers in found["telemetry"]["groups"].items()}
+        numbers["orthogonality_error"]
         for found in (together, alone)
+        for numbers in found["telemetry"]["groups"].values()
+        if "orthogonality_error" in numbers
     ]
-    assert list(errors[0].values()) == pytest.approx(list(errors[1].values()), rel=1e-4)
-    assert any(errors[0].values())
+    assert len(errors) == 2
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4) != 0
 
 
 def test_a_gather_every_few_steps_has_teams_in_those(pools: Pools) -> None:
