@@ -17,7 +17,7 @@ from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding, bind
 from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
 from ds_optforge.zero.placement import Held, Placement, TensorRange
-from ds_optforge.zero.plan import make_plan
+from ds_optforge.zero.plan import ExchangePlan, make_plan
 from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
 from ds_optforge.zero.teams import TeamCost, with_teams
 
@@ -130,18 +130,11 @@ def plan_group(
     layout = PartitionLayout(binding.world_size, names, binding.cuts, matrices, tensor_ranks)
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
-    cost = wanted.cost
     device = binding.device.type
-
-    def cost_of(matrix: Matrix) -> int:
-        return matrix.parts * cost(*matrix.part_shape) if cost else 0
-
-    plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
-    if wanted.team_cost and wanted.gathers:
-        plan = with_teams(plan, cost_of, wanted.team_cost, wanted.wire.itemsize, device)
+    plan = _plan(layout, wanted, device)
     require_agreement(plan, agreed, binding)
     held = tuple(map(tuple, placement.held_fragments()))
-    if cost is None:
+    if wanted.cost is None:
         return GroupPlan(binding, placement, held)
     kept = Kept(wanted.statistics, torch.float32.itemsize // wanted.wire.itemsize)
     numel = plan.local_numel(device)
@@ -155,6 +148,18 @@ def plan_group(
         tuple(map(bucket_of, local_buckets(plan, binding.rank, numel, kept))),
         tuple(map(bucket_of, lone_buckets(plan, binding.rank, numel, kept))) if wanted.alone else (),
     )
+
+
+def _plan(layout: PartitionLayout, wanted: Wanted, device: str) -> ExchangePlan:
+    cost = wanted.cost
+
+    def cost_of(matrix: Matrix) -> int:
+        return matrix.parts * cost(*matrix.part_shape) if cost else 0
+
+    plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
+    if wanted.team_cost and wanted.gathers:
+        return with_teams(plan, cost_of, wanted.team_cost, wanted.wire.itemsize, device)
+    return plan
 
 
 class _Planner:
