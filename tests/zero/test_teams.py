@@ -10,7 +10,16 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import strategies as st
+from torch import nn
 
+from ds_optforge.config.optimizer import OptimizerConfig
+from ds_optforge.forecast.exchange_sizes import exchange_sizes
+from ds_optforge.forecast.hardware import hardware
+from ds_optforge.forecast.plan import Plan, plan_stage
+from ds_optforge.forecast.report import report
+from ds_optforge.forecast.step_time import Workload
+from ds_optforge.forecast.topology import Topology
+from ds_optforge.routing.roles import routes_of
 from ds_optforge.rules.muon import MuonSettings
 from ds_optforge.zero.buckets import exchange_buckets
 from ds_optforge.zero.partition import Cut, Joined, Matrix, PartitionLayout, Range, cuts_of_group, cuts_of_parameters
@@ -205,6 +214,33 @@ class TestExchange:
             for exchange, bucket in zip(plan.exchanges, exchange_buckets(plan, rank), strict=True):
                 expected = [team for team in plan.teams if team.matrix in exchange and rank in team.ranks]
                 assert list(bucket.teams) == expected
+
+
+@holds_for(plans_with_teams())
+def test_the_sizes_that_are_forecast_are_those_of_the_buckets(drawn: tuple[World, ExchangePlan]) -> None:
+    _, plan = drawn
+    sizes = exchange_sizes(plan)
+    for rank in range(plan.layout.world_size):
+        for size, bucket in zip(sizes, exchange_buckets(plan, rank), strict=True):
+            assert (size.sends[rank], size.receives[rank]) == (sum(bucket.sends), sum(bucket.receives))
+            assert size.keeps[rank] == bucket.sends[rank] == bucket.receives[rank]
+
+
+def test_the_report_says_how_many_ranks_share_how_many_matrices() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = nn.Linear(32768, 32768, bias=False, device="meta")
+
+    config, speeds = OptimizerConfig({"name": "muon"}), hardware("h100", None, 16)
+    routes = routes_of(Net(), config)
+    workload = Workload(2**19, 6 * 32768**2)
+    found = plan_stage(routes, config.common.sharding, Topology(16, 3, device="cuda"), speeds, workload)
+    plan = Plan("net", routes, config.common.sharding, speeds, workload, 4096, [found])
+    text = " ".join(report(plan).split())
+    assert "Teams on ZeRO-3: with gather, 13 ranks each orthogonalize 1 of the 1 matrices together" in text
+    assert plan.plain()["stages"][0]["teams"] == {"13": 1}
+    assert "orthogonalize nothing" not in text
 
 
 def test_a_block_is_a_range_of_elements() -> None:
