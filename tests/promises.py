@@ -101,6 +101,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "ZeRO, ranks and offload": {
         "world-size": "One process and any number of ranks train the same parameters.",
         "zero-stages": "ZeRO 1, 2 and 3 train the same parameters.",
+        "teams": "Several ranks orthogonalize a large matrix together where ranks would be idle, and it trains as with one.",
         "tensor-parallel": "A matrix that tensor parallelism has cut is orthogonalized whole, once.",
         "tensor-parallel-checkpoint": "A checkpoint resumes on other numbers of tensor ranks, or without tensor parallelism.",
         "pipeline": "The stages of a DeepSpeed PipelineModule train as one process does, whatever roles each holds.",

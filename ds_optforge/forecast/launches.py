@@ -42,7 +42,8 @@ def step_launches(predicted: Forecast) -> Launches:
     rank = max(range(len(predicted.ranks)), key=lambda each: predicted.ranks[each].flops)
     kernels, uncounted = 0, set()
     for call in predicted.calls:
-        if not counted_alone(call.settings) or len(call.buffers) > len(call.rule.buffers):  # something around the rule
+        around = len(call.buffers) > len(call.rule.buffers)  # something around the rule
+        if not counted_alone(call.settings) or around or (call.plan and call.plan.teams):
             uncounted.add(call.settings.rule)
         elif isinstance(call.rule, MatrixRule):
             kernels += _matrix_launches(call, rank // call.siblings)

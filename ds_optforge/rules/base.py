@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Healthy
+from ds_optforge.orthogonalize import Healthy, Team
 
 Tensors: TypeAlias = Sequence[Tensor]
 State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter, of its shape and dtype
@@ -100,7 +100,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Whole matrices of one shape, for `MatrixRule.update`.
+    """Whole matrices of one shape, or one matrix of a team, for `MatrixRule.update`.
 
     Attributes:
         matrices: (n, rows, cols) directions, in the wire's dtype; may be overwritten.
@@ -111,7 +111,9 @@ class Batch:
         sums: by name, (n, outputs) or (n, 1) in float32; empty for a rule with `MatrixRule.settle`.
         has_all: whether no statistic is another rank's, so that none is negative.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
-            telemetry.
+            telemetry. With a team, with this member's rows of them.
+        team: the ranks that compute the update of the one matrix together; None for a rank alone. Only a rule that
+            `works_in_teams` gets one.
     """
 
     matrices: Tensor
@@ -121,6 +123,7 @@ class Batch:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     has_all: bool = False
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
+    team: Team | None = None
 
 
 class Rule(ABC):
@@ -216,6 +219,8 @@ class MatrixRule(Rule):
         reads_weights: whether `direction`, and `summand` of the gradient, get the weights.
         refuses_zeros: whether a matrix of zeros is an error in its first step.
         resizes: whether `apply` gives the update another size than `rms`: telemetry then expects none.
+        in_teams: whether the `update` of the class that says so heeds ``batch.team``; `team_cost` is then needed. It is not
+            inherited by a class that has an `update` of its own.
     """
 
     __slots__ = ()
@@ -225,6 +230,7 @@ class MatrixRule(Rule):
     reads_weights: ClassVar[bool] = False
     refuses_zeros: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
+    in_teams: ClassVar[bool] = False
 
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
@@ -239,6 +245,28 @@ class MatrixRule(Rule):
             cols: stored columns.
         """
         return self.cost(rows, cols)
+
+    @property
+    def needs_owner(self) -> bool:
+        """Whether the rule, as it is set, needs one owner for each matrix all the same; asked where there is ``in_teams``."""
+        return False
+
+    def team_cost(self, device: str, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Count what `update` of one (rows, cols) matrix costs a member of a team. Teams are planned by it.
+
+        Args:
+            device: "cpu", "cuda", ...
+            rows: stored rows.
+            cols: stored columns.
+            blocks: rows of each member.
+
+        Returns:
+            (FLOPs of the member with most rows; calls of `Team.gather`; bytes of the tensors that these fill).
+
+        Raises:
+            NotImplementedError: a rule without ``in_teams``.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
@@ -267,7 +295,8 @@ class MatrixRule(Rule):
             now: the hyperparameters that `begin` returned.
 
         Returns:
-            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0.
+            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0. With a team, this
+            member's rows of the one update.
         """
 
     @abstractmethod
@@ -345,6 +374,16 @@ class MatrixRule(Rule):
             NotImplementedError: a rule without `sums`.
         """
         raise NotImplementedError
+
+
+def works_in_teams(rule: MatrixRule) -> bool:
+    """Whether several ranks can compute the `update` of one matrix together.
+
+    The class that defines `update` has to say so: one that overrides the `update` of a rule for teams may not know of them.
+    Statistics of a rule have one owner, and so do the matrices of one that `needs_owner` as it is set.
+    """
+    definer = next(base for base in type(rule).__mro__ if "update" in vars(base))
+    return bool(vars(definer).get("in_teams", False)) and not rule.needs_owner and not rule.statistics
 
 
 def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:

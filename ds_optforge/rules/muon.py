@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, orthogonalized."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -13,12 +13,15 @@ from torch import Tensor
 from ds_optforge.orthogonalize import (
     Healthy,
     Method,
+    Team,
     accurate_method,
     coefficient_set,
     flops,
     gram_dtype,
     healthy,
     orthogonalize,
+    orthogonalize_rows,
+    team_cost,
 )
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
 from ds_optforge.rules.normalization import Normalization, NormalizationSettings
@@ -59,12 +62,16 @@ class Orthogonalization:
     compile: bool = False
     rms: float = _MOONLIGHTS_RMS
 
-    def __call__(self, matrices: Tensor) -> Tensor:
+    def __call__(self, matrices: Tensor, team: Team | None = None) -> Tensor:
         """Return the orthogonal factors of ``matrices``, (n, rows, cols), in ``dtype``; the argument may be overwritten.
+
+        With a ``team``, of one matrix, (1, own rows, cols). It is then collective, and never compiled.
 
         Raises:
             ValueError: see `orthogonalize`.
         """
+        if team is not None:
+            return orthogonalize_rows(matrices, team, self.coefficients, self.steps, self.method, self.dtype)
         function = _compiled() if self.compile else orthogonalize
         return function(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
 
@@ -88,10 +95,18 @@ class Orthogonalization:
         Raises:
             ValueError: see `orthogonalize`.
         """
+        return flops(rows, cols, *self._form(device))
+
+    def team_cost(self, device: str, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Return FLOPs, gathers and gathered bytes of a member of a team: see `MatrixRule.team_cost`."""
+        own, gathers, numel = team_cost(rows, cols, *self._form(device), blocks)
+        return own, gathers, numel * self.dtype.itemsize
+
+    def _form(self, device: str) -> tuple[int, Method]:
+        """Return the number of steps, and a method that is accurate in ``dtype`` on a type of device."""
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
-        method = accurate_method(self.method, steps, gram_dtype(self.dtype, device), chosen.steep)
-        return flops(rows, cols, steps, method)
+        return steps, accurate_method(self.method, steps, gram_dtype(self.dtype, device), chosen.steep)
 
 
 @cache
@@ -121,6 +136,12 @@ class Muon(MatrixRule):
     normalization: Normalization | None = None
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
+    in_teams: ClassVar[bool] = True
+
+    @property
+    def needs_owner(self) -> bool:
+        """Whether rows or columns are normalized: the sizes of whole ones are known to one owner."""
+        return self.normalization is not None
 
     def cost(self, rows: int, cols: int) -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix on a CPU."""
@@ -129,6 +150,10 @@ class Muon(MatrixRule):
     def cost_on(self, device: str, rows: int, cols: int) -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix; arguments as in `MatrixRule.cost_on`."""
         return self.orthogonalization.flops(rows, cols, device)
+
+    def team_cost(self, device: str, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Return FLOPs, gathers and gathered bytes of a member; arguments as in `MatrixRule.team_cost`."""
+        return self.orthogonalization.team_cost(device, rows, cols, blocks)
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
         """Lower ``momentum`` during its warm-up; arguments as in `Rule.begin`."""
@@ -160,11 +185,14 @@ class Muon(MatrixRule):
         return orthogonal.mul_(factors if sizes is None else sizes.mul_(factors))
 
     def orthogonal(self, batch: Batch) -> Tensor:
-        """Return the orthogonal factors of a batch, (n, rows, cols), in the dtype of the products; its matrices may be lost."""
+        """Return the orthogonal factors of a batch, (n, rows, cols), in the dtype of the products; its matrices may be lost.
+
+        With a team, this member's rows of them.
+        """
         matrices = batch.matrices
         if self.normalization:
             matrices = self.normalization.before(matrices, batch.transposed)
-        return self.orthogonalization(matrices)
+        return self.orthogonalization(matrices, batch.team)
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         """Return scale / sqrt(max(rows, cols)); arguments as in `MatrixRule.rms`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of, works_in_teams
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums, Summed
@@ -60,7 +60,9 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
     statistics = tuple(statistic.per for statistic in statistics_of(rule, "update"))
-    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, sharding.mode == "shard_local")
+    team_cost = rule.team_cost if works_in_teams(rule) else None
+    alone = sharding.mode == "shard_local"
+    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, alone, team_cost)
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:

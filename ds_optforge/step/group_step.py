@@ -342,11 +342,13 @@ class _MatrixStep:
             dict(zip(names, found.statistics, strict=True)),
             bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
             found.has_all,
-            watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
+            watch.orthogonality(bucket.exchange, index, found) if watch else _ignore,
+            found.team,
         )
+        shape = found.shape_of_update
         updates = self._rule.update(batch, self._call.now)
-        if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
-            raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
+        if not isinstance(updates, Tensor) or updates.shape != shape:
+            raise self._wrong("update", updates, f"a tensor of shape {tuple(shape)}, as batch.matrices")
         bucket.exchange.put(index, updates, found)
 
     def _apply(self, bucket: Bucket) -> None:

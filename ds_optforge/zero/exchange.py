@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.batches import batches_of, values_in_buffer
+from ds_optforge.zero.batches import OwnedBatch, batches_of, values_in_buffer
 from ds_optforge.zero.buckets import RankBucket
+from ds_optforge.zero.gather import TeamGather
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.partition import PartitionLayout
 from ds_optforge.zero.views import Views
@@ -27,7 +28,7 @@ _PATTERNS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixBatch:
-    """Owned matrices of one shape.
+    """Owned matrices of one shape, or one that a team owns.
 
     Attributes:
         matrices: (n, rows, cols) in the wire dtype.
@@ -35,6 +36,7 @@ class MatrixBatch:
         statistics: one for each of the rule's: (n, outputs) or (n, 1) in float32, negative where another rank keeps a value.
         transposed: whether the matrices are stored (in, out).
         has_all: whether no statistic is another rank's.
+        team: with which this rank orthogonalizes the one matrix, and puts its own rows of the update; None if it is alone.
     """
 
     matrices: Tensor
@@ -42,6 +44,13 @@ class MatrixBatch:
     statistics: tuple[Tensor, ...]
     transposed: bool
     has_all: bool
+    team: TeamGather | None = None
+
+    @property
+    def shape_of_update(self) -> torch.Size:
+        """(n, rows, cols) of what is to be `put`: with a team, this rank's rows."""
+        count, rows, cols = self.matrices.shape
+        return torch.Size((count, self.team.own[1] if self.team else rows, cols))
 
 
 class BucketExchange:
@@ -83,6 +92,7 @@ class BucketExchange:
         self._sent = Views([(0, place.position, place.within.numel) for place in bucket.sent])
         self._values_sent = values_in_buffer(bucket, bucket.sent)
         self._batches = batches_of(layout, bucket, batch_numel)
+        self._teams = [TeamGather(batch.team, binding) if batch.team else None for batch in self._batches]
         flags: dict[int, list[int]] = {}
         for batch in self._batches:
             for slot, flag in batch.flags:
@@ -161,8 +171,11 @@ class BucketExchange:
         return tuple(matrix for matrix in batch.numbers for _ in range(batch.joins.parts if batch.joins else 1))
 
     def matrices(self, index: int) -> MatrixBatch:
-        """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it."""
-        batch = self._batches[index]
+        """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it.
+
+        Collective over the team, if the batch has one: members take their batches in one order.
+        """
+        batch, team = self._batches[index], self._teams[index]
         if batch.start >= 0:
             matrices = self._receive.narrow(0, batch.start, batch.numel).view(batch.count, batch.rows, batch.cols)
         else:
@@ -171,6 +184,8 @@ class BucketExchange:
             torch._foreach_copy_(batch.inside.of([matrices.view(-1)]), batch.received.of([self._receive]))
         matrices = batch.folded(matrices)
         active = self._active.narrow(0, batch.first, batch.count)
+        if team:
+            matrices = self._gathered(batch, matrices, team)
         outputs = batch.cols if batch.transposed else batch.rows
         shapes = [(batch.count, outputs if per == "row" else 1) for per in self.bucket.kept.per]
         statistics = tuple(torch.empty(shape, dtype=torch.float32, device=matrices.device) for shape in shapes)
@@ -183,14 +198,25 @@ class BucketExchange:
         if batch.joins:
             active, matrices = active.repeat_interleave(batch.joins.parts), batch.parted(matrices)
             statistics = tuple(map(batch.parted_values, statistics))
-        return MatrixBatch(matrices, active, statistics, batch.transposed, not batch.lacks_values)
+        return MatrixBatch(matrices, active, statistics, batch.transposed, not batch.lacks_values, team)
+
+    def _gathered(self, batch: OwnedBatch, block: Tensor, team: TeamGather) -> Tensor:
+        """Return the whole matrix, (1, rows, cols), of which the ``block`` has arrived here; tell whether any is active."""
+        flags = self._active.narrow(0, batch.first, 1)
+        whole, found = block.new_empty(1, sum(team.rows), batch.cols), flags.new_empty(1, len(team.rows), 1)
+        whole.narrow(1, *team.own).copy_(block)
+        found.narrow(1, team.place, 1).copy_(flags.view(1, 1, 1))
+        team.gather_all([(whole, team.rows), (found, (1,) * len(team.rows))])
+        flags.copy_(found.amax(1).view(1))
+        self._receive[self._owned_flags[batch.first]] = flags
+        return whole
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
         """Put updates in the place of a batch of matrices.
 
         Args:
             index: number of the batch.
-            updates: (n, rows, cols), of any dtype; rounded to the wire's.
+            updates: (n, rows, cols), of any dtype; rounded to the wire's. Of a team's matrix this rank's rows.
             given: what `matrices` returned for it, with its statistics advanced.
         """
         batch = self._batches[index]

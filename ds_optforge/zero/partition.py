@@ -28,6 +28,11 @@ class Range:
         """The first number behind the range."""
         return self.start + self.numel
 
+    def common(self, other: "Range") -> "Range | None":
+        """Return the range that both have; None if they have none."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return Range(start, end - start) if start < end else None
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:
