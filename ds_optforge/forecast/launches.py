@@ -133,7 +133,7 @@ class _Bucket:
 
 
 def _runs(portion: Portion) -> list[int]:
-    """Elements of each run of equal items that lie side by side: see `ds_optforge.rules.base.side_by_side`."""
+    """Elements of each run of equal items that lie side by side: see `ds_optforge.rules.flat.side_by_side`."""
     places: list[tuple[int, int]] = []  # (start, numel) of each item
     for span in portion.spans:
         start = span.within.start

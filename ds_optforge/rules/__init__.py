@@ -12,8 +12,8 @@ from ds_optforge.rules.base import (
     Sums,
     Tensors,
     Values,
-    decay,
 )
+from ds_optforge.rules.flat import decay
 from ds_optforge.rules.registry import RuleError, register_rule, rule_names, rule_settings
 from ds_optforge.rules.settings import DecaySettings, RuleSettings
 

@@ -23,7 +23,8 @@ from ds_optforge.orthogonalize import (
     orthogonalize_rows,
     team_cost,
 )
-from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
+from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors
+from ds_optforge.rules.flat import decay, descend
 from ds_optforge.rules.normalization import Normalization, NormalizationSettings
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive, RuleSettings

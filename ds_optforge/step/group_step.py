@@ -18,9 +18,9 @@ from ds_optforge.rules.base import (
     State,
     Tensors,
     buffers_of,
-    side_by_side,
     statistics_of,
 )
+from ds_optforge.rules.flat import side_by_side
 from ds_optforge.step.finite import Gradients
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.step.telemetry import Telemetry, Watch
