@@ -169,7 +169,7 @@ class _Group:
     def __init__(self, routes: Sequence[Route], sharding: ShardingSettings, topology: Topology, experts: bool) -> None:
         self.siblings = topology.expert_parallel if experts else 1
         self.device = topology.device
-        self.rule = built(routes[0].settings)
+        self.rule = built(routes[0].settings, sharding)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
         self.state_dtype = routes[0].settings.state_dtype

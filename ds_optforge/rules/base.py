@@ -8,9 +8,11 @@ The tensors that a rule's elementwise members get are flat, (elements,): contigu
 the dtype in which the parameters are stepped (float32 under DeepSpeed, the model's own in plain PyTorch).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -89,9 +91,28 @@ class Sum:
     of_update: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Declaration that a step updates some output rows of each matrix alone: those in which a sum is largest.
+
+    Of rows with equal sums the first ones are chosen. What members get as that sum is 1 for a chosen row and 0 for another.
+
+    Attributes:
+        by: name of a sum per row, of the gradient.
+        share: of the output rows that are chosen, above 0 and below 1.
+    """
+
+    by: str
+    share: float
+
+    def count(self, outputs: int) -> int:
+        """Return how many of ``outputs`` rows are chosen: ``share`` of them, taken as a decimal fraction, rounded up."""
+        return math.ceil(Fraction(repr(self.share)) * outputs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Whole matrices of one shape, for `MatrixRule.update`.
+    """Whole matrices of one shape, or their chosen rows (see `Choice`), for `MatrixRule.update`.
 
     Attributes:
         matrices: (n, rows, cols) directions, in the wire's dtype; may be overwritten.
@@ -103,6 +124,7 @@ class Batch:
         has_all: whether no statistic is another rank's, so that none is negative.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
             telemetry.
+        whole: (rows, cols) of the matrices from which rows were chosen; None if these are whole.
     """
 
     matrices: Tensor
@@ -112,6 +134,12 @@ class Batch:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     has_all: bool = False
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
+    whole: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the whole matrices."""
+        return self.whole or (self.matrices.shape[-2], self.matrices.shape[-1])
 
 
 class Rule(ABC):
@@ -211,9 +239,17 @@ class MatrixRule(Rule):
     sums: ClassVar[tuple[Sum, ...]] = ()
     reads_weights: ClassVar[bool] = False
 
+    @property
+    def choice(self) -> Choice | None:
+        """The rows of each matrix that a step updates: `update` gets them alone, and only they travel; None: all."""
+        return None
+
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
-        """Return the cost of `update` on one (rows, cols) matrix in FLOPs. The plan balances owners by it."""
+        """Return the cost of `update` on one (rows, cols) matrix, or on as many chosen rows, in FLOPs.
+
+        The plan balances owners by it.
+        """
 
     @abstractmethod
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
+from ds_optforge.step.rows import ChosenRows
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.buckets import RankBucket
@@ -61,7 +62,8 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
     statistics = tuple(statistic.per for statistic in rule.statistics)
-    return Wanted(sharding.bucket_numel, rule.cost, wire, statistics, sharding.travels, sharding.mode == "shard_local")
+    rows = rule.choice.count if rule.choice else None
+    return Wanted(sharding.bucket_numel, rule.cost, wire, statistics, sharding.travels, sharding.mode == "shard_local", rows)
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
@@ -130,6 +132,8 @@ class _BucketBuilder:
     def _bucket(self, bucket: PlannedBucket, alone: bool) -> Bucket:
         packed = self._packed(bucket)
         own, sums = bucket.exchange.bucket, self._rule.sums
+        choice = self._rule.choice
+        found = BucketSums(sums, self._layout, own, self._binding, choice) if sums else None
         flags = [own.sent[item.fragment].flag for portion in packed for item in portion]
         return Bucket(
             bucket.exchange,
@@ -138,7 +142,8 @@ class _BucketBuilder:
             torch.tensor(flags, dtype=torch.long, device=self._near),
             self._kept(bucket),
             self._norms(own) if alone else None,
-            BucketSums(sums, self._layout, own, self._binding) if sums else None,
+            found,
+            ChosenRows(choice, bucket.exchange, found) if choice and found else None,
         )
 
     def _kept(self, bucket: PlannedBucket) -> tuple[tuple[str, Views], ...]:

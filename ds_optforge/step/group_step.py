@@ -23,6 +23,7 @@ from ds_optforge.rules.base import (
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.zero.agreement import any_rank
+from ds_optforge.zero.exchange import MatrixBatch
 
 
 class GroupStep:
@@ -204,6 +205,7 @@ class _MatrixStep:
 
     def __init__(self, call: _Call, rule: MatrixRule) -> None:
         self._call, self._rule = call, rule
+        self._chosen_by = rule.choice.by if rule.choice else ""
         self._by_gradient, self._by_update = buffers_of(rule, of_update=False), buffers_of(rule, of_update=True)
 
     def step_matrices(self) -> None:
@@ -276,6 +278,8 @@ class _MatrixStep:
                 given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
                 directions = rule.direction(*given, sums, call.now)
                 self._require_alike("direction", directions, given[0])
+                if bucket.rows:
+                    bucket.rows.mark(portion.in_send, sums[self._chosen_by])
             else:
                 directions = rule.direction(gradients, weights, state, {}, call.now)
                 self._require_alike("direction", directions, gradients)
@@ -285,6 +289,8 @@ class _MatrixStep:
                 call.watch.momentum(portion.spans, gradients, state)
 
     def _send(self, bucket: Bucket) -> None:
+        if bucket.rows:
+            bucket.rows.send()
         active = _nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
         bucket.exchange.collect(active, self._kept(bucket))
 
@@ -296,23 +302,33 @@ class _MatrixStep:
         return portion.split(weights) if weights else []
 
     def _update(self, bucket: Bucket) -> None:
-        watch = self._call.watch
         for index in bucket.exchange.batches:
-            found = bucket.exchange.matrices(index)
-            names = (statistic.name for statistic in self._rule.statistics)
-            batch = Batch(
-                found.matrices,
-                found.active,
-                found.transposed,
-                dict(zip(names, found.statistics, strict=True)),
-                bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
-                found.has_all,
-                watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
-            )
-            updates = self._rule.update(batch, self._call.now)
-            if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
-                raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
-            bucket.exchange.put(index, updates, found)
+            whole = bucket.exchange.matrices(index)
+            if bucket.rows:
+                chosen, numbers = bucket.rows.take(index, whole)
+                updates = self._updates(bucket, index, chosen, (whole.matrices.shape[1], whole.matrices.shape[2]))
+                bucket.exchange.put(index, bucket.rows.spread(updates, numbers, chosen, whole), whole)
+            else:
+                bucket.exchange.put(index, self._updates(bucket, index, whole), whole)
+
+    def _updates(self, bucket: Bucket, index: int, found: MatrixBatch, whole: tuple[int, int] | None = None) -> Tensor:
+        """Return the rule's updates of a batch, in its shape; ``whole`` is that of the matrices if these are rows of them."""
+        watch = self._call.watch
+        names = (statistic.name for statistic in self._rule.statistics)
+        batch = Batch(
+            found.matrices,
+            found.active,
+            found.transposed,
+            dict(zip(names, found.statistics, strict=True)),
+            bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
+            found.has_all,
+            watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
+            whole,
+        )
+        updates = self._rule.update(batch, self._call.now)
+        if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
+            raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
+        return updates
 
     def _apply(self, bucket: Bucket) -> None:
         bucket.exchange.await_updates()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.refused import BUILT_LATER
+from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.lora import refuse_without_adapters
 from ds_optforge.routing.matching import ParameterNames
@@ -98,7 +99,7 @@ class Groups:
         for entry in entries:
             group, settings = members[entry.identifier], entry.settings
             parameters, routes = (tuple(column) for column in zip(*group, strict=True)) if group else ((), ())
-            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings))
+            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings, self._config.common.sharding))
             stepped = list(parameters) or [next(placeholders)]
             groups.append({"params": stepped, GROUP: entry.identifier, **entry.keys, **settings.scheduled()})
         return groups
@@ -251,13 +252,14 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return [{"params": items}]
 
 
-def built(settings: RuleSettings) -> ElementwiseRule | MatrixRule:
-    """Build the rule of ``settings``.
+def built(settings: RuleSettings, sharding: ShardingSettings) -> ElementwiseRule | MatrixRule:
+    """Build the rule of ``settings``, which steps all rows or a share of them.
 
     Raises:
         TypeError: `build` returned something else than the class that ``builds`` declares.
     """
-    rule = settings.build()
+    by_rows = sharding.share < 1 and settings.needs_matrix()
+    rule = settings.build_rows(sharding.share) if by_rows else settings.build()
     if not isinstance(rule, settings.builds):
         raise TypeError(f"{type(settings).__qualname__}.build: got {rule!r}; allowed: a {settings.builds.__qualname__}")
     return rule

@@ -15,7 +15,7 @@ from ds_optforge.zero.agreement import require_agreement
 from ds_optforge.zero.buckets import Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per, chosen_shape
 from ds_optforge.zero.placement import Held, Placement, TensorRange
 from ds_optforge.zero.plan import make_plan
 from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
@@ -52,6 +52,7 @@ class Wanted:
         statistics: by statistic of the rule, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
+        rows: how many of so many output rows a step orthogonalizes and sends; None for all of them.
     """
 
     bucket_numel: int
@@ -60,6 +61,7 @@ class Wanted:
     statistics: tuple[Per, ...] = ()
     gathers: bool = True
     alone: bool = False
+    rows: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +133,8 @@ def plan_group(
     device = binding.device.type
 
     def cost_of(matrix: Matrix) -> int:
-        return matrix.parts * cost(*matrix.part_shape) if cost else 0
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, wanted.rows)
+        return matrix.parts * cost(*shape) if cost else 0
 
     plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
     require_agreement(plan, agreed, binding)
@@ -158,11 +161,14 @@ class _Planner:
     def __init__(self, binding: Binding, placement: Placement, wanted: Wanted, batch_numel: int, near: torch.device) -> None:
         self._near = near
         self._binding, self._placement, self._wire, self._batch_numel = binding, placement, wanted.wire, batch_numel
+        self._by_rows = wanted.rows is not None
         self._values = [placement.value_places(per) for per in wanted.statistics]
 
     def __call__(self, bucket: RankBucket) -> PlannedBucket:
         layout = self._placement.layout
-        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near)
+        exchange = BucketExchange(
+            layout, bucket, self._binding, self._wire, self._batch_numel, self._near, self._by_rows
+        )
         fragments = tuple(self._placement.range_of(fragment) for fragment in bucket.fragments)
         kept = tuple(tuple(values[fragment.matrix] for values in self._values) for fragment in bucket.fragments)
         return PlannedBucket(exchange, fragments, kept)
