@@ -48,14 +48,20 @@ class Muon:
 
 
 class RowMuon:
-    """Error feedback on one (out, in) weight, in float64: M <- M + g; R the rows of largest ||M_r||_1; U = NS(M[R]); M[R] <- mu M[R].
+    """Error feedback on one (out, in) weight, in float64: M <- M + g; R: rows of largest |M|_1; U = NS(M[R]); M[R] <- mu M[R].
 
     W <- (1 - lr wd) W everywhere, then W[R] <- W[R] - lr scale U, the scale that of the whole shape. With ``beta2``, U is
     normalised by rows as in NorMuon, whose second moment moves for the rows of R alone.
     """
 
     def __init__(
-        self, weight: Tensor, lr: float, rows: int, momentum: float = 0.95, weight_decay: float = 0.0, beta2: float | None = None
+        self,
+        weight: Tensor,
+        lr: float,
+        rows: int,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        beta2: float | None = None,
     ) -> None:
         self.weight = weight.detach().double()
         self.buffer = torch.zeros_like(self.weight)

@@ -1,6 +1,6 @@
 """Elements that travel in each exchange of a plan, without the buckets of all ranks."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
@@ -26,15 +26,28 @@ class ExchangeSizes:
         return self.sends[rank] + self.receives[rank] - 2 * self.keeps[rank]
 
 
-def exchange_sizes(plan: ExchangePlan, kept: Kept = NO_STATISTICS) -> list[ExchangeSizes]:
-    """Sizes of the buffers that `exchange_buckets` makes on every rank, in O(fragments) time."""
+def exchange_sizes(
+    plan: ExchangePlan, kept: Kept = NO_STATISTICS, rows: Callable[[int], int] | None = None
+) -> list[ExchangeSizes]:
+    """Sizes of the buffers that `exchange_buckets` makes on every rank, in O(fragments) time.
+
+    Args:
+        plan: of the group.
+        kept: the rule's statistics.
+        rows: how many of so many output rows are chosen; the sizes are then means of what travels, as if every row were chosen
+            as often as another.
+    """
     sizes = []
     for exchange in plan.exchanges:
         size = ExchangeSizes(*([0] * plan.layout.world_size for _ in range(3)))
         for alike in cut_alike(plan.layout, exchange):
             matrix, first = plan.layout.matrices[alike[0]], plan.layout.holders(alike[0]).start
+            outputs = matrix.outputs // matrix.parts
+            chosen = rows(outputs) if rows else outputs
             elements = [
-                within.numel + 1 + kept.words * sum(matrix.values_in(per, within).numel for per in kept.per)
+                round(within.numel * chosen / outputs)
+                + 1
+                + kept.words * sum(matrix.values_in(per, within).numel for per in kept.per)
                 for _, within in fragments(plan.layout, alike[0])
             ]
             for rank, count in enumerate(elements, start=first):

@@ -22,7 +22,7 @@ from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.group_plan import matrices_of
-from ds_optforge.zero.partition import Matrix, PartitionLayout, cuts_of_group, cuts_of_parameters
+from ds_optforge.zero.partition import Matrix, PartitionLayout, chosen_shape, cuts_of_group, cuts_of_parameters
 from ds_optforge.zero.plan import ExchangePlan, critical_path, make_plan
 
 _BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / BLOCK}  # 8bit: a float32 absmax per block
@@ -37,6 +37,7 @@ _MATRIX_BYTES = 86
 _STATISTIC_BYTES = 40
 
 Cost = Callable[[Matrix], int]
+Rows = Callable[[int], int]  # how many of so many output rows are chosen
 
 
 @dataclass(slots=True)
@@ -47,7 +48,8 @@ class RankFigures:
         matrices: number of matrices that the rank orthogonalizes.
         flops: FLOPs of orthogonalizing them.
         shard_flops: FLOPs of orthogonalizing its own fragments instead (shard_local).
-        sent_bytes: bytes that it sends to other ranks, fragments and updates.
+        sent_bytes: bytes that it sends to other ranks, fragments and updates; where rows are chosen, their mean if every row
+            is chosen as often as another.
         workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and its largest matrix together.
         local_workspace_bytes: the same where fragments are stepped alone: its largest bucket of them, read and written.
         state_bytes: bytes of optimizer state, without the weights.
@@ -177,8 +179,10 @@ class _Group:
         self.plan: ExchangePlan | None = None
         self.cost: Cost = lambda matrix: 0
         self.kept = NO_STATISTICS
+        self.rows: Rows | None = None
         if isinstance(self.rule, MatrixRule):
-            self.cost = _remembered(self.rule.cost)
+            self.rows = self.rule.choice.count if self.rule.choice else None
+            self.cost = _remembered(self.rule.cost, self.rows)
             self.kept = Kept(tuple(statistic.per for statistic in self.rule.statistics), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
@@ -211,8 +215,9 @@ class _Group:
         if self.plan:
             self._add_orthogonalization(self.plan, figures, rows)
             sizes = exchange_sizes(self.plan, self.kept)
+            sent = exchange_sizes(self.plan, self.kept, self.rows) if self.rows else sizes
             for rank, own in enumerate(figures):
-                own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes) + self._sum_bytes(self.plan)
+                own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sent) + self._sum_bytes(self.plan)
             self._add_workspace(self.plan, figures, sizes)
         return figures, rows
 
@@ -263,12 +268,12 @@ class _Group:
             own.workspace_bytes = self.wire_bytes * (in_flight + bucket + largest[rank])
 
 
-def _remembered(cost: Callable[[int, int], int]) -> Cost:
-    """The cost of a matrix, computed once per shape."""
+def _remembered(cost: Callable[[int, int], int], rows: Rows | None) -> Cost:
+    """The cost of a matrix, or of the ``rows`` of it that are chosen, computed once per shape."""
     known: dict[tuple[int, int], int] = {}
 
     def of(matrix: Matrix) -> int:
-        shape = matrix.part_shape
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, rows)
         if shape not in known:
             known[shape] = cost(*shape)
         return matrix.parts * known[shape]

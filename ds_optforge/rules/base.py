@@ -95,7 +95,8 @@ class Sum:
 class Choice:
     """Declaration that a step updates some output rows of each matrix alone: those in which a sum is largest.
 
-    Of rows with equal sums the first ones are chosen. What members get as that sum is 1 for a chosen row and 0 for another.
+    Of rows with equal sums the first ones are chosen. What `direction` gets as that sum is 1 for a chosen row, 0 for another.
+    `update` gets the chosen rows alone; to `apply`, which does not get the sum, the update of another row is zero.
 
     Attributes:
         by: name of a sum per row, of the gradient.

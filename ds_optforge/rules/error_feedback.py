@@ -4,6 +4,7 @@ The rows that it leaves out keep accumulating their gradients until they are cho
 authors' code calls Dion2 is Muon with it, what it calls Dion3 (NorDion2) is NorMuon with it.
 """
 
+import math
 from typing import ClassVar
 
 import torch
@@ -45,9 +46,9 @@ class ErrorFeedback(MatrixRule):
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
         """Advance M and return it as it was before its chosen rows fade; arguments as in `MatrixRule.direction`."""
         accumulated, chosen = list(state["accumulated_gradient"]), sums[_SUM]
-        torch._foreach_add_(accumulated, list(gradients))
-        whole = [values.clone() for values in accumulated]
-        faded = torch._foreach_mul(accumulated, now["momentum"])
+        whole = torch._foreach_add(accumulated, list(gradients))
+        faded = torch._foreach_mul(whole, now["momentum"])
+        torch._foreach_copy_(accumulated, whole)
         # Of the weights 0 and 1, lerp returns its first or second argument as it is.
         torch._foreach_lerp_(accumulated, faded, [flags.to(values.dtype) for flags, values in zip(chosen, faded, strict=True)])
         return whole
@@ -56,4 +57,5 @@ class ErrorFeedback(MatrixRule):
         """Return what is left of the root mean square over the whole matrix; arguments as in `MatrixRule.rms`."""
         outputs, inputs = (cols, rows) if transposed else (rows, cols)
         rank = min(self.choice.count(outputs), inputs)
-        return super().rms(rows, cols, transposed) * float((rank / min(rows, cols)) ** 0.5)
+        whole: float = super().rms(rows, cols, transposed)  # type: ignore[safe-super]  # of the rule that it is mixed into
+        return whole * math.sqrt(rank / min(rows, cols))

@@ -349,7 +349,7 @@ class _MatrixStep:
         views = portion.views(call.parameters)
         parameters = portion.split(views)
         returned = self._returned(bucket, portion, parameters[0])
-        sums = self._sums(bucket, portion, parameters[0].device, (False, True))
+        sums = self._sums(bucket, portion, parameters[0].device, (True,) if bucket.rows else (False, True))
         with call.slices.opened(self._by_update, call.states, portion.spans) as state, call.changes(portion.spans, views):
             self._rule.apply(parameters, returned, chosen, _split(portion, state), sums, call.now)
 

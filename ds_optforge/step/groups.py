@@ -99,7 +99,9 @@ class Groups:
         for entry in entries:
             group, settings = members[entry.identifier], entry.settings
             parameters, routes = (tuple(column) for column in zip(*group, strict=True)) if group else ((), ())
-            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings, self._config.common.sharding))
+            self._members[entry.identifier] = Members(
+                parameters, routes, settings, built(settings, self._config.common.sharding)
+            )
             stepped = list(parameters) or [next(placeholders)]
             groups.append({"params": stepped, GROUP: entry.identifier, **entry.keys, **settings.scheduled()})
         return groups

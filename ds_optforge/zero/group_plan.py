@@ -63,6 +63,11 @@ class Wanted:
     alone: bool = False
     rows: Callable[[int], int] | None = None
 
+    def cost_of(self, matrix: Matrix) -> int:
+        """Return the FLOPs of what a step orthogonalizes of ``matrix``."""
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, self.rows)
+        return matrix.parts * self.cost(*shape) if self.cost else 0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedBucket:
@@ -129,17 +134,11 @@ def plan_group(
     layout = PartitionLayout(binding.world_size, names, binding.cuts, matrices, tensor_ranks)
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
-    cost = wanted.cost
     device = binding.device.type
-
-    def cost_of(matrix: Matrix) -> int:
-        shape = chosen_shape(*matrix.part_shape, matrix.transposed, wanted.rows)
-        return matrix.parts * cost(*shape) if cost else 0
-
-    plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
+    plan = make_plan(layout, wanted.cost_of, wanted.bucket_numel, device)
     require_agreement(plan, agreed, binding)
     held = tuple(map(tuple, placement.held_fragments()))
-    if cost is None:
+    if wanted.cost is None:
         return GroupPlan(binding, placement, held)
     kept = Kept(wanted.statistics, torch.float32.itemsize // wanted.wire.itemsize)
     numel = plan.local_numel(device)
@@ -166,9 +165,7 @@ class _Planner:
 
     def __call__(self, bucket: RankBucket) -> PlannedBucket:
         layout = self._placement.layout
-        exchange = BucketExchange(
-            layout, bucket, self._binding, self._wire, self._batch_numel, self._near, self._by_rows
-        )
+        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near, self._by_rows)
         fragments = tuple(self._placement.range_of(fragment) for fragment in bucket.fragments)
         kept = tuple(tuple(values[fragment.matrix] for values in self._values) for fragment in bucket.fragments)
         return PlannedBucket(exchange, fragments, kept)

@@ -1,4 +1,4 @@
-"""What travels of a bucket of which a step updates some rows alone: the chosen elements of its buffers, one behind the other."""
+"""What travels of a bucket where rows are chosen: the elements of its buffers that are in them, one behind the other."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -39,7 +39,7 @@ class Packing:
         """
         masks = [sent, received]
         counts = torch.cat([_count_up_to(mask, bounds).diff() for mask, bounds in zip(masks, self._bounds, strict=True)])
-        found: list[int] = counts.tolist()
+        found: list[int] = counts.cpu().tolist()
         self._splits = [found[: self._counts], found[self._counts :]]
         self._places = [
             torch.nonzero_static(mask, size=sum(splits)).view(-1) for mask, splits in zip(masks, self._splits, strict=True)
