@@ -39,6 +39,10 @@ class Resumption:
         return buffer_name(parameter, self.averages[parameter]) if buffer in averages else None
 
 
+class Lacking(str):
+    """The reason for which state starts afresh: its rule has taken steps, but keeps buffers that are not in the checkpoint."""
+
+
 def resumption_of(
     names: Sequence[str], rule: Rule, groups: Mapping[str, Mapping[str, Any]], stored: Collection[str]
 ) -> Resumption | str:
@@ -69,7 +73,7 @@ def resumption_of(
         return Resumption(steps[0], {}, averages, _note(averages, rule, groups, keys))
     if others:  # its buffers may have the names of this rule's, and mean something else
         return f"it was trained by '{others[0]}', whose state is not of this rule's kind"
-    return f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
+    return Lacking(f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'")
 
 
 def averages_of(rule: Rule | type[Rule]) -> list[str]:

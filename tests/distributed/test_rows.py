@@ -55,13 +55,15 @@ def test_every_stage_takes_the_steps_of_one_process(world: int, stage: int, name
     "settings", [{"state_dtype": "bfloat16"}, {"cautious_weight_decay": True}], ids=["bfloat16", "cautious"]
 )
 def test_other_settings_take_the_steps_of_one_process(stage: int, settings: dict[str, Any], pools: Pools) -> None:
-    """On buckets of some 700 elements, with offload on stage 3. 1e-4: a gradient that is reduced in another order may round
-    to another bfloat16 number."""
+    """On buckets of some 700 elements, with offload on stage 3.
+
+    1e-3 in bfloat16, as for portable checkpoints: a gradient that is reduced in another order may round to another number.
+    """
     given = params(0.5, "normuon", sharding={"bucket_numel": 700}, **settings)
     zero = {"offload_optimizer": {"device": "cpu" if stage == 3 else "none"}}
     config = cases.engine_config(stage, given, train_batch_size=ROWS, zero_optimization=zero)
     for result in pools[3].run(cases.train, config, steps=STEPS, model_options={"shapes": True}):
-        assert_same(result["parameters"], reference(0.5, "normuon", **settings), 1e-4 if "state_dtype" in settings else 1e-5)
+        assert_same(result["parameters"], reference(0.5, "normuon", **settings), 1e-3 if "state_dtype" in settings else 1e-5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -140,13 +142,14 @@ def test_a_portable_checkpoint_goes_on_on_another_topology(name: str, pools: Poo
             assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
-def test_a_checkpoint_of_whole_matrices_is_refused_or_starts_afresh(pools: Pools, tmp_path: Path) -> None:
+def test_a_checkpoint_of_whole_matrices_is_refused_by_name(pools: Pools, tmp_path: Path) -> None:
     """Muon's average is no accumulated gradient; other shares of the rows go on with it."""
     saved, halves, quarters = (cases.engine_config(2, params(rows), train_batch_size=ROWS) for rows in (None, 0.5, 0.25))
     pools[2].run(checkpoints.run_and_save, saved, str(tmp_path / "whole"))
-    message, changed = pools[2].run(checkpoints.refused, halves, str(tmp_path / "whole"))[0]
-    assert "accumulated_gradient" in message
-    assert not changed
+    message, unchanged = pools[2].run(checkpoints.refused, halves, str(tmp_path / "whole"))[0]
+    assert "are not in the checkpoint, as 'optimizer/" in message
+    assert "accumulated_gradient'; allowed: this run's (was sharding.rows set" in message
+    assert unchanged
     pools[2].run(checkpoints.resume, halves, str(tmp_path / "whole"), strict=False)
     pools[2].run(checkpoints.run_and_save, halves, str(tmp_path / "halves"))
     assert pools[2].run(checkpoints.resume, quarters, str(tmp_path / "halves"))[0]["steps"] == checkpoints.HALF
