@@ -169,6 +169,18 @@ class TestBytes:
         assert [rank.sent_bytes for rank in found.ranks] == [2 * (72 + 1)] * 2
         assert sum(rank.matrices for rank in found.ranks) == 3
 
+    @pytest.mark.parametrize(("rows", "elements", "flops"), [(None, 72, 51840), (0.5, 36, 9504), (0.25, 18, 1620)])
+    def test_only_chosen_rows_are_sent_and_orthogonalized(self, rows: float | None, elements: int, flops: int) -> None:
+        """As above, if every row is chosen as often as another; and a sum of 8 bytes per row, half of it there and half back.
+
+        Five quintic steps on 12, 6 and 3 rows of 12, n of m: 20 n^2 m + 10 n^3, or 8 n^2 m + 28 n^3 if that is less.
+        """
+        net = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(3))
+        config = OptimizerConfig({"name": "muon", "nesterov": False, "sharding": {"rows": rows}})
+        found = forecast(net, config, Topology(2, 2))
+        assert [rank.sent_bytes for rank in found.ranks] == [2 * (elements + 1) + (8 * 12 if rows else 0)] * 2
+        assert sum(rank.flops for rank in found.ranks) == 3 * flops
+
     def test_one_rank_sends_nothing(self) -> None:
         for stage in (1, 2, 3):
             found = forecast(AwkwardNet(shapes=True), MUON, Topology(1, stage))

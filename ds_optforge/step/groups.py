@@ -264,4 +264,8 @@ def built(settings: RuleSettings, sharding: ShardingSettings) -> ElementwiseRule
     rule = settings.build_rows(sharding.share) if by_rows else settings.build()
     if not isinstance(rule, settings.builds):
         raise TypeError(f"{type(settings).__qualname__}.build: got {rule!r}; allowed: a {settings.builds.__qualname__}")
+    if isinstance(rule, MatrixRule) and rule.choice:
+        by = rule.choice.by
+        if not any(item.name == by and item.per == "row" and not item.of_update for item in rule.sums):
+            raise TypeError(f"{type(rule).__qualname__}.choice: got by='{by}'; allowed: a sum of the gradient per row")
     return rule

@@ -40,6 +40,7 @@ def reference(rows: float | None, name: str, steps: int = STEPS, **settings: Any
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.promise("rows")
 @pytest.mark.parametrize("name", ["muon", "normuon"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [2, 3])
@@ -89,6 +90,7 @@ ELEMENTS = {
 }
 
 
+@pytest.mark.promise("rows-cost")
 @pytest.mark.parametrize(("rows", "where"), ELEMENTS)
 def test_only_chosen_rows_travel(rows: float | None, where: str, pools: Pools) -> None:
     given = params(rows, sharding={"wire_dtype": "bfloat16"})
@@ -100,6 +102,7 @@ def test_only_chosen_rows_travel(rows: float | None, where: str, pools: Pools) -
 FLOPS = {None: 8 * 16**2 * 64 + 28 * 16**3, 0.5: 8 * 8**2 * 64 + 28 * 8**3, 0.25: 8 * 4**2 * 64 + 28 * 4**3}
 
 
+@pytest.mark.promise("rows-cost")
 @pytest.mark.parametrize("rows", FLOPS)
 def test_only_chosen_rows_are_orthogonalized(rows: float | None, pools: Pools) -> None:
     """By the owner alone: 245,760, 47,104 and 9,984 FLOPs."""
@@ -115,6 +118,7 @@ def test_rows_are_chosen_where_nothing_travels_too(pools: Pools) -> None:
     assert counted["state"] == ["accumulated_gradient", "step"]
 
 
+@pytest.mark.promise("rows-cost")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_forecast_is_what_is_sent_if_rows_are_chosen_as_often_on_every_rank(stage: int, pools: Pools) -> None:
     """With 8 bytes a row for the sums, of which each of two ranks sends half there and half back."""

@@ -1,5 +1,6 @@
 """``sharding.rows``: error feedback against its formula (arXiv 2608.11612), and what is refused with it."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ds_optforge import ConfigError, build_optimizer
 from ds_optforge.rules.base import Choice
 from ds_optforge.rules.muon import Muon, MuonSettings
+from ds_optforge.step.health import PATIENCE
 from tests.layers import linears, matrix, set_gradients
 from tests.oracles import EXACT, RowMuon, relative_error
 from tests.rules.registering import registered
@@ -23,6 +25,7 @@ def params(rows: float | None, name: str = "muon", **settings: Any) -> dict[str,
     return {"name": name, "lr": 0.02, "nesterov": False, **EXACT, "sharding": sharding, **settings}
 
 
+@pytest.mark.promise("rows")
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize(("share", "of_40"), [(0.5, 20), (0.25, 10), (0.01, 1)])
 @pytest.mark.parametrize("name", ["muon", "normuon"])
@@ -46,6 +49,7 @@ def test_twenty_steps_follow_the_formula(shape: tuple[int, int], name: str, shar
         assert relative_error(state["row_second_moment"], reference.second) < 1e-4
 
 
+@pytest.mark.promise("rows")
 def test_rows_that_are_left_out_keep_accumulating_until_they_are_chosen() -> None:
     """Gradients of row sums 4, 3, 2, 1: row 1 is passed over once, and then comes before row 0, of which 0.5 is left."""
     model = linears(torch.zeros(4, 4))
@@ -199,3 +203,37 @@ def test_bfloat16_state_follows_the_formula() -> None:
         optimizer.step()
     state = optimizer.state[model[0].weight]["accumulated_gradient"]
     assert relative_error(state.view(24, 40), reference.buffer) < 0.02
+
+
+def test_telemetry_knows_what_is_healthy(caplog: pytest.LogCaptureFixture) -> None:
+    """Half of 24 rows: updates of rms 0.02 sqrt(12 / 960) over the whole matrix, if U were exactly orthogonal."""
+    model = linears(matrix(24, 40))
+    optimizer = build_optimizer(model, {**params(0.5), "telemetry": {"every": 1}})
+    with caplog.at_level(logging.WARNING, logger="ds_optforge"):
+        for step in range(PATIENCE + 1):
+            set_gradients(model.parameters(), step)
+            optimizer.step()
+            found = optimizer.telemetry["groups"]["matrix.muon"]
+            assert found["update_rms"] == pytest.approx(0.02 * (12 / 960) ** 0.5, rel=0.2)
+            assert found["effective_lr"] == pytest.approx(0.02 * 0.5**0.5)
+            assert found["orthogonality_error"] < 0.5
+    assert not [record for record in caplog.records if "healthy" in record.getMessage()]
+
+
+def test_a_choice_by_what_is_no_sum_of_rows_is_refused_when_the_rule_is_built() -> None:
+    class Astray(Muon):
+        __slots__ = ()
+
+        @property
+        def choice(self) -> Choice:
+            return Choice("nothing", 0.5)
+
+    class Settings(MuonSettings):
+        rule, title, builds = "astray", "Astray", Astray
+
+        def build(self) -> Muon:
+            return Astray(**self.arguments())
+
+    message = r"Astray\.choice: got by='nothing'; allowed: a sum of the gradient per row"
+    with registered(Settings), pytest.raises(TypeError, match=message):
+        build_optimizer(linears(matrix(8, 12)), {"name": "astray"})
