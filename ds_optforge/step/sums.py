@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_optforge.rules.base import Choice, Sum
+from ds_optforge.step.chooser import Chooser
 from ds_optforge.zero.agreement import sum_over_ranks
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.layout import Binding
@@ -46,7 +47,7 @@ class BucketSums:
             for index in bucket.matrices:
                 self._starts[item.name][index] = self._numel[item.of_update]
                 self._numel[item.of_update] += layout.matrices[index].values(item.per)
-        self._choices = _rows_to_choose(choice, layout, self._starts[choice.by], binding) if choice else []
+        self._chooser = Chooser(choice, layout, self._starts[choice.by], binding.device) if choice else None
         self._totals = torch.empty(0, dtype=torch.float64)
         self._found: dict[bool, Tensor] = {}
 
@@ -90,10 +91,8 @@ class BucketSums:
         if self._travels:
             sum_over_ranks(self._totals, self._binding)
         self._found[of_update] = self._totals.float()
-        for places, count in () if of_update else self._choices:
-            sizes = self._found[False][places]
-            largest = sizes.sort(dim=1, descending=True, stable=True).indices[:, :count]
-            self._found[False][places] = torch.zeros_like(sizes).scatter_(1, largest, 1.0)
+        if self._chooser and not of_update:
+            self._chooser.choose(self._found[False])
 
     def given(
         self, places: Sequence[tuple[int, int]], sizes: Sequence[int], device: torch.device, of_update: Sequence[bool]
@@ -143,30 +142,6 @@ class BucketSums:
         else:
             by_element = values.narrow(0, first + touched.start, touched.numel).repeat_interleave(matrix.width)
         return by_element.narrow(0, start % matrix.width, numel)
-
-
-def _rows_to_choose(
-    choice: Choice, layout: PartitionLayout, starts: Mapping[int, int], binding: Binding
-) -> list[tuple[Tensor, int]]:
-    """Find the values among which rows are chosen, of matrices with as many outputs at a time.
-
-    Args:
-        choice: of the rule.
-        layout: of the group.
-        starts: by matrix, where the values of the choice's sum begin.
-        binding: tells the device.
-
-    Returns:
-        (n, outputs) places in the vector of sums, in the order of the rows, and how many of each line are chosen.
-    """
-    lines: dict[int, list[Tensor]] = {}
-    for index, start in starts.items():
-        matrix = layout.matrices[index]
-        places = torch.arange(start, start + matrix.outputs)
-        if matrix.joins:  # its outputs take turns
-            places = places.view(-1, matrix.parts, matrix.joins.block).transpose(0, 1)
-        lines.setdefault(matrix.outputs // matrix.parts, []).append(places.reshape(matrix.parts, -1))
-    return [(torch.cat(found).to(binding.device), choice.count(outputs)) for outputs, found in lines.items()]
 
 
 def _in_rows(matrix: Matrix, start: int, term: Tensor) -> tuple[Tensor, int]:
