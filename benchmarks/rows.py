@@ -17,9 +17,6 @@ MODES: dict[str, dict[str, Any]] = {
     "whole, no Nesterov": PLAIN,
     "rows 0.5": {**PLAIN, "sharding": {"rows": 0.5}},
     "rows 0.25": {**PLAIN, "sharding": {"rows": 0.25}},
-    "rows 0.25, twice the rate": {**PLAIN, "lr": 0.04, "sharding": {"rows": 0.25}},
-    "whole, twice the rate": {"lr": 0.04},
-    "gather every 2": {"sharding": {"mode": "shard_local", "gather_every": 2}},
     "gather every 4": {"sharding": {"mode": "shard_local", "gather_every": 4}},
 }
 

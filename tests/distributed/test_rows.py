@@ -146,6 +146,14 @@ def test_a_portable_checkpoint_goes_on_on_another_topology(name: str, pools: Poo
             assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_engine_checkpoint_goes_on_bit_for_bit(stage: int, pools: Pools, tmp_path: Path) -> None:
+    config = cases.engine_config(stage, params(0.25, "normuon"))
+    for result in pools[2].run(cases.save_and_load, config, str(tmp_path)):
+        assert result["resumed"]["losses"] == result["uninterrupted"]["losses"]
+        assert_same(result["resumed"]["parameters"], result["uninterrupted"]["parameters"], 0.0)
+
+
 def test_a_checkpoint_of_whole_matrices_is_refused_by_name(pools: Pools, tmp_path: Path) -> None:
     """Muon's average is no accumulated gradient; other shares of the rows go on with it."""
     saved, halves, quarters = (cases.engine_config(2, params(rows), train_batch_size=ROWS) for rows in (None, 0.5, 0.25))

@@ -237,3 +237,18 @@ def test_a_choice_by_what_is_no_sum_of_rows_is_refused_when_the_rule_is_built() 
     message = r"Astray\.choice: got by='nothing'; allowed: a sum of the gradient per row"
     with registered(Settings), pytest.raises(TypeError, match=message):
         build_optimizer(linears(matrix(8, 12)), {"name": "astray"})
+
+
+def test_a_parameter_without_a_gradient_is_skipped_as_in_torch() -> None:
+    """Beside one that is stepped: neither its weight nor what it has accumulated changes."""
+    model = linears(matrix(8, 12), matrix(8, 12, seed=1))
+    optimizer = build_optimizer(model, params(0.5, weight_decay=0.3))
+    set_gradients(model.parameters(), 0)
+    optimizer.step()
+    skipped, stepped = (layer.weight for layer in model)
+    before = [skipped.detach().clone(), optimizer.state[skipped]["accumulated_gradient"].clone(), stepped.detach().clone()]
+    skipped.grad = None
+    optimizer.step()
+    assert torch.equal(skipped, before[0])
+    assert torch.equal(optimizer.state[skipped]["accumulated_gradient"], before[1])
+    assert not torch.equal(stepped, before[2])
