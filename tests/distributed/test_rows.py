@@ -75,7 +75,12 @@ def test_a_wire_of_bfloat16_changes_no_row_that_is_chosen(stage: int, pools: Poo
         assert_same(result["parameters"], reference(0.5, "muon", steps=5), 1e-2)
 
 
-LARGE = {"spread": [9, 8, 1, 1, 7, 6, 1, 1], "first rank": [9, 8, 7, 6, 1, 1, 1, 1], "second rank": [1, 1, 1, 1, 6, 7, 8, 9]}
+LARGE = {
+    "each": [9, 1, 1, 1, 8, 1, 1, 1],
+    "spread": [9, 8, 1, 1, 7, 6, 1, 1],
+    "first rank": [9, 8, 7, 6, 1, 1, 1, 1],
+    "second rank": [1, 1, 1, 1, 6, 7, 8, 9],
+}
 
 # Elements that each of two ranks sends for an 8x16 matrix, which the first one owns: those of the second rank's four rows
 # that are chosen, and a flag. The first rank sends as many back.
@@ -83,6 +88,7 @@ ELEMENTS = {
     (None, "spread"): 4 * 16 + 1,
     (1.0, "spread"): 4 * 16 + 1,
     (0.5, "spread"): 2 * 16 + 1,
+    (0.25, "each"): 1 * 16 + 1,
     (0.25, "spread"): 1,  # rows 0 and 1
     (0.25, "first rank"): 1,
     (0.25, "second rank"): 2 * 16 + 1,
