@@ -25,7 +25,7 @@ from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.group_plan import matrices_of
-from ds_optforge.zero.partition import Matrix, PartitionLayout, cuts_of_group, cuts_of_parameters
+from ds_optforge.zero.partition import Matrix, PartitionLayout, chosen_shape, cuts_of_group, cuts_of_parameters
 from ds_optforge.zero.plan import ExchangePlan, Team, critical_path, make_plan
 from ds_optforge.zero.teams import with_teams
 
@@ -44,6 +44,7 @@ _SECOND_MOMENT_BYTES = 62
 _SUM_BYTES = {"matrix": 34, "row": 66}  # of one sum: its terms, and for rows what is made of it for every element
 
 Cost = Callable[[Matrix], int]
+Rows = Callable[[int], int]  # how many of so many output rows are chosen
 
 
 @dataclass(slots=True)
@@ -54,7 +55,8 @@ class RankFigures:
         matrices: number of matrices that the rank orthogonalizes, alone or in a team.
         flops: FLOPs of orthogonalizing them.
         shard_flops: FLOPs of orthogonalizing its own fragments instead (shard_local).
-        sent_bytes: bytes that it sends to other ranks: fragments, updates, and what it gathers.
+        sent_bytes: bytes that it sends to other ranks: fragments, updates, and what it gathers; where rows are chosen, their
+            mean if every row is chosen as often as another.
         gathered_bytes: those that it sends to the other members of its teams, while they wait.
         workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and temporary tensors together.
         local_workspace_bytes: the same where fragments are stepped alone: its largest bucket of them, read and written.
@@ -196,6 +198,7 @@ class PlannedCall:
         slice_numel: elements of a rank's slice, padding included.
         plan: owners and exchanges; None for an elementwise rule.
         kept: the rule's statistics.
+        rows: how many of so many output rows are chosen; None for all of them.
         wire_bytes: of an element that travels.
     """
 
@@ -205,7 +208,7 @@ class PlannedCall:
         self.siblings = topology.expert_parallel if experts else 1
         self.device = topology.device
         self.settings = routes[0].settings
-        self.rule = built(self.settings)
+        self.rule = built(self.settings, sharding)
         self.buffers = (*self.rule.buffers, *around.buffers)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
@@ -214,8 +217,10 @@ class PlannedCall:
         self.plan: ExchangePlan | None = None
         self.cost: Cost = lambda matrix: 0
         self.kept = NO_STATISTICS
+        self.rows: Rows | None = None
         if isinstance(self.rule, MatrixRule):
-            self.cost = _remembered(partial(self.rule.cost_on, topology.device))
+            self.rows = self.rule.choice.count if self.rule.choice else None
+            self.cost = _remembered(partial(self.rule.cost_on, topology.device), self.rows)
             travelling = statistics_of(self.rule, "update")
             self.kept = Kept(tuple(statistic.per for statistic in travelling), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
@@ -253,8 +258,9 @@ class PlannedCall:
         if self.plan:
             self._add_orthogonalization(self.plan, figures, rows)
             sizes = exchange_sizes(self.plan, self.kept)
+            sent = exchange_sizes(self.plan, self.kept, self.rows) if self.rows else sizes
             for rank, own in enumerate(figures):
-                travels = self.wire_bytes * sum(size.travels(rank) for size in sizes) + self._sum_bytes(self.plan)
+                travels = self.wire_bytes * sum(size.travels(rank) for size in sent) + self._sum_bytes(self.plan)
                 own.sent_bytes = travels + own.gathered_bytes
             assert isinstance(self.rule, MatrixRule)
             held = workspaces(self.rule, self.plan, sizes, self.wire_bytes, self.device)
@@ -317,12 +323,12 @@ class PlannedCall:
         return self.wire_bytes * bucket + max(count * each, scratch_bytes(bucket, self.device))
 
 
-def _remembered(cost: Callable[[int, int], int]) -> Cost:
-    """The cost of a matrix, computed once per shape."""
+def _remembered(cost: Callable[[int, int], int], rows: Rows | None) -> Cost:
+    """The cost of a matrix, or of the ``rows`` of it that are chosen, computed once per shape."""
     known: dict[tuple[int, int], int] = {}
 
     def of(matrix: Matrix) -> int:
-        shape = matrix.part_shape
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, rows)
         if shape not in known:
             known[shape] = cost(*shape)
         return matrix.parts * known[shape]

@@ -43,7 +43,7 @@ def step_launches(predicted: Forecast) -> Launches:
     kernels, uncounted = 0, set()
     for call in predicted.calls:
         around = len(call.buffers) > len(call.rule.buffers)  # something around the rule
-        if not counted_alone(call.settings) or around or (call.plan and call.plan.teams):
+        if not counted_alone(call.settings) or around or call.rows or (call.plan and call.plan.teams):
             uncounted.add(call.settings.rule)
         elif isinstance(call.rule, MatrixRule):
             kernels += _matrix_launches(call, rank // call.siblings)

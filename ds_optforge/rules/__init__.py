@@ -3,6 +3,7 @@
 from ds_optforge.rules.base import (
     Batch,
     Buffer,
+    Choice,
     ElementwiseRule,
     Hyperparameters,
     MatrixRule,
@@ -20,6 +21,7 @@ from ds_optforge.rules.settings import DecaySettings, RuleSettings
 __all__ = [
     "Batch",
     "Buffer",
+    "Choice",
     "DecaySettings",
     "ElementwiseRule",
     "Hyperparameters",

@@ -8,9 +8,11 @@ The tensors that a rule's elementwise members get are flat, (elements,): contigu
 the dtype in which the parameters are stepped (float32 under DeepSpeed, the model's own in plain PyTorch).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
@@ -96,9 +98,29 @@ class Sum:
     mean: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Declaration that a step updates some output rows of each matrix alone: those in which a sum is largest.
+
+    Of rows with equal sums the first ones are chosen. What `direction` gets as that sum is 1 for a chosen row, 0 for another.
+    `update` gets the chosen rows alone; to `apply`, which does not get the sum, the update of another row is zero.
+
+    Attributes:
+        by: name of a sum per row, of the gradient.
+        share: of the output rows that are chosen, above 0 and below 1.
+    """
+
+    by: str
+    share: float
+
+    def count(self, outputs: int) -> int:
+        """Return how many of ``outputs`` rows are chosen: ``share`` of them, taken as a decimal fraction, rounded up."""
+        return math.ceil(Fraction(repr(self.share)) * outputs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Whole matrices of one shape, or one matrix of a team, for `MatrixRule.update`.
+    """Whole matrices of one shape, their chosen rows (see `Choice`), or one matrix of a team, for `MatrixRule.update`.
 
     Attributes:
         matrices: (n, rows, cols) directions, in the wire's dtype; may be overwritten.
@@ -112,6 +134,7 @@ class Batch:
             telemetry. With a team, with this member's rows of them.
         team: the ranks that compute the update of the one matrix together; None for a rank alone. Only a rule that
             `works_in_teams` gets one.
+        whole: (rows, cols) of the matrices from which rows were chosen; None if these are whole.
     """
 
     matrices: Tensor
@@ -122,6 +145,12 @@ class Batch:
     has_all: bool = False
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
     team: Team | None = None
+    whole: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the whole matrices."""
+        return self.whole or (self.matrices.shape[-2], self.matrices.shape[-1])
 
 
 class Rule(ABC):
@@ -230,9 +259,17 @@ class MatrixRule(Rule):
     resizes: ClassVar[bool] = False
     in_teams: ClassVar[bool] = False
 
+    @property
+    def choice(self) -> Choice | None:
+        """The rows of each matrix that a step updates: `update` gets them alone, and only they travel; None: all."""
+        return None
+
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
-        """Return the cost of `update` on one (rows, cols) matrix in FLOPs. The plan balances owners by it."""
+        """Return the cost of `update` on one (rows, cols) matrix, or on as many chosen rows, in FLOPs.
+
+        The plan balances owners by it.
+        """
 
     def cost_on(self, device: str, rows: int, cols: int) -> int:
         """Return the cost on a type of device, for a rule whose products differ between devices; `cost` is the same on all.
@@ -378,10 +415,10 @@ def works_in_teams(rule: MatrixRule) -> bool:
     """Whether several ranks can compute the `update` of one matrix together.
 
     The class that defines `update` has to say so: one that overrides the `update` of a rule for teams may not know of them.
-    Statistics of a rule have one owner, and so do the matrices of one that `needs_owner` as it is set.
+    Statistics of a rule have one owner, and so do the matrices of one that chooses rows, or `needs_owner` as it is set.
     """
     definer = next(base for base in type(rule).__mro__ if "update" in vars(base))
-    return bool(vars(definer).get("in_teams", False)) and not rule.needs_owner and not rule.statistics
+    return bool(vars(definer).get("in_teams", False)) and not rule.needs_owner and not rule.statistics and not rule.choice
 
 
 def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:

@@ -24,6 +24,7 @@ from ds_optforge.orthogonalize import (
     team_cost,
 )
 from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors
+from ds_optforge.rules.error_feedback import ErrorFeedback
 from ds_optforge.rules.flat import decay, descend
 from ds_optforge.rules.normalization import Normalization, NormalizationSettings
 from ds_optforge.rules.registry import register_rule
@@ -175,7 +176,7 @@ class Muon(MatrixRule):
         # Scaled in the wire's precision: the compute dtype may be narrower.
         orthogonal = self.orthogonal(batch).to(batch.matrices.dtype)
         batch.watch(orthogonal)
-        scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
+        scale = self.orthogonalization.scale_of(*batch.shape, batch.transposed)
         active = batch.active
         if (
             scale != torch.tensor(scale, dtype=orthogonal.dtype).item()
@@ -211,6 +212,17 @@ class Muon(MatrixRule):
         """Decay the parameters and subtract lr times the updates; arguments as in `MatrixRule.apply`."""
         decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious, active)
         descend(parameters, updates, now["lr"])
+
+
+@dataclass(frozen=True, slots=True)
+class RowMuon(ErrorFeedback, Muon):
+    """Muon that steps the rows with the largest momentum, by error feedback; ``nesterov`` must be false.
+
+    Attributes:
+        share: of the output rows that a step updates.
+    """
+
+    share: float = 1.0
 
 
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -315,6 +327,19 @@ class MuonSettings(OrthogonalSettings):
     def build(self) -> Muon:
         """Return the rule with these settings."""
         return Muon(**self.arguments())
+
+    def build_rows(self, share: float) -> MatrixRule:
+        """Return the rule that steps a share of the rows; see `RuleSettings.build_rows`."""
+        found = self._by_rows(share)
+        if isinstance(found, self.builds):  # a rule that derives from it has rows of its own, or none
+            if self.nesterov:
+                raise ValueError("nesterov true, which error feedback does not have; allowed: nesterov false")
+            if self.normalize:
+                raise ValueError("normalize, which takes whole matrices; allowed: normalize null")
+        return found
+
+    def _by_rows(self, share: float) -> MatrixRule:
+        return RowMuon(**self.arguments(), share=share)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments with which `Muon` and the rules that derive from it are constructed."""

@@ -25,6 +25,7 @@ from ds_optforge.step.finite import Gradients
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.step.zeros import refuse_zeros
+from ds_optforge.zero.exchange import MatrixBatch
 
 
 class GroupStep:
@@ -237,6 +238,7 @@ class _MatrixStep:
 
     def __init__(self, call: _Call, rule: MatrixRule) -> None:
         self._call, self._rule = call, rule
+        self._chosen_by = rule.choice.by if rule.choice else ""
         self._by_gradient, self._by_update = buffers_of(rule, of_update=False), buffers_of(rule, of_update=True)
 
     def step_matrices(self) -> None:
@@ -309,6 +311,8 @@ class _MatrixStep:
                 given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
                 directions = rule.direction(*given, sums, call.now)
                 self._require_alike("direction", directions, given[0])
+                if bucket.rows:
+                    bucket.rows.mark(portion.in_send, sums[self._chosen_by])
             else:
                 directions = rule.direction(gradients, weights, state, {}, call.now)
                 self._require_alike("direction", directions, gradients)
@@ -318,6 +322,8 @@ class _MatrixStep:
                 call.watch.momentum(portion.spans, gradients, state)
 
     def _send(self, bucket: Bucket) -> None:
+        if bucket.rows:
+            bucket.rows.send()
         active = _nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
         bucket.exchange.collect(active, self._kept(bucket))
 
@@ -333,7 +339,17 @@ class _MatrixStep:
             self._update_batch(bucket, index)  # nothing of a batch is held while the next is orthogonalized
 
     def _update_batch(self, bucket: Bucket, index: int) -> None:
-        watch, found = self._call.watch, bucket.exchange.matrices(index)
+        whole = bucket.exchange.matrices(index)
+        if bucket.rows:
+            chosen, numbers = bucket.rows.take(index, whole)
+            updates = self._updates(bucket, index, chosen, (whole.matrices.shape[1], whole.matrices.shape[2]))
+            bucket.exchange.put(index, bucket.rows.spread(updates, numbers, chosen, whole), whole)
+        else:
+            bucket.exchange.put(index, self._updates(bucket, index, whole), whole)
+
+    def _updates(self, bucket: Bucket, index: int, found: MatrixBatch, whole: tuple[int, int] | None = None) -> Tensor:
+        """Return the rule's updates of a batch, in its shape; ``whole`` is that of the matrices if these are rows of them."""
+        watch = self._call.watch
         names = (statistic.name for statistic in statistics_of(self._rule, "update"))
         batch = Batch(
             found.matrices,
@@ -344,12 +360,13 @@ class _MatrixStep:
             found.has_all,
             watch.orthogonality(bucket.exchange, index, found) if watch else _ignore,
             found.team,
+            whole,
         )
         shape = found.shape_of_update
         updates = self._rule.update(batch, self._call.now)
         if not isinstance(updates, Tensor) or updates.shape != shape:
             raise self._wrong("update", updates, f"a tensor of shape {tuple(shape)}, as batch.matrices")
-        bucket.exchange.put(index, updates, found)
+        return updates
 
     def _apply(self, bucket: Bucket) -> None:
         bucket.exchange.await_updates()

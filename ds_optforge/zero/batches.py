@@ -61,6 +61,10 @@ class OwnedBatch:
         blocks = elements.view(self.count, self.folds, self.rows, self.cols // self.folds)
         return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
 
+    def rows_wide(self, values: Tensor) -> Tensor:
+        """Return a view, (n, rows, cols), of values of the output rows, (n, outputs)."""
+        return values.unsqueeze(1 if self.transposed else 2).expand(self.count, self.rows, self.cols)
+
     def parted(self, matrices: Tensor) -> Tensor:
         """Return the (n parts, rows, cols) matrices that (n, rows, cols) ones join, those of one matrix after each other."""
         if self.joins is None or not self.transposed:

@@ -15,6 +15,7 @@ from ds_optforge.zero.batches import OwnedBatch, batches_of, values_in_buffer
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.gather import TeamGather
 from ds_optforge.zero.layout import Binding
+from ds_optforge.zero.packing import Packing, positions_beside
 from ds_optforge.zero.partition import PartitionLayout
 from ds_optforge.zero.views import Views
 
@@ -69,9 +70,11 @@ class BucketExchange:
         batch_numel: most elements of a batch of matrices (or one matrix); bounds the workspace of orthogonalization.
         near: device of the stepped tensors: with CPU offload not that of the weights. What is sent then goes through a buffer
             there, by one copy each way.
+        by_rows: whether only rows travel that are chosen anew in each step, by `choose` before `collect`.
 
     Attributes:
         pattern: the integer dtype of the wire's size, in which the bits of statistics travel.
+        packing: what travels of the buffers, if not all of them.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class BucketExchange:
         wire: torch.dtype,
         batch_numel: int,
         near: torch.device,
+        by_rows: bool = False,
     ) -> None:
         self.bucket = bucket
         self._near, self._staged = near, is_staged(near, binding.device)
@@ -101,6 +105,11 @@ class BucketExchange:
         most = max(map(len, flags.values()), default=1)
         filled = [places + places[-1:] * (most - len(places)) for places in flags.values()]
         self._owned_flags = _index(filled, binding.device).view(len(filled), most)
+        self.packing: Packing | None = None
+        if by_rows and bucket.travels:
+            self.packing = Packing(bucket.sends, bucket.receives, binding.device, self.pattern)
+            self._beside_sent = _index(positions_beside(bucket.sent, bucket.kept.words), near)
+            self._beside_received = _index(positions_beside(bucket.received, bucket.kept.words), binding.device)
         self._work: dist.Work | None = None
         self.release()
 
@@ -125,6 +134,34 @@ class BucketExchange:
 
     def _empty(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._wire, device=self._binding.device)
+
+    def stored(self, index: int) -> tuple[int, ...]:
+        """Return the numbers in the layout of the stored matrices of batch ``index``, in order, whatever they join."""
+        return self._batches[index].numbers
+
+    def nothing_chosen(self) -> Tensor:
+        """Return for `choose`, (send_numel,) bool, that no row is chosen: statistics and flags travel all the same."""
+        return torch.zeros_like(self._outgoing, dtype=torch.bool).index_fill_(0, self._beside_sent, True)
+
+    def choose(self, sent: Tensor, rows: Sequence[Tensor]) -> None:
+        """Let the elements of chosen output rows travel alone, in a bucket that travels. Waits for the device.
+
+        Args:
+            sent: (send_numel,) bool, laid out like ``outgoing``: which elements of this rank's fragments are in such rows;
+                true where there are statistics and flags, and false in the gaps between fragments.
+            rows: for each batch, (n, outputs) that is not 0 for the chosen output rows of `stored` matrices.
+        """
+        assert self.packing is not None  # the bucket travels
+        received = torch.zeros(self.bucket.receive_numel, dtype=torch.bool, device=self._binding.device)
+        received.index_fill_(0, self._beside_received, True)
+        for batch, flags in zip(self._batches, rows, strict=True):
+            elements = batch.unfolded(batch.rows_wide(flags != 0)).reshape(-1)
+            torch._foreach_copy_(batch.received.of([received]), batch.inside.of([elements]))
+        self.packing.choose(sent.to(self._binding.device), received)
+
+    def rows_of_parts(self, index: int, values: Tensor) -> Tensor:
+        """Return values of the matrices of batch ``index``, (parts, outputs), from those of the stored ones, (n, outputs)."""
+        return self._batches[index].parted_values(values)
 
     def collect(self, active: Tensor, statistics: Sequence[Tensor]) -> None:
         """Start sending the elements in ``outgoing`` to the owners of the matrices. Collective if the bucket travels.
@@ -259,6 +296,8 @@ class BucketExchange:
         self._outgoing = self._send = self._receive = self._active = self._empty(0)
 
     def _all_to_all(self, out: Tensor, into: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]) -> dist.Work:
+        if self.packing:
+            out, into, out_splits, in_splits = self.packing.packed(out, into, back=out is self._send)
         group = self._binding.process_group
         work: dist.Work | None = dist.all_to_all_single(
             out, into, list(out_splits), list(in_splits), group=group, async_op=True
@@ -270,6 +309,8 @@ class BucketExchange:
         if self._work is not None:
             self._work.wait()
             self._work = None
+            if self.packing:
+                self.packing.unpack()
 
 
 def is_staged(near: torch.device, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from ds_optforge.zero.agreement import require_agreement
 from ds_optforge.zero.buckets import Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per, chosen_shape
 from ds_optforge.zero.placement import Held, Placement, TensorRange
 from ds_optforge.zero.plan import ExchangePlan, make_plan
 from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
@@ -55,6 +55,7 @@ class Wanted:
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
         team_cost: what a matrix costs a team on a type of device: see `with_teams`; None for a rule that needs one owner.
+        rows: how many of so many output rows a step orthogonalizes and sends; None for all of them.
     """
 
     bucket_numel: int
@@ -64,6 +65,12 @@ class Wanted:
     gathers: bool = True
     alone: bool = False
     team_cost: Callable[[str, int, int, Sequence[int]], tuple[int, int, int]] | None = None
+    rows: Callable[[int], int] | None = None
+
+    def cost_of(self, device: str, matrix: Matrix) -> int:
+        """Return the FLOPs of what a step orthogonalizes of ``matrix`` on a type of device."""
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, self.rows)
+        return matrix.parts * self.cost(device, *shape) if self.cost else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,11 +156,7 @@ def plan_group(
 
 
 def _plan(layout: PartitionLayout, wanted: Wanted, device: str) -> ExchangePlan:
-    cost = wanted.cost
-
-    def cost_of(matrix: Matrix) -> int:
-        return matrix.parts * cost(device, *matrix.part_shape) if cost else 0
-
+    cost_of = partial(wanted.cost_of, device)
     plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
     if wanted.team_cost and wanted.gathers:
         return with_teams(plan, cost_of, partial(wanted.team_cost, device), wanted.wire.itemsize, device)
@@ -166,11 +169,12 @@ class _Planner:
     def __init__(self, binding: Binding, placement: Placement, wanted: Wanted, batch_numel: int, near: torch.device) -> None:
         self._near = near
         self._binding, self._placement, self._wire, self._batch_numel = binding, placement, wanted.wire, batch_numel
+        self._by_rows = wanted.rows is not None
         self._values = [placement.value_places(per) for per in wanted.statistics]
 
     def __call__(self, bucket: RankBucket) -> PlannedBucket:
         layout = self._placement.layout
-        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near)
+        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near, self._by_rows)
         fragments = tuple(self._placement.range_of(fragment) for fragment in bucket.fragments)
         kept = tuple(tuple(values[fragment.matrix] for values in self._values) for fragment in bucket.fragments)
         return PlannedBucket(exchange, fragments, kept)
