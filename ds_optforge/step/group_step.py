@@ -20,8 +20,8 @@ from ds_optforge.rules.base import (
     buffers_of,
     statistics_of,
 )
-from ds_optforge.rules.flat import side_by_side
 from ds_optforge.step.finite import Gradients
+from ds_optforge.step.fragments import flat_gradient, nonzero, scale_to
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.step.zeros import refuse_zeros
@@ -61,7 +61,7 @@ class GroupStep:
         # Of a skipped tensor the state is only read; it has none before its first step, as in torch.optim.
         taking = set(self._taking)
         self._states = [state[t] if index in taking else state.get(t, {}) for index, t in enumerate(tensors)]
-        self._gradients = [_flat_gradient(tensor) for tensor in tensors]
+        self._gradients = [flat_gradient(tensor) for tensor in tensors]
 
     @property
     def size(self) -> int:
@@ -324,7 +324,7 @@ class _MatrixStep:
     def _send(self, bucket: Bucket) -> None:
         if bucket.rows:
             bucket.rows.send()
-        active = _nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
+        active = nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
         bucket.exchange.collect(active, self._kept(bucket))
 
     def _weights(self, portion: Portion) -> list[Tensor]:
@@ -455,32 +455,3 @@ def _split(portion: Portion, state: State) -> State:
 
 def _ignore(orthogonal: Tensor) -> None:
     """Watch nothing."""
-
-
-def _flat_gradient(tensor: Tensor) -> Tensor:
-    if tensor.grad is None:
-        return torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-    return gradient.reshape(-1).to(tensor.dtype)
-
-
-def _nonzero(fragments: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return (fragments,) flags in ``dtype``: 1 where the norm in float32 is not zero (NaN counts as not zero), else 0."""
-    if not fragments:
-        return torch.empty(0, dtype=dtype)
-    norms = torch.stack(torch._foreach_norm(list(fragments)))
-    return torch.ne(norms, 0, out=torch.empty_like(norms, dtype=dtype))
-
-
-def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:
-    """Scale each update in place to its Frobenius norm in ``norms``; zeros stay zeros.
-
-    Args:
-        updates: (elements,) each.
-        norms: (updates,) in float32.
-    """
-    found = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
-    factors = torch.where(found > 0, norms / found, torch.zeros_like(found))
-    blocks = [block for block, _ in side_by_side(updates, updates)]
-    for block, of_block in zip(blocks, torch.split(factors.view(-1, 1), [len(block) for block in blocks]), strict=True):
-        block.mul_(of_block)
