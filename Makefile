@@ -45,6 +45,7 @@ bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/step.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/modes.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/modes.py
+	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/rows.py
 	$(IN_VENV) python benchmarks/wire.py
 
 evidence: venv

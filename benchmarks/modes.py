@@ -7,6 +7,7 @@ on the same batches of the same global size; a seed draws weights and batches. W
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -38,7 +39,18 @@ COLUMNS = (
 
 def main() -> None:
     """Train every mode with every seed, and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    run("modes", {mode: {"sharding": sharding} for mode, sharding in MODES.items()}, __doc__ or "")
+
+
+def run(name: str, modes: Mapping[str, Mapping[str, Any]], doc: str) -> None:
+    """Train with every mode's settings of Muon and with every seed, and report against the first mode.
+
+    Args:
+        name: of the files that are written, with the number of ranks behind it.
+        modes: settings by the mode's name.
+        doc: what the benchmark measures, in its first line.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="two steps, one seed: to see that it runs")
@@ -49,23 +61,21 @@ def main() -> None:
     deepspeed.init_distributed("gloo")
     deepspeed.utils.logger.setLevel("WARNING")
     corpus = load_corpus(None)
-    losses = {
-        mode: [train(sharding, seed, args.steps, corpus) for seed in range(args.seeds)] for mode, sharding in MODES.items()
-    }
+    losses = {mode: [train(found, seed, args.steps, corpus) for seed in range(args.seeds)] for mode, found in modes.items()}
     if comm.get_rank() == 0:
-        report(losses, args)
+        report(f"{name}_{comm.get_world_size()}", losses, args)
 
 
-def train(sharding: dict[str, Any], seed: int, steps: int, corpus: Corpus) -> float:
-    """Train ``steps`` steps in one mode; return the validation loss in nats per byte."""
+def train(settings: Mapping[str, Any], seed: int, steps: int, corpus: Corpus) -> float:
+    """Train ``steps`` steps with ``settings`` of Muon; return the validation loss in nats per byte."""
     torch.manual_seed(seed)
     model = build_model("tiny", LENGTH)
-    beside = {"lr": 0.003, "betas": [0.9, 0.95]}
+    params = {"name": "muon", "lr": 0.02, "adamw": {"lr": 0.003, "betas": [0.9, 0.95]}, **settings}
     config = {
         "train_batch_size": BATCH,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 3},
-        "optimizer": {"type": "OptForge", "params": {"name": "muon", "lr": 0.02, "adamw": beside, "sharding": sharding}},
+        "optimizer": {"type": "OptForge", "params": params},
         "scheduler": {"type": "OptForgeSchedule", "params": {"name": "linear", "warmup_ratio": 0.05, "total_num_steps": steps}},
     }
     engine = ds_optforge.initialize(model=model, config=config)[0]
@@ -81,11 +91,11 @@ def train(sharding: dict[str, Any], seed: int, steps: int, corpus: Corpus) -> fl
     return float(found)
 
 
-def report(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
+def report(name: str, losses: dict[str, list[float]], args: argparse.Namespace) -> None:
     """Print the table, write the numbers and draw them."""
-    rows = []
+    rows, first = [], next(iter(losses.values()))
     for mode, found in losses.items():
-        over = [loss - base for loss, base in zip(found, losses["gather"], strict=True)]
+        over = [loss - base for loss, base in zip(found, first, strict=True)]
         row = {"mode": mode, "losses": found, "loss": mean(found), "over_gather": mean(over)}
         if len(found) > 1:
             row |= {"deviation": stdev(found), "over_gather_deviation": stdev(over)}
@@ -93,7 +103,7 @@ def report(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
     ranks = comm.get_world_size()
     title = f"tiny GPT, ZeRO-3, {ranks} ranks ({128 // ranks} of 128 rows a rank), {args.steps} steps, {args.seeds} seeds"
     show(title, COLUMNS, rows)
-    write(f"modes_{ranks}", title, rows, args.out)
+    write(name, title, rows, args.out)
     fig, axes = figure()
     for place, row in enumerate(rows):
         axes.plot([place] * len(row["losses"]), row["losses"], "o", color="tab:blue", alpha=0.5)
@@ -101,7 +111,7 @@ def report(losses: dict[str, list[float]], args: argparse.Namespace) -> None:
     axes.set_xticks(range(len(rows)), [row["mode"] for row in rows])
     axes.set_ylabel("validation loss (nats per byte)")
     axes.set_title(f"{title}\ndots: seeds, line: mean", fontsize=10)
-    save(f"modes_{ranks}", fig, args.out)
+    save(name, fig, args.out)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {  # marker: file, t
     "links": ("wire", links),
     "modes_2": ("modes_2", modes),
     "modes_4": ("modes_4", modes),
+    "rows_2": ("rows_2", modes),
     "scaling": ("scaling", scaling),
 }
 

@@ -47,6 +47,44 @@ class Muon:
         return max(1, rows / cols) ** 0.5 * newton_schulz(direction)
 
 
+class RowMuon:
+    """Error feedback on one (out, in) weight, in float64: M <- M + g; R: rows of largest |M|_1; U = NS(M[R]); M[R] <- mu M[R].
+
+    W <- (1 - lr wd) W everywhere, then W[R] <- W[R] - lr scale U, the scale that of the whole shape. With ``beta2``, U is
+    normalised by rows as in NorMuon, whose second moment moves for the rows of R alone.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        lr: float,
+        rows: int,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        beta2: float | None = None,
+    ) -> None:
+        self.weight = weight.detach().double()
+        self.buffer = torch.zeros_like(self.weight)
+        self.second = torch.zeros(len(weight), dtype=torch.float64)
+        self.lr, self.rows, self.momentum, self.weight_decay, self.beta2 = lr, rows, momentum, weight_decay, beta2
+
+    def step(self, gradient: Tensor) -> list[int]:
+        """Return the chosen rows, in order."""
+        self.buffer += gradient.double()
+        sizes = [sum(abs(value) for value in row) for row in self.buffer.tolist()]
+        chosen = sorted(sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))[: self.rows])
+        update = newton_schulz(self.buffer[chosen])
+        if self.beta2 is not None:
+            self.second[chosen] += (1 - self.beta2) * (update.square().mean(1) - self.second[chosen])
+            normalised = update / (self.second[chosen].sqrt() + 1e-8)[:, None]
+            update = normalised * (update.norm() / normalised.norm())
+        out, into = self.weight.shape
+        self.weight *= 1 - self.lr * self.weight_decay
+        self.weight[chosen] -= self.lr * max(1, out / into) ** 0.5 * update
+        self.buffer[chosen] *= self.momentum
+        return chosen
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())

@@ -101,6 +101,7 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "ZeRO, ranks and offload": {
         "world-size": "One process and any number of ranks train the same parameters.",
         "zero-stages": "ZeRO 1, 2 and 3 train the same parameters.",
+        "teams": "Several ranks orthogonalize a large matrix together where ranks would be idle, and it trains as with one.",
         "tensor-parallel": "A matrix that tensor parallelism has cut is orthogonalized whole, once.",
         "tensor-parallel-checkpoint": "A checkpoint resumes on other numbers of tensor ranks, or without tensor parallelism.",
         "pipeline": "The stages of a DeepSpeed PipelineModule train as one process does, whatever roles each holds.",
@@ -109,6 +110,9 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "clipping": "DeepSpeed's `gradient_clipping` limits the norm of the gradient; 0 turns it off.",
         "offload": "The optimizer can be offloaded to host memory, pinned or not, and trains the same parameters.",
         "sharding-modes": "A matrix is gathered and orthogonalized whole, or each rank orthogonalizes the rows that it holds.",
+        "rows": "A step may update the rows of each matrix with the largest momentum alone, by error feedback: the others keep "
+        "accumulating, and which rows are chosen depends on no rank or stage.",
+        "rows-cost": "Only chosen rows travel and are orthogonalized; bytes and FLOPs fall with their share.",
         "shard-local-error": "Orthogonalizing only the rows that a rank holds is compared with orthogonalizing whole "
         "matrices, in tests and in docs/performance.md.",
     },

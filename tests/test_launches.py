@@ -180,6 +180,16 @@ def test_with_offload_a_bucket_is_copied_once_each_way(rule: str, stage: int) ->
     assert (found.counts.waits, found.counts.copies) == (found.buckets, 2 * found.buckets)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+def test_where_rows_are_chosen_the_host_waits_once_an_exchange(rule: str, stage: int) -> None:
+    """For what each rank sends; buckets that do not travel need no wait."""
+    found = steady_step(SMALL, stage, 3, name=rule, nesterov=False, weight_decay=0.1, sharding={"rows": 0.25})
+    assert found.counts.places("waits") == found.counts.places("copies")
+    assert (found.counts.waits, found.exchanges) == (found.exchanges, {2: 1, 3: 3}[stage])
+    assert not found.counts.slow
+
+
 @pytest.mark.parametrize("rule", ["muon", "adamw"])
 def test_a_number_of_steps_that_was_put_on_the_device_is_not_read_from_it(rule: str) -> None:
     """As DeepSpeed's reload_states does with all state, here twice: the host's own number counts on."""

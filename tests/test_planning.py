@@ -20,6 +20,7 @@ from ds_optforge.forecast.catalog import MODEL_SHAPES
 from ds_optforge.forecast.exchange_sizes import exchange_sizes
 from ds_optforge.forecast.forecast import Forecast, forecast, forecast_routes, lay_out
 from ds_optforge.forecast.hardware import Hardware
+from ds_optforge.forecast.launches import step_launches
 from ds_optforge.forecast.step_time import Mode, Workload, model_seconds, modes, recommended
 from ds_optforge.forecast.topology import Topology
 from ds_optforge.routing import roles, tags
@@ -178,6 +179,21 @@ class TestBytes:
         assert [rank.sent_bytes for rank in found.ranks] == [2 * 80] * 2
         assert sum(rank.matrices for rank in found.ranks) == 3
 
+    @pytest.mark.parametrize(("rows", "elements", "flops"), [(None, 80, 51840), (0.5, 36 + 1, 9504), (0.25, 18 + 1, 1620)])
+    def test_only_chosen_rows_are_sent_and_orthogonalized(self, rows: float | None, elements: int, flops: int) -> None:
+        """As above, if every row is chosen as often as another, with a flag and no gaps.
+
+        And a sum of 8 bytes per row, half of it there and half back.
+
+        Five quintic steps on 12, 6 and 3 rows of 12, n of m: 20 n^2 m + 10 n^3, or 8 n^2 m + 28 n^3 if that is less.
+        """
+        net = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(3))
+        config = OptimizerConfig({"name": "muon", "nesterov": False, "sharding": {"rows": rows}})
+        found = forecast(net, config, Topology(2, 2))
+        assert [rank.sent_bytes for rank in found.ranks] == [2 * elements + (8 * 12 if rows else 0)] * 2
+        assert sum(rank.flops for rank in found.ranks) == 3 * flops
+        assert step_launches(found).uncounted == (("muon",) if rows else ())  # of chosen rows no count of kernels is known
+
     def test_one_rank_sends_nothing(self) -> None:
         for stage in (1, 2, 3):
             found = forecast(AwkwardNet(shapes=True), MUON, Topology(1, stage))
@@ -297,9 +313,10 @@ class TestModes:
 
     def test_all_but_the_first_and_last_of_the_exchanges_hide_behind_products(self) -> None:
         found, (gather, *_) = predicted(*self.FOUND), self.figures(100, 400)
-        products, traffic = gather.seconds.orthogonalization, gather.seconds.traffic
+        products, gathers = gather.seconds.orthogonalization, max(rank.gathered_bytes for rank in found.ranks) * 8 / 4e11
+        traffic = max(rank.sent_bytes - rank.gathered_bytes for rank in found.ranks) * 8 / 4e11
         assert products > traffic
-        expected = products + traffic / found.exchanges + gather.seconds.elementwise
+        expected = products + gathers + traffic / found.exchanges + gather.seconds.elementwise
         assert gather.seconds.optimizer == pytest.approx(expected)
 
     def test_a_period_averages_its_steps(self) -> None:

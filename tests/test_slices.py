@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_optforge.step.bind import warn_of_thin_fragments
-from ds_optforge.step.group_step import scale_to
+from ds_optforge.step.fragments import scale_to
 from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout
 
 

@@ -19,7 +19,7 @@ from ds_optforge.checkpoint.live import LiveEngine, Stepped, rank
 from ds_optforge.checkpoint.logical import Loading, State, absmax_of, logical_group
 from ds_optforge.checkpoint.positions import problem_of, set_position
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
-from ds_optforge.checkpoint.resumption import Resumption, averages_of, resumption_of
+from ds_optforge.checkpoint.resumption import Lacking, Resumption, averages_of, resumption_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, remember_steps
 from ds_optforge.rules.around import UPDATE_AVERAGE
@@ -94,6 +94,7 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
         problems += [] if problems else [*_differences(live, checkpoint, strict), *_blocks_for_shards(live, checkpoint)]
         resumptions = [] if problems else _resumptions(live, checkpoint)
         problems += _lost_lookaheads(live, checkpoint, resumptions)
+        problems += _lacking(checkpoint, resumptions) if strict else ()
     _refuse_different(checkpoint)
     fresh = live.on_any_stage({name for name, resumption in resumptions if isinstance(resumption, str)})
     _report(checkpoint, resumptions)
@@ -236,6 +237,16 @@ def _lost_lookaheads(
                 f"{checkpoint.folder}: parameter group '{name}': the weights are ahead of the trained ones by ema_nesterov's "
                 f"'{UPDATE_AVERAGE.name}', which this run would not take; allowed: \"ema_nesterov\" and the rule of the run "
                 "that saved it; to go on without, end the look-ahead first (stop)"
+            )
+
+
+def _lacking(checkpoint: Checkpoint, resumptions: Sequence[tuple[str, Resumption | str]]) -> Iterator[str]:
+    """Yield a line for each of the checkpoint's own groups that it has otherwise: the rule chose rows in one run alone."""
+    for name, found in dict(resumptions).items():
+        if isinstance(found, Lacking) and FOREIGN not in checkpoint.manifest:
+            yield (
+                f"{checkpoint.folder}: parameter group '{name}': {found}; allowed: this run's (was sharding.rows set in one of "
+                "the two runs alone?), or strict=False, which starts the group's state afresh"
             )
 
 

@@ -47,6 +47,10 @@ class Resumption:
         return buffer_name(parameter, self.averages[parameter]) if buffer in averages else None
 
 
+class Lacking(str):
+    """The reason for which state starts afresh: its rule has taken steps, but keeps buffers that are not in the checkpoint."""
+
+
 def resumption_of(
     names: Sequence[str],
     rule: Rule,
@@ -85,7 +89,7 @@ def resumption_of(
         return Resumption(steps[0], numbers, averages, anew, ", ".join(notes))
     if others:  # its buffers may have the names of this rule's, and mean something else
         return f"it was trained by '{others[0]}', whose state is not of this rule's kind"
-    return f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'"
+    return Lacking(f"{len(missing)} buffers are not in the checkpoint, as '{missing[0]}'")
 
 
 def _of_around(

@@ -145,7 +145,25 @@ class OptimizerConfig:
                 f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which needs sums over whole matrices; "
                 "allowed: 'gather'"
             )
+        if issubclass(rule, MatrixRule) and self.common.sharding.share < 1:
+            self._check_rows(settings)
         return settings
+
+    def _check_rows(self, settings: RuleSettings) -> None:
+        """Refuse a rule that cannot step a share of the rows: also one whose base can, but that is not built by it."""
+        share = self.common.sharding.share
+        where = f"{self._path}.sharding.rows: got {share:g} with"
+        if settings.state_dtype == "8bit":
+            raise ConfigError(
+                f"{where} state_dtype '8bit', whose blocks depend on the cuts, so that the rows would; "
+                "allowed: 'float32' or 'bfloat16', or null"
+            )
+        try:
+            found = settings.build_rows(share)
+        except ValueError as error:
+            raise ConfigError(f"{where} {error}") from None
+        if not isinstance(found, settings.builds):
+            raise ConfigError(f"{where} rule '{settings.rule}', which steps whole matrices; allowed: null")
 
 
 def _names() -> str:

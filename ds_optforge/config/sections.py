@@ -28,6 +28,13 @@ class ShardingSettings(Section):
     gather_every: int | None = Field(
         None, ge=2, description="shard_local: every how many steps to gather, from the first on (block-periodic); null: never"
     )
+    rows: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="gather: share of each matrix's output rows that a step orthogonalizes and sends, those with the largest "
+        "momentum, by error feedback (Dion2, Dion3); null or 1: all",
+    )
     wire_dtype: DTypeName = Field("bfloat16", description="fragments and updates are rounded to it, travelling or not")
     bucket_numel: int = Field(
         2**26, ge=1, description="elements of a bucket's send and of its receive buffer; a step works in two buckets"
@@ -37,7 +44,14 @@ class ShardingSettings(Section):
     def _periodic(self) -> "ShardingSettings":
         if self.gather_every and self.mode == "gather":
             raise ValueError(f"gather_every: got {self.gather_every} with mode 'gather'; allowed: mode 'shard_local'")
+        if self.share < 1 and self.mode != "gather":
+            raise ValueError(f"rows: got {self.share:g} with mode '{self.mode}'; allowed: mode 'gather', or null")
         return self
+
+    @property
+    def share(self) -> float:
+        """Of each matrix's output rows, those that a step updates."""
+        return 1.0 if self.rows is None else self.rows
 
     @property
     def travels(self) -> bool:

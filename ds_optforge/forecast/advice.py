@@ -42,7 +42,7 @@ def advice(routes: Sequence[Route], sharding: ShardingSettings, now: Forecast, t
     """
     rate = tflops * 1e9  # FLOPs in a millisecond
     ranks = len(now.ranks)
-    if now.matrices < ranks:
+    if now.matrices < ranks and not now.teams:
         yield (
             f"{ranks} ranks, {now.matrices} matrices: at least {ranks - now.matrices} ranks orthogonalize nothing. "
             f"The largest matrix alone takes {now.largest / rate:,.2f} ms, an even share of all {now.mean_flops / rate:,.2f} "

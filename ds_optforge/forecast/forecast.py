@@ -6,7 +6,8 @@ in training. It takes no process group and no tensors.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from itertools import chain
 
@@ -19,13 +20,14 @@ from ds_optforge.forecast.topology import Topology, stepped_together
 from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.around import NOTHING, Around
-from ds_optforge.rules.base import MatrixRule, statistics_of
+from ds_optforge.rules.base import MatrixRule, statistics_of, works_in_teams
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
 from ds_optforge.zero.group_plan import matrices_of
-from ds_optforge.zero.partition import Matrix, PartitionLayout, cuts_of_group, cuts_of_parameters
-from ds_optforge.zero.plan import ExchangePlan, critical_path, make_plan
+from ds_optforge.zero.partition import Matrix, PartitionLayout, chosen_shape, cuts_of_group, cuts_of_parameters
+from ds_optforge.zero.plan import ExchangePlan, Team, critical_path, make_plan
+from ds_optforge.zero.teams import with_teams
 
 _BYTES = {"bfloat16": 2.0, "float32": 4.0, "8bit": 1 + 4 / BLOCK}  # 8bit: a float32 absmax per block
 
@@ -42,6 +44,7 @@ _SECOND_MOMENT_BYTES = 62
 _SUM_BYTES = {"matrix": 34, "row": 66}  # of one sum: its terms, and for rows what is made of it for every element
 
 Cost = Callable[[Matrix], int]
+Rows = Callable[[int], int]  # how many of so many output rows are chosen
 
 
 @dataclass(slots=True)
@@ -49,10 +52,12 @@ class RankFigures:
     """The cost of a step on one rank.
 
     Attributes:
-        matrices: number of matrices that the rank orthogonalizes.
+        matrices: number of matrices that the rank orthogonalizes, alone or in a team.
         flops: FLOPs of orthogonalizing them.
         shard_flops: FLOPs of orthogonalizing its own fragments instead (shard_local).
-        sent_bytes: bytes that it sends to other ranks, fragments and updates.
+        sent_bytes: bytes that it sends to other ranks: fragments, updates, and what it gathers; where rows are chosen, their
+            mean if every row is chosen as often as another.
+        gathered_bytes: those that it sends to the other members of its teams, while they wait.
         workspace_bytes: bytes of the exchanges in flight at a time, its largest local bucket and temporary tensors together.
         local_workspace_bytes: the same where fragments are stepped alone: its largest bucket of them, read and written.
         state_bytes: bytes of optimizer state, without the weights.
@@ -66,6 +71,7 @@ class RankFigures:
     flops: int = 0
     shard_flops: int = 0
     sent_bytes: int = 0
+    gathered_bytes: int = 0
     workspace_bytes: int = 0
     local_workspace_bytes: int = 0
     state_bytes: int = 0
@@ -92,6 +98,7 @@ class Forecast:
         zero_numel: elements that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3).
         calls: of ``step()``, each with its layout and plan.
         gathers_only: whether a rule has sums over whole matrices, which other sharding modes would not give it.
+        teams: number of matrices that several ranks orthogonalize together, by the number of these ranks.
     """
 
     topology: Topology
@@ -106,6 +113,7 @@ class Forecast:
     zero_numel: int
     calls: tuple["PlannedCall", ...] = ()
     gathers_only: bool = False
+    teams: Counter[int] = field(default_factory=Counter)
 
     @cached_property
     def mean_flops(self) -> float:
@@ -145,8 +153,11 @@ def forecast_routes(
     ]
     ranks = tuple(RankFigures() for _ in range(topology.world_size))
     rows: Counter[int] = Counter()
+    teams: Counter[int] = Counter()
     for group in groups:
         rows.update(group.enter(ranks))
+        for team in group.plan.teams if group.plan else ():
+            teams[len(team.ranks)] += group.siblings
     planned = [group for group in groups if group.plan]
     return Forecast(
         topology,
@@ -161,6 +172,7 @@ def forecast_routes(
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
         calls=tuple(groups),
         gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums) for group in planned),
+        teams=teams,
     )
 
 
@@ -186,6 +198,7 @@ class PlannedCall:
         slice_numel: elements of a rank's slice, padding included.
         plan: owners and exchanges; None for an elementwise rule.
         kept: the rule's statistics.
+        rows: how many of so many output rows are chosen; None for all of them.
         wire_bytes: of an element that travels.
     """
 
@@ -195,7 +208,7 @@ class PlannedCall:
         self.siblings = topology.expert_parallel if experts else 1
         self.device = topology.device
         self.settings = routes[0].settings
-        self.rule = built(self.settings)
+        self.rule = built(self.settings, sharding)
         self.buffers = (*self.rule.buffers, *around.buffers)
         self.layout, self.slice_numel = lay_out(routes, topology.world_size // self.siblings, topology.stage)
         self.own_numel = self.slice_numel * (self.layout.world_size - 1)
@@ -204,11 +217,16 @@ class PlannedCall:
         self.plan: ExchangePlan | None = None
         self.cost: Cost = lambda matrix: 0
         self.kept = NO_STATISTICS
+        self.rows: Rows | None = None
         if isinstance(self.rule, MatrixRule):
-            self.cost = _remembered(partial(self.rule.cost_on, topology.device))
+            self.rows = self.rule.choice.count if self.rule.choice else None
+            self.cost = _remembered(partial(self.rule.cost_on, topology.device), self.rows)
             travelling = statistics_of(self.rule, "update")
             self.kept = Kept(tuple(statistic.per for statistic in travelling), 4 // self.wire_bytes)
             self.plan = make_plan(self.layout, self.cost, sharding.bucket_numel, topology.device)
+            if works_in_teams(self.rule) and sharding.travels:
+                team_cost = partial(self.rule.team_cost, topology.device)
+                self.plan = with_teams(self.plan, self.cost, team_cost, self.wire_bytes, topology.device)
         self.costs = [self.cost(matrix) for matrix in self.layout.matrices]
 
     def enter(self, ranks: Sequence[RankFigures]) -> Counter[int]:
@@ -220,6 +238,7 @@ class PlannedCall:
             rank.flops += own.flops
             rank.shard_flops += own.shard_flops
             rank.sent_bytes += own.sent_bytes
+            rank.gathered_bytes += own.gathered_bytes
             # Groups are stepped one after another.
             rank.workspace_bytes = max(rank.workspace_bytes, own.workspace_bytes)
             rank.local_workspace_bytes = max(rank.local_workspace_bytes, own.local_workspace_bytes)
@@ -239,8 +258,10 @@ class PlannedCall:
         if self.plan:
             self._add_orthogonalization(self.plan, figures, rows)
             sizes = exchange_sizes(self.plan, self.kept)
+            sent = exchange_sizes(self.plan, self.kept, self.rows) if self.rows else sizes
             for rank, own in enumerate(figures):
-                own.sent_bytes = self.wire_bytes * sum(size.travels(rank) for size in sizes) + self._sum_bytes(self.plan)
+                travels = self.wire_bytes * sum(size.travels(rank) for size in sent) + self._sum_bytes(self.plan)
+                own.sent_bytes = travels + own.gathered_bytes
             assert isinstance(self.rule, MatrixRule)
             held = workspaces(self.rule, self.plan, sizes, self.wire_bytes, self.device)
             for own, workspace in zip(figures, held, strict=True):
@@ -264,7 +285,11 @@ class PlannedCall:
         return 2 * 8 * values * (self.layout.world_size - 1) // self.layout.world_size
 
     def _add_orthogonalization(self, plan: ExchangePlan, figures: list[RankFigures], rows: Counter[int]) -> None:
-        for cost, owner in zip(self.costs, plan.owners, strict=True):
+        teams = {team.matrix: team for team in plan.teams}
+        for index, (cost, owner) in enumerate(zip(self.costs, plan.owners, strict=True)):
+            if index in teams:
+                self._add_team(teams[index], cost, figures)
+                continue
             figures[owner].matrices += 1
             figures[owner].flops += cost
         for alike in cut_alike(self.layout, range(len(self.costs))):
@@ -280,6 +305,14 @@ class PlannedCall:
                 kept = sum(matrix.values_in(found.per, within).numel for found in statistics_of(self.rule))
                 figures[rank].state_bytes += 4 * len(alike) * kept
 
+    def _add_team(self, team: Team, cost: int, figures: list[RankFigures]) -> None:
+        gathered = team.gathered_bytes * len(team.ranks) // (len(team.ranks) - 1)
+        for rank, rows in zip(team.ranks, team.rows, strict=True):
+            share = Fraction(rows, sum(team.rows))
+            figures[rank].matrices += 1
+            figures[rank].flops += int(cost * share)
+            figures[rank].gathered_bytes += int(gathered * share) * (len(team.ranks) - 1)
+
     def _held_alone(self, matrix: Matrix, count: int, bucket: int) -> int:
         """Bytes of a bucket of fragments that are stepped alone, of which ``count`` are alike: rows of a matrix each."""
         if self.device == "cpu":
@@ -290,12 +323,12 @@ class PlannedCall:
         return self.wire_bytes * bucket + max(count * each, scratch_bytes(bucket, self.device))
 
 
-def _remembered(cost: Callable[[int, int], int]) -> Cost:
-    """The cost of a matrix, computed once per shape."""
+def _remembered(cost: Callable[[int, int], int], rows: Rows | None) -> Cost:
+    """The cost of a matrix, or of the ``rows`` of it that are chosen, computed once per shape."""
     known: dict[tuple[int, int], int] = {}
 
     def of(matrix: Matrix) -> int:
-        shape = matrix.part_shape
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, rows)
         if shape not in known:
             known[shape] = cost(*shape)
         return matrix.parts * known[shape]

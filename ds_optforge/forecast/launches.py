@@ -42,7 +42,8 @@ def step_launches(predicted: Forecast) -> Launches:
     rank = max(range(len(predicted.ranks)), key=lambda each: predicted.ranks[each].flops)
     kernels, uncounted = 0, set()
     for call in predicted.calls:
-        if not counted_alone(call.settings) or len(call.buffers) > len(call.rule.buffers):  # something around the rule
+        around = len(call.buffers) > len(call.rule.buffers)  # something around the rule
+        if not counted_alone(call.settings) or around or call.rows or (call.plan and call.plan.teams):
             uncounted.add(call.settings.rule)
         elif isinstance(call.rule, MatrixRule):
             kernels += _matrix_launches(call, rank // call.siblings)
@@ -132,7 +133,7 @@ class _Bucket:
 
 
 def _runs(portion: Portion) -> list[int]:
-    """Elements of each run of equal items that lie side by side: see `ds_optforge.rules.base.side_by_side`."""
+    """Elements of each run of equal items that lie side by side: see `ds_optforge.rules.flat.side_by_side`."""
     places: list[tuple[int, int]] = []  # (start, numel) of each item
     for span in portion.spans:
         start = span.within.start

@@ -205,5 +205,6 @@ def _plain(found: StagePlan) -> dict[str, Any]:
         "path_over_ideal": predicted.path_over_ideal,
         "exchanges": predicted.exchanges,
         "launches": {**asdict(found.launches), "host_seconds": found.host_seconds},
+        "teams": {str(ranks): predicted.teams[ranks] for ranks in sorted(predicted.teams)},
         "ranks": [asdict(rank) for rank in predicted.ranks],
     }

@@ -47,6 +47,8 @@ def _lines(plan: Plan) -> Iterator[str | Table]:
     yield _overview(plan)
     for found in plan.stages:
         yield _recommendation(plan, found)
+        if found.predicted.teams:
+            yield _teams(found.predicted)
         yield _host(found)
     yield from _fit(plan)
     for found in plan.stages:
@@ -128,6 +130,16 @@ def _host(found: StagePlan) -> str:
     if found.host_seconds > gather:
         text += ". The host bounds the step: a larger sharding.bucket_numel, or CUDA 13, makes it launch fewer"
     return text + "."
+
+
+def _teams(predicted: Forecast) -> str:
+    sizes = sorted(predicted.teams)
+    each = f"{sizes[0]} ranks" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} ranks"
+    sent = max(rank.gathered_bytes for rank in predicted.ranks) / 1e6
+    return (
+        f"Teams on ZeRO-{predicted.topology.stage}: with gather, {each} each orthogonalize {predicted.teams.total():,} of the "
+        f"{predicted.matrices:,} matrices together; for that a rank sends up to {sent:,.1f} MB."
+    )
 
 
 def _fit(plan: Plan) -> Iterator[str]:

@@ -137,10 +137,14 @@ def recommended(candidates: Sequence[Mode], saving: float = SAVING) -> Mode:
 
 def _gathered(predicted: Forecast, hardware: Hardware, workload: Workload) -> Seconds:
     products = predicted.critical_path / (hardware.tflops * 1e12)
+    gathers = _on_link(max(rank.gathered_bytes for rank in predicted.ranks), hardware)
+    exchanges = _on_link(max(rank.sent_bytes - rank.gathered_bytes for rank in predicted.ranks), hardware)
     traffic = _on_link(max(rank.sent_bytes for rank in predicted.ranks), hardware)
     elementwise = _elementwise(predicted, hardware)
-    # One exchange travels while another is orthogonalized, but for the first to go out and the last to come back.
-    together = max(products, traffic) + min(products, traffic) / max(predicted.exchanges, 1)
+    # One exchange travels while another is orthogonalized, but for the first to go out and the last to come back. What a team
+    # gathers its products wait for.
+    busy = products + gathers
+    together = max(busy, exchanges) + min(busy, exchanges) / max(predicted.exchanges, 1)
     return Seconds(products, traffic, elementwise, together + elementwise, model_seconds(predicted, hardware, workload))
 
 

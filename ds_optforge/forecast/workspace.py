@@ -35,7 +35,14 @@ def workspaces(rule: MatrixRule, plan: ExchangePlan, sizes: Sequence[ExchangeSiz
     local, largest_local, largest, temporary = ([0] * layout.world_size for _ in range(4))
     # By owner, shape, and exchange (-1 for none): what may be in one batch.
     together: Counter[tuple[int, Matrix, int]] = Counter()
+    teams = {team.matrix: team for team in plan.teams}
     for index, (matrix, owner) in enumerate(zip(layout.matrices, plan.owners, strict=True)):
+        if index in teams:  # whose members have the whole matrix beside their block of it
+            for rank in teams[index].ranks:
+                largest[rank] = max(largest[rank], matrix.numel)
+                held = wire_bytes * matrix.numel + temporaries(rule, matrix, wire_bytes, device)
+                temporary[rank] = max(temporary[rank], held)
+            continue
         number = number_of.get(index, -1)
         largest[owner] = max(largest[owner], matrix.numel)
         together[owner, _alike(matrix), number] += 1

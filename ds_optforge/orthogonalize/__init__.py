@@ -11,12 +11,14 @@ from ds_optforge.orthogonalize.newton_schulz import (
     orthogonalize,
     uses_gram,
 )
+from ds_optforge.orthogonalize.team import Team, orthogonalize_rows, team_cost
 
 __all__ = [
     "COEFFICIENT_SETS",
     "CoefficientSet",
     "Healthy",
     "Method",
+    "Team",
     "accurate_method",
     "at_once",
     "coefficient_set",
@@ -24,5 +26,7 @@ __all__ = [
     "gram_dtype",
     "healthy",
     "orthogonalize",
+    "orthogonalize_rows",
+    "team_cost",
     "uses_gram",
 ]

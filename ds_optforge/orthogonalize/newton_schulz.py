@@ -25,7 +25,7 @@ _GRAM_STEPS_IN_BFLOAT16 = 5
 _CACHED_NUMEL = 2**19
 
 
-def _restarts(step: int) -> bool:
+def restarts(step: int) -> bool:
     """Whether the Gram form recomputes R from X before this step (counted from 0): before steps 2, 5, 8, ...
 
     R squares the condition number and each step multiplies its rounding errors, so more than three steps on one R
@@ -164,10 +164,10 @@ def _gram_products(steps: int) -> tuple[int, int]:
     """Count the products that `_gram` makes: (of n x n by n x n matrices, of n x n by n x m matrices)."""
     small = long = 0
     for step in range(steps):
-        fresh = step == 0 or _restarts(step)
+        fresh = step == 0 or restarts(step)
         long += (1 + (step > 0)) if fresh else 0  # R = X X^T, and X = Q X before a restart
         small += 1 + (not fresh)  # Z; Q Z
-        if step + 1 < steps and not _restarts(step + 1):
+        if step + 1 < steps and not restarts(step + 1):
             small += 2  # R Z, Z Y
     return small, long + 1
 
@@ -179,9 +179,9 @@ def _standard(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, 
     last = given.view(x.shape) if tall else out
     if x.device.type == "cpu":
         gram = torch.bmm(x, x.mT)
-        x.mul_(_normalise(gram, chosen))
+        x.mul_(normalise(gram, chosen))
     else:  # reads X once more, and launches half as many kernels
-        x.mul_(_inverse_norm(x, chosen))
+        x.mul_(inverse_norm(x, chosen))
         gram = torch.bmm(x, x.mT)
     polynomial, buffers = torch.empty_like(gram), (last if len(triples) % 2 else torch.empty_like(x), x)
     for step, (a, b, c) in enumerate(triples):
@@ -202,17 +202,17 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
     x, q, inverse = given, None, None
     narrow = gram_dtype(given.dtype, given.device.type)
     if narrow != given.dtype:
-        x = _unit(given, chosen, narrow)
+        x = unit(given, chosen, narrow)
     tall = x.shape[1] > x.shape[2]
     r = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
     if x is given:
-        inverse = _normalise(r, chosen)
+        inverse = normalise(r, chosen)
     for step, triple in enumerate(triples):
-        if q is not None and _restarts(step):
+        if q is not None and restarts(step):
             x = torch.bmm(x, q) if tall else torch.bmm(q, x)
             r, q = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT), None
         z = _polynomial(r, triple)
-        if step + 1 < len(triples) and not _restarts(step + 1):
+        if step + 1 < len(triples) and not restarts(step + 1):
             r = torch.bmm(torch.bmm(r, z), z)
         if step == 0 and inverse is not None:
             z.mul_(inverse)
@@ -225,13 +225,13 @@ def _gram(given: Tensor, triples: Sequence[Triple], chosen: CoefficientSet, out:
         out.copy_(torch.bmm(*last))
 
 
-def _unit(given: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
+def unit(given: Tensor, chosen: CoefficientSet, dtype: torch.dtype) -> Tensor:
     """Return X0 = X / (||X||_F * safety + eps) of ``given``, (batch, n, m), in ``dtype``."""
-    unit = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
-    return torch.mul(given, _inverse_norm(given, chosen), out=unit)
+    out = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(given, inverse_norm(given, chosen), out=out)
 
 
-def _inverse_norm(given: Tensor, chosen: CoefficientSet) -> Tensor:
+def inverse_norm(given: Tensor, chosen: CoefficientSet) -> Tensor:
     """Return the factor from X, (batch, n, m), to X0, (batch, 1, 1) in float32 or wider."""
     wide = torch.promote_types(given.dtype, torch.float32)
     norm = torch.linalg.vector_norm(given, dim=(-2, -1), keepdim=True, dtype=wide)
@@ -245,7 +245,7 @@ def _inverse(norm: Tensor, chosen: CoefficientSet) -> Tensor:
     return norm.add_(chosen.eps).reciprocal_()
 
 
-def _normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
+def normalise(gram: Tensor, chosen: CoefficientSet) -> Tensor:
     """Turn ``X X^T``, (batch, n, n), into that of ``X0 = X / (||X||_F * safety + eps)``, in place.
 
     The norm is the root of the trace, so that X itself is neither read nor written. The factor has the dtype of X, since

@@ -3,6 +3,7 @@
 from ds_optforge.rules.base import (
     Batch,
     Buffer,
+    Choice,
     ElementwiseRule,
     Hyperparameters,
     MatrixRule,
@@ -12,14 +13,15 @@ from ds_optforge.rules.base import (
     Sums,
     Tensors,
     Values,
-    decay,
 )
+from ds_optforge.rules.flat import decay
 from ds_optforge.rules.registry import RuleError, register_rule, rule_names, rule_settings
 from ds_optforge.rules.settings import DecaySettings, RuleSettings
 
 __all__ = [
     "Batch",
     "Buffer",
+    "Choice",
     "DecaySettings",
     "ElementwiseRule",
     "Hyperparameters",

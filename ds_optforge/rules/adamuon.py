@@ -8,18 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ds_optforge.orthogonalize import Healthy
-from ds_optforge.rules.base import (
-    Batch,
-    Buffer,
-    Hyperparameters,
-    State,
-    Sum,
-    Sums,
-    Tensors,
-    decay,
-    descend,
-    side_by_side,
-)
+from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, State, Sum, Sums, Tensors
+from ds_optforge.rules.flat import decay, descend, side_by_side
 from ds_optforge.rules.muon import Muon, OrthogonalizationSettings, OrthogonalSettings
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import NonNegative, Positive

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ds_optforge.rules.base import Buffer, Rule, State, Tensors, side_by_side
+from ds_optforge.rules.base import Buffer, Rule, State, Tensors
+from ds_optforge.rules.flat import side_by_side
 from ds_optforge.validation import Section
 
 WEIGHT_AVERAGE = Buffer("weight_average", full_precision=True, wide=True)

@@ -23,9 +23,18 @@ class Aurora(Muon):
     once it is orthogonal, is orthogonalized as in `Muon`; so are u, the scale and the step. Norms are at least 1e-7.
     """
 
+    @property
+    def needs_owner(self) -> bool:
+        """True: balancing takes the whole factor."""
+        return True
+
     def cost(self, rows: int, cols: int) -> int:
         """Return the FLOPs of all runs of Newton-Schulz on one (rows, cols) matrix."""
-        return self.orthogonalization.flops(rows, cols) * (1 if rows == cols else _RUNS)
+        return self.cost_on("cpu", rows, cols)
+
+    def cost_on(self, device: str, rows: int, cols: int) -> int:
+        """Return the same on a type of device; arguments as in `MatrixRule.cost_on`."""
+        return self.orthogonalization.flops(rows, cols, device) * (1 if rows == cols else _RUNS)
 
     def orthogonal(self, batch: Batch) -> Tensor:
         """Return the balanced orthogonal factors of a batch; see `Muon.orthogonal`."""

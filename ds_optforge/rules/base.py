@@ -8,16 +8,16 @@ The tensors that a rule's elementwise members get are flat, (elements,): contigu
 the dtype in which the parameters are stepped (float32 under DeepSpeed, the model's own in plain PyTorch).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
-from ds_optforge.orthogonalize import Healthy
+from ds_optforge.orthogonalize import Healthy, Team
 
 Tensors: TypeAlias = Sequence[Tensor]
 State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter, of its shape and dtype
@@ -98,9 +98,29 @@ class Sum:
     mean: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Declaration that a step updates some output rows of each matrix alone: those in which a sum is largest.
+
+    Of rows with equal sums the first ones are chosen. What `direction` gets as that sum is 1 for a chosen row, 0 for another.
+    `update` gets the chosen rows alone; to `apply`, which does not get the sum, the update of another row is zero.
+
+    Attributes:
+        by: name of a sum per row, of the gradient.
+        share: of the output rows that are chosen, above 0 and below 1.
+    """
+
+    by: str
+    share: float
+
+    def count(self, outputs: int) -> int:
+        """Return how many of ``outputs`` rows are chosen: ``share`` of them, taken as a decimal fraction, rounded up."""
+        return math.ceil(Fraction(repr(self.share)) * outputs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Whole matrices of one shape, for `MatrixRule.update`.
+    """Whole matrices of one shape, their chosen rows (see `Choice`), or one matrix of a team, for `MatrixRule.update`.
 
     Attributes:
         matrices: (n, rows, cols) directions, in the wire's dtype; may be overwritten.
@@ -111,7 +131,10 @@ class Batch:
         sums: by name, (n, outputs) or (n, 1) in float32; empty for a rule with `MatrixRule.settle`.
         has_all: whether no statistic is another rank's, so that none is negative.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
-            telemetry.
+            telemetry. With a team, with this member's rows of them.
+        team: the ranks that compute the update of the one matrix together; None for a rank alone. Only a rule that
+            `works_in_teams` gets one.
+        whole: (rows, cols) of the matrices from which rows were chosen; None if these are whole.
     """
 
     matrices: Tensor
@@ -121,6 +144,13 @@ class Batch:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     has_all: bool = False
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
+    team: Team | None = None
+    whole: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the whole matrices."""
+        return self.whole or (self.matrices.shape[-2], self.matrices.shape[-1])
 
 
 class Rule(ABC):
@@ -216,6 +246,8 @@ class MatrixRule(Rule):
         reads_weights: whether `direction`, and `summand` of the gradient, get the weights.
         refuses_zeros: whether a matrix of zeros is an error in its first step.
         resizes: whether `apply` gives the update another size than `rms`: telemetry then expects none.
+        in_teams: whether the `update` of the class that says so heeds ``batch.team``; `team_cost` is then needed. It is not
+            inherited by a class that has an `update` of its own.
     """
 
     __slots__ = ()
@@ -225,10 +257,19 @@ class MatrixRule(Rule):
     reads_weights: ClassVar[bool] = False
     refuses_zeros: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
+    in_teams: ClassVar[bool] = False
+
+    @property
+    def choice(self) -> Choice | None:
+        """The rows of each matrix that a step updates: `update` gets them alone, and only they travel; None: all."""
+        return None
 
     @abstractmethod
     def cost(self, rows: int, cols: int) -> int:
-        """Return the cost of `update` on one (rows, cols) matrix in FLOPs. The plan balances owners by it."""
+        """Return the cost of `update` on one (rows, cols) matrix, or on as many chosen rows, in FLOPs.
+
+        The plan balances owners by it.
+        """
 
     def cost_on(self, device: str, rows: int, cols: int) -> int:
         """Return the cost on a type of device, for a rule whose products differ between devices; `cost` is the same on all.
@@ -239,6 +280,28 @@ class MatrixRule(Rule):
             cols: stored columns.
         """
         return self.cost(rows, cols)
+
+    @property
+    def needs_owner(self) -> bool:
+        """Whether the rule, as it is set, needs one owner for each matrix all the same; asked where there is ``in_teams``."""
+        return False
+
+    def team_cost(self, device: str, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Count what `update` of one (rows, cols) matrix costs a member of a team. Teams are planned by it.
+
+        Args:
+            device: "cpu", "cuda", ...
+            rows: stored rows.
+            cols: stored columns.
+            blocks: rows of each member.
+
+        Returns:
+            (FLOPs of the member with most rows; calls of `Team.gather`; bytes of the tensors that these fill).
+
+        Raises:
+            NotImplementedError: a rule without ``in_teams``.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def direction(self, gradients: Tensors, weights: Tensors, state: State, sums: Sums, now: Hyperparameters) -> Tensors:
@@ -267,7 +330,8 @@ class MatrixRule(Rule):
             now: the hyperparameters that `begin` returned.
 
         Returns:
-            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0.
+            (n, rows, cols) updates in the wire's dtype or wider; zeros where ``batch.active`` is 0. With a team, this
+            member's rows of the one update.
         """
 
     @abstractmethod
@@ -347,6 +411,16 @@ class MatrixRule(Rule):
         raise NotImplementedError
 
 
+def works_in_teams(rule: MatrixRule) -> bool:
+    """Whether several ranks can compute the `update` of one matrix together.
+
+    The class that defines `update` has to say so: one that overrides the `update` of a rule for teams may not know of them.
+    Statistics of a rule have one owner, and so do the matrices of one that chooses rows, or `needs_owner` as it is set.
+    """
+    definer = next(base for base in type(rule).__mro__ if "update" in vars(base))
+    return bool(vars(definer).get("in_teams", False)) and not rule.needs_owner and not rule.statistics and not rule.choice
+
+
 def buffers_of(rule: Rule, of_update: bool) -> tuple[Buffer, ...]:
     """Return the buffers of ``rule`` that the update advances (``of_update``), or those that the gradient advances."""
     return tuple(buffer for buffer in rule.buffers if buffer.of_update == of_update)
@@ -361,92 +435,3 @@ def statistics_of(rule: Rule, *given: Given) -> tuple[Statistic, ...]:
 def settles(rule: MatrixRule | type[MatrixRule]) -> bool:
     """Whether a rule has `MatrixRule.settle`."""
     return (rule if isinstance(rule, type) else type(rule)).settle is not MatrixRule.settle
-
-
-def decay(parameters: Tensors, updates: Tensors, rate: float, cautious: bool, active: Tensor | None = None) -> None:
-    """Apply decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101) before the update: W <- (1 - rate) W.
-
-    Args:
-        parameters: (elements,) each; changed in place.
-        updates: (elements,) each; the amounts that will be subtracted. Read only if ``cautious``.
-        rate: learning rate times weight decay.
-        cautious: whether to decay only the elements with update * W >= 0, for which the update points towards zero too
-            (Chen et al. 2025, arXiv 2510.12402; NorMuon's recipe does so).
-        active: (parameters,) 0 or 1: 0 leaves a parameter as it is; None counts as all 1.
-    """
-    if rate == 0:
-        return
-    if active is None and not cautious:
-        # The factor is a tensor, since foreach rounds numbers to the parameters' dtype first.
-        torch._foreach_mul_(list(parameters), torch.tensor(1.0 - rate, dtype=torch.float64))
-        return
-    blocks = side_by_side(parameters, updates if cautious else parameters)
-    if not cautious:
-        assert active is not None  # seen above
-        wide = torch.promote_types(parameters[0].dtype, torch.float32)
-        factors = torch.rsub(active.to(wide), 1.0, alpha=rate).view(-1, 1)
-        for (weights, _), factor in zip(blocks, torch.split(factors, [len(w) for w, _ in blocks]), strict=True):
-            weights.mul_(factor)
-        return
-    flags = None if active is None else torch.split(active.to(parameters[0].dtype).view(-1, 1), [len(w) for w, _ in blocks])
-    for index, (weights, steps) in enumerate(blocks):
-        masked = weights * (weights * steps >= 0)
-        if flags is not None:
-            masked.mul_(flags[index])
-        weights.add_(masked, alpha=-rate)
-
-
-def descend(parameters: Tensors, updates: Tensors, rate: float) -> None:
-    """Subtract ``rate`` times the updates, (elements,) each, from the parameters, (elements,) each, in place."""
-    blocks = side_by_side(parameters, updates)
-    torch._foreach_add_([weights for weights, _ in blocks], [steps for _, steps in blocks], alpha=-rate)
-
-
-def combine(parameters: Tensors, updates: Tensors, kept: Tensor, taken: Tensor) -> None:
-    """Step parameters by a factor of each and one of its update: W <- kept W - taken u.
-
-    Args:
-        parameters: (elements,) each; changed in place.
-        updates: (elements,) each.
-        kept, taken: (parameters,) in float32.
-    """
-    blocks = side_by_side(parameters, updates)
-    counts = [len(weights) for weights, _ in blocks]
-    factors = (torch.split(factor.view(-1, 1), counts) for factor in (kept, taken))
-    for (weights, steps), one, other in zip(blocks, *factors, strict=True):
-        if weights.dtype == one.dtype:
-            weights.mul_(one).addcmul_(steps, other, value=-1.0)
-        else:  # rounded once
-            weights.copy_((weights * one).addcmul_(steps, other, value=-1.0))
-
-
-def products(first: Tensors, second: Tensors) -> Tensors:
-    """Return the products, (elements,) each, of tensors of these sizes, in float32 or wider."""
-    wide = torch.promote_types(first[0].dtype, torch.float32)
-    return torch._foreach_mul([tensor.to(wide) for tensor in first], [tensor.to(wide) for tensor in second])
-
-
-def side_by_side(first: Tensors, second: Tensors) -> list[tuple[Tensor, Tensor]]:
-    """Put flat tensors that lie side by side in memory, and are alike in size, together.
-
-    Args:
-        first: (elements,) each.
-        second: (elements,) each, of the same sizes.
-
-    Returns:
-        (count, elements) views of both, of as many tensors as are side by side in both, in order.
-    """
-    starts: list[int] = []
-    end: tuple[Any, ...] = ()
-    for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        numel, at, beside = one.numel(), one.storage_offset(), other.storage_offset()
-        storages = one.untyped_storage()._cdata, other.untyped_storage()._cdata
-        if end != (numel, at, beside, *storages):
-            starts.append(index)
-        end = (numel, at + numel, beside + numel, *storages)
-    counts = [after - start for start, after in pairwise([*starts, len(first)])]
-    return [(_block(first[at], count), _block(second[at], count)) for at, count in zip(starts, counts, strict=True)]
-
-
-def _block(tensor: Tensor, count: int) -> Tensor:
-    return tensor.as_strided((count, tensor.numel()), (tensor.numel(), 1))

@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors, decay
+from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors
+from ds_optforge.rules.flat import decay
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Betas, DecaySettings, NonNegative
 

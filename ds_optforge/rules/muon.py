@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, orthogonalized."""
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -13,14 +13,19 @@ from torch import Tensor
 from ds_optforge.orthogonalize import (
     Healthy,
     Method,
+    Team,
     accurate_method,
     coefficient_set,
     flops,
     gram_dtype,
     healthy,
     orthogonalize,
+    orthogonalize_rows,
+    team_cost,
 )
-from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors, decay, descend
+from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, MatrixRule, State, Sums, Tensors
+from ds_optforge.rules.error_feedback import ErrorFeedback
+from ds_optforge.rules.flat import decay, descend
 from ds_optforge.rules.normalization import Normalization, NormalizationSettings
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive, RuleSettings
@@ -59,12 +64,16 @@ class Orthogonalization:
     compile: bool = False
     rms: float = _MOONLIGHTS_RMS
 
-    def __call__(self, matrices: Tensor) -> Tensor:
+    def __call__(self, matrices: Tensor, team: Team | None = None) -> Tensor:
         """Return the orthogonal factors of ``matrices``, (n, rows, cols), in ``dtype``; the argument may be overwritten.
+
+        With a ``team``, of one matrix, (1, own rows, cols). It is then collective, and never compiled.
 
         Raises:
             ValueError: see `orthogonalize`.
         """
+        if team is not None:
+            return orthogonalize_rows(matrices, team, self.coefficients, self.steps, self.method, self.dtype)
         function = _compiled() if self.compile else orthogonalize
         return function(matrices, self.coefficients, self.steps, self.method, self.dtype, overwrite=True)
 
@@ -88,10 +97,18 @@ class Orthogonalization:
         Raises:
             ValueError: see `orthogonalize`.
         """
+        return flops(rows, cols, *self._form(device))
+
+    def team_cost(self, device: str, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Return FLOPs, gathers and gathered bytes of a member of a team: see `MatrixRule.team_cost`."""
+        own, gathers, numel = team_cost(rows, cols, *self._form(device), blocks)
+        return own, gathers, numel * self.dtype.itemsize
+
+    def _form(self, device: str) -> tuple[int, Method]:
+        """Return the number of steps, and a method that is accurate in ``dtype`` on a type of device."""
         chosen = coefficient_set(self.coefficients)
         steps = len(chosen.sequence(self.steps))
-        method = accurate_method(self.method, steps, gram_dtype(self.dtype, device), chosen.steep)
-        return flops(rows, cols, steps, method)
+        return steps, accurate_method(self.method, steps, gram_dtype(self.dtype, device), chosen.steep)
 
 
 @cache
@@ -121,6 +138,12 @@ class Muon(MatrixRule):
     normalization: Normalization | None = None
     buffers: ClassVar[tuple[Buffer, ...]] = (Buffer("momentum_buffer", momentum=True, gradient_average=True),)
     scheduled: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
+    in_teams: ClassVar[bool] = True
+
+    @property
+    def needs_owner(self) -> bool:
+        """Whether rows or columns are normalized: the sizes of whole ones are known to one owner."""
+        return self.normalization is not None
 
     def cost(self, rows: int, cols: int) -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix on a CPU."""
@@ -129,6 +152,10 @@ class Muon(MatrixRule):
     def cost_on(self, device: str, rows: int, cols: int) -> int:
         """Return the FLOPs of orthogonalizing one (rows, cols) matrix; arguments as in `MatrixRule.cost_on`."""
         return self.orthogonalization.flops(rows, cols, device)
+
+    def team_cost(self, device: str, rows: int, cols: int, blocks: Sequence[int]) -> tuple[int, int, int]:
+        """Return FLOPs, gathers and gathered bytes of a member; arguments as in `MatrixRule.team_cost`."""
+        return self.orthogonalization.team_cost(device, rows, cols, blocks)
 
     def begin(self, group: Hyperparameters, scalars: MutableMapping[str, float], step: int) -> Hyperparameters:
         """Lower ``momentum`` during its warm-up; arguments as in `Rule.begin`."""
@@ -149,7 +176,7 @@ class Muon(MatrixRule):
         # Scaled in the wire's precision: the compute dtype may be narrower.
         orthogonal = self.orthogonal(batch).to(batch.matrices.dtype)
         batch.watch(orthogonal)
-        scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
+        scale = self.orthogonalization.scale_of(*batch.shape, batch.transposed)
         active = batch.active
         if (
             scale != torch.tensor(scale, dtype=orthogonal.dtype).item()
@@ -160,11 +187,14 @@ class Muon(MatrixRule):
         return orthogonal.mul_(factors if sizes is None else sizes.mul_(factors))
 
     def orthogonal(self, batch: Batch) -> Tensor:
-        """Return the orthogonal factors of a batch, (n, rows, cols), in the dtype of the products; its matrices may be lost."""
+        """Return the orthogonal factors of a batch, (n, rows, cols), in the dtype of the products; its matrices may be lost.
+
+        With a team, this member's rows of them.
+        """
         matrices = batch.matrices
         if self.normalization:
             matrices = self.normalization.before(matrices, batch.transposed)
-        return self.orthogonalization(matrices)
+        return self.orthogonalization(matrices, batch.team)
 
     def rms(self, rows: int, cols: int, transposed: bool) -> float:
         """Return scale / sqrt(max(rows, cols)); arguments as in `MatrixRule.rms`."""
@@ -182,6 +212,17 @@ class Muon(MatrixRule):
         """Decay the parameters and subtract lr times the updates; arguments as in `MatrixRule.apply`."""
         decay(parameters, updates, now["lr"] * now["weight_decay"], self.cautious, active)
         descend(parameters, updates, now["lr"])
+
+
+@dataclass(frozen=True, slots=True)
+class RowMuon(ErrorFeedback, Muon):
+    """Muon that steps the rows with the largest momentum, by error feedback; ``nesterov`` must be false.
+
+    Attributes:
+        share: of the output rows that a step updates.
+    """
+
+    share: float = 1.0
 
 
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -286,6 +327,19 @@ class MuonSettings(OrthogonalSettings):
     def build(self) -> Muon:
         """Return the rule with these settings."""
         return Muon(**self.arguments())
+
+    def build_rows(self, share: float) -> MatrixRule:
+        """Return the rule that steps a share of the rows; see `RuleSettings.build_rows`."""
+        found = self._by_rows(share)
+        if isinstance(found, self.builds):  # a rule that derives from it has rows of its own, or none
+            if self.nesterov:
+                raise ValueError("nesterov true, which error feedback does not have; allowed: nesterov false")
+            if self.normalize:
+                raise ValueError("normalize, which takes whole matrices; allowed: normalize null")
+        return found
+
+    def _by_rows(self, share: float) -> MatrixRule:
+        return RowMuon(**self.arguments(), share=share)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments with which `Muon` and the rules that derive from it are constructed."""

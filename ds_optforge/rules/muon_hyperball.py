@@ -7,7 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ds_optforge.rules.base import Hyperparameters, State, Statistic, Sum, Sums, Tensors, Values, combine, products
+from ds_optforge.rules.base import Hyperparameters, State, Statistic, Sum, Sums, Tensors, Values
+from ds_optforge.rules.flat import combine, products
 from ds_optforge.rules.muon import MomentumSettings, Muon
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import NonNegative

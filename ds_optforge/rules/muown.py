@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ds_optforge.rules.base import Buffer, Hyperparameters, State, Statistic, Sum, Sums, Tensors, Values, products
+from ds_optforge.rules.base import Buffer, Hyperparameters, State, Statistic, Sum, Sums, Tensors, Values
+from ds_optforge.rules.flat import products
 from ds_optforge.rules.muon import MomentumSettings, Muon, OrthogonalizationSettings, Scale
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Betas, NonNegative, PlainDecaySettings, Positive

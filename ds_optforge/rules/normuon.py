@@ -7,7 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ds_optforge.rules.base import Batch, Hyperparameters, Statistic
+from ds_optforge.rules.base import Batch, Hyperparameters, MatrixRule, Statistic
+from ds_optforge.rules.error_feedback import ErrorFeedback
 from ds_optforge.rules.muon import Muon, MuonSettings
 from ds_optforge.rules.registry import register_rule
 from ds_optforge.rules.settings import Beta
@@ -43,10 +44,23 @@ class NorMuon(Muon):
         torch.where((batch.active != 0).view(-1, 1), moved, kept, out=rows)
         orthogonal.div_((rows.sqrt() + _EPS).unsqueeze(into))
         factor = norm / (torch.linalg.vector_norm(orthogonal, dim=(-2, -1), keepdim=True) + _EPS)
-        scale = self.orthogonalization.scale_of(batch.matrices.shape[-2], batch.matrices.shape[-1], batch.transposed)
+        scale = self.orthogonalization.scale_of(*batch.shape, batch.transposed)
         if scale != 1.0:
             factor.mul_(scale)
         return orthogonal.mul_(factor.mul_(batch.active.view(-1, 1, 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class RowNorMuon(ErrorFeedback, NorMuon):
+    """NorMuon that steps the rows with the largest momentum, by error feedback; ``nesterov`` must be false.
+
+    v of a row that is not chosen stays as it is; the Frobenius norm is that of the chosen rows.
+
+    Attributes:
+        share: of the output rows that a step updates.
+    """
+
+    share: float = 1.0
 
 
 @register_rule
@@ -69,3 +83,6 @@ class NorMuonSettings(MuonSettings):
     def build(self) -> NorMuon:
         """Return the rule with these settings."""
         return NorMuon(**self.arguments(), beta2=self.beta2)
+
+    def _by_rows(self, share: float) -> MatrixRule:
+        return RowNorMuon(**self.arguments(), beta2=self.beta2, share=share)

@@ -204,6 +204,8 @@ def _problems_of_sums(rule: type[MatrixRule], statistics: Sequence[Statistic], s
         yield "settle: got no sums; allowed: with sums"
     if settles(rule) and len({item.per for item in sums} | {item.per for item in beside}) > 1:
         yield "settle: got values per row and per matrix; allowed: one of them"
+    if issubclass(rule, MatrixRule) and rule.in_teams != (rule.team_cost is not MatrixRule.team_cost):
+        yield "in_teams and team_cost: got one of them; allowed: both, or neither"
 
 
 def _declared(rule: type[Rule], name: str, kind: type[T]) -> Generator[str, None, tuple[T, ...]]:

@@ -96,6 +96,14 @@ class RuleSettings(Section):
         """
         raise NotImplementedError
 
+    def build_rows(self, share: float) -> MatrixRule:
+        """Construct the rule that steps a ``share`` of each matrix's output rows (``sharding.rows``): see `Choice`.
+
+        Raises:
+            ValueError: the rule, or these settings of it, can only step whole matrices; the message says what is allowed.
+        """
+        raise ValueError(f"rule '{self.rule}', which steps whole matrices; allowed: null")
+
     def scheduled(self) -> dict[str, Any]:
         """Return the values that live in the parameter group, where a schedule may change them, by name."""
         return {name: getattr(self, name) for name in self.builds.scheduled}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of, works_in_teams
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
+from ds_optforge.step.rows import ChosenRows
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums, Summed
 from ds_optforge.zero.buckets import RankBucket
@@ -58,9 +59,16 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
 def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> Wanted:
     if not isinstance(rule, MatrixRule):
         return Wanted(sharding.bucket_numel)
-    wire: torch.dtype = getattr(torch, sharding.wire_dtype)
-    statistics = tuple(statistic.per for statistic in statistics_of(rule, "update"))
-    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, sharding.mode == "shard_local")
+    return Wanted(
+        sharding.bucket_numel,
+        rule.cost_on,
+        getattr(torch, sharding.wire_dtype),
+        tuple(statistic.per for statistic in statistics_of(rule, "update")),
+        gathers=sharding.travels,
+        alone=sharding.mode == "shard_local",
+        team_cost=rule.team_cost if works_in_teams(rule) else None,
+        rows=rule.choice.count if rule.choice else None,
+    )
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
@@ -139,7 +147,8 @@ class _BucketBuilder:
         own = bucket.exchange.bucket
         packed = pack(self._layout, own, bucket.fragments, chunk_numel(self._near), self._in_blocks)
         flags = [own.sent[item.fragment].flag for portion in packed for item in portion]
-        portions = tuple(map(portion_of, packed))
+        portions, choice = tuple(map(portion_of, packed)), self._rule.choice
+        sums = self._sums(own, portions) if self._rule.sums else None
         return Bucket(
             bucket.exchange,
             Views([(lies.tensor, lies.within.start, lies.within.numel) for lies in bucket.fragments]),
@@ -147,7 +156,8 @@ class _BucketBuilder:
             torch.tensor(flags, dtype=torch.long, device=self._near),
             self._kept(bucket),
             self._norms(own) if alone else None,
-            self._sums(own, portions) if self._rule.sums else None,
+            sums,
+            ChosenRows(choice, bucket.exchange, sums) if choice and sums else None,
         )
 
     def _sums(self, own: RankBucket, portions: Sequence[Portion]) -> BucketSums:

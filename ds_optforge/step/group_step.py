@@ -18,13 +18,14 @@ from ds_optforge.rules.base import (
     State,
     Tensors,
     buffers_of,
-    side_by_side,
     statistics_of,
 )
 from ds_optforge.step.finite import Gradients
+from ds_optforge.step.fragments import flat_gradient, nonzero, scale_to
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.step.telemetry import Telemetry, Watch
 from ds_optforge.step.zeros import refuse_zeros
+from ds_optforge.zero.exchange import MatrixBatch
 
 
 class GroupStep:
@@ -60,7 +61,7 @@ class GroupStep:
         # Of a skipped tensor the state is only read; it has none before its first step, as in torch.optim.
         taking = set(self._taking)
         self._states = [state[t] if index in taking else state.get(t, {}) for index, t in enumerate(tensors)]
-        self._gradients = [_flat_gradient(tensor) for tensor in tensors]
+        self._gradients = [flat_gradient(tensor) for tensor in tensors]
 
     @property
     def size(self) -> int:
@@ -237,6 +238,7 @@ class _MatrixStep:
 
     def __init__(self, call: _Call, rule: MatrixRule) -> None:
         self._call, self._rule = call, rule
+        self._chosen_by = rule.choice.by if rule.choice else ""
         self._by_gradient, self._by_update = buffers_of(rule, of_update=False), buffers_of(rule, of_update=True)
 
     def step_matrices(self) -> None:
@@ -309,6 +311,8 @@ class _MatrixStep:
                 given = (portion.split(gradients), self._split_weights(portion), _split(portion, state))
                 directions = rule.direction(*given, sums, call.now)
                 self._require_alike("direction", directions, given[0])
+                if bucket.rows:
+                    bucket.rows.mark(portion.in_send, sums[self._chosen_by])
             else:
                 directions = rule.direction(gradients, weights, state, {}, call.now)
                 self._require_alike("direction", directions, gradients)
@@ -318,7 +322,9 @@ class _MatrixStep:
                 call.watch.momentum(portion.spans, gradients, state)
 
     def _send(self, bucket: Bucket) -> None:
-        active = _nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
+        if bucket.rows:
+            bucket.rows.send()
+        active = nonzero(bucket.fragments.of(self._call.gradients), bucket.exchange.outgoing.dtype)
         bucket.exchange.collect(active, self._kept(bucket))
 
     def _weights(self, portion: Portion) -> list[Tensor]:
@@ -333,7 +339,17 @@ class _MatrixStep:
             self._update_batch(bucket, index)  # nothing of a batch is held while the next is orthogonalized
 
     def _update_batch(self, bucket: Bucket, index: int) -> None:
-        watch, found = self._call.watch, bucket.exchange.matrices(index)
+        whole = bucket.exchange.matrices(index)
+        if bucket.rows:
+            chosen, numbers = bucket.rows.take(index, whole)
+            updates = self._updates(bucket, index, chosen, (whole.matrices.shape[1], whole.matrices.shape[2]))
+            bucket.exchange.put(index, bucket.rows.spread(updates, numbers, chosen, whole), whole)
+        else:
+            bucket.exchange.put(index, self._updates(bucket, index, whole), whole)
+
+    def _updates(self, bucket: Bucket, index: int, found: MatrixBatch, whole: tuple[int, int] | None = None) -> Tensor:
+        """Return the rule's updates of a batch, in its shape; ``whole`` is that of the matrices if these are rows of them."""
+        watch = self._call.watch
         names = (statistic.name for statistic in statistics_of(self._rule, "update"))
         batch = Batch(
             found.matrices,
@@ -342,12 +358,15 @@ class _MatrixStep:
             dict(zip(names, found.statistics, strict=True)),
             bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
             found.has_all,
-            watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
+            watch.orthogonality(bucket.exchange, index, found) if watch else _ignore,
+            found.team,
+            whole,
         )
+        shape = found.shape_of_update
         updates = self._rule.update(batch, self._call.now)
-        if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
-            raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
-        bucket.exchange.put(index, updates, found)
+        if not isinstance(updates, Tensor) or updates.shape != shape:
+            raise self._wrong("update", updates, f"a tensor of shape {tuple(shape)}, as batch.matrices")
+        return updates
 
     def _apply(self, bucket: Bucket) -> None:
         bucket.exchange.await_updates()
@@ -436,32 +455,3 @@ def _split(portion: Portion, state: State) -> State:
 
 def _ignore(orthogonal: Tensor) -> None:
     """Watch nothing."""
-
-
-def _flat_gradient(tensor: Tensor) -> Tensor:
-    if tensor.grad is None:
-        return torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-    return gradient.reshape(-1).to(tensor.dtype)
-
-
-def _nonzero(fragments: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return (fragments,) flags in ``dtype``: 1 where the norm in float32 is not zero (NaN counts as not zero), else 0."""
-    if not fragments:
-        return torch.empty(0, dtype=dtype)
-    norms = torch.stack(torch._foreach_norm(list(fragments)))
-    return torch.ne(norms, 0, out=torch.empty_like(norms, dtype=dtype))
-
-
-def scale_to(updates: Sequence[Tensor], norms: Tensor) -> None:
-    """Scale each update in place to its Frobenius norm in ``norms``; zeros stay zeros.
-
-    Args:
-        updates: (elements,) each.
-        norms: (updates,) in float32.
-    """
-    found = torch.stack(torch._foreach_norm(list(updates), dtype=torch.float32))
-    factors = torch.where(found > 0, norms / found, torch.zeros_like(found))
-    blocks = [block for block, _ in side_by_side(updates, updates)]
-    for block, of_block in zip(blocks, torch.split(factors.view(-1, 1), [len(block) for block in blocks]), strict=True):
-        block.mul_(of_block)

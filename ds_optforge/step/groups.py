@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.refused import BUILT_LATER, ULYSSES
+from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.errors import ConfigError
 from ds_optforge.routing.lora import refuse_without_adapters
 from ds_optforge.routing.matching import ParameterNames
 from ds_optforge.routing.roles import Route, log_routing, route, routing_table
 from ds_optforge.routing.tags import replaced, tag_new, tags_of
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, settles
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
@@ -99,7 +100,8 @@ class Groups:
         for entry in entries:
             group, settings = members[entry.identifier], entry.settings
             parameters, routes = (tuple(column) for column in zip(*group, strict=True)) if group else ((), ())
-            self._members[entry.identifier] = Members(parameters, routes, settings, built(settings), self._config.around)
+            rule = built(settings, self._config.common.sharding)
+            self._members[entry.identifier] = Members(parameters, routes, settings, rule, self._config.around)
             stepped = list(parameters) or [next(placeholders)]
             groups.append({"params": stepped, GROUP: entry.identifier, **entry.keys, **settings.scheduled()})
         return groups
@@ -254,13 +256,20 @@ def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     return [{"params": items}]
 
 
-def built(settings: RuleSettings) -> ElementwiseRule | MatrixRule:
-    """Build the rule of ``settings``.
+def built(settings: RuleSettings, sharding: ShardingSettings) -> ElementwiseRule | MatrixRule:
+    """Build the rule of ``settings``, which steps all rows or a share of them.
 
     Raises:
         TypeError: `build` returned something else than the class that ``builds`` declares.
     """
-    rule = settings.build()
+    by_rows = sharding.share < 1 and settings.needs_matrix()
+    rule = settings.build_rows(sharding.share) if by_rows else settings.build()
     if not isinstance(rule, settings.builds):
         raise TypeError(f"{type(settings).__qualname__}.build: got {rule!r}; allowed: a {settings.builds.__qualname__}")
+    if isinstance(rule, MatrixRule) and rule.choice:
+        by = rule.choice.by
+        if settles(rule) or not any(item.name == by and item.per == "row" and not item.of_update for item in rule.sums):
+            raise TypeError(
+                f"{type(rule).__qualname__}.choice: got by='{by}'; allowed: a sum of the gradient per row, no settle"
+            )
     return rule

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ds_optforge.routing.roles import Route
 from ds_optforge.rules.base import ElementwiseRule, Hyperparameters, MatrixRule
-from ds_optforge.zero.partition import part_shape
+from ds_optforge.zero.partition import chosen_shape, part_shape
 
 logger = logging.getLogger("ds_optforge")
 
@@ -63,7 +63,8 @@ def expected(rule: ElementwiseRule | MatrixRule, routes: Sequence[Route], sample
     for route in routes:
         for start, stored_rows, stored_cols in route.matrices:
             rows, cols = part_shape(stored_rows, stored_cols, route.transposed, route.joins)
-            bounds = rule.healthy(rows, cols)
+            count = rule.choice.count if rule.choice else None
+            bounds = rule.healthy(*chosen_shape(rows, cols, route.transposed, count))
             if bounds is None:
                 continue
             if (route.name, start) in sample:

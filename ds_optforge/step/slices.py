@@ -17,6 +17,7 @@ from ds_optforge.rules.around import Around
 from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, statistics_of
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat
+from ds_optforge.step.rows import ChosenRows
 from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding
@@ -119,6 +120,7 @@ class Bucket:
         kept: by statistic, views of the values that are kept with each fragment, as the exchange's ``pattern``.
         norms: (fragments,) norms to which updates are scaled; None if matrices are orthogonalized whole.
         sums: of the rule; None if it has none.
+        rows: that are chosen; None if all are stepped.
     """
 
     exchange: BucketExchange
@@ -128,6 +130,7 @@ class Bucket:
     kept: tuple[tuple[str, Views], ...]
     norms: Tensor | None
     sums: BucketSums | None
+    rows: ChosenRows | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optforge.rules.base import Hyperparameters, MatrixRule, Per, Statistic, Sum, settles, statistics_of
+from ds_optforge.rules.base import Choice, Hyperparameters, MatrixRule, Per, Statistic, Sum, settles, statistics_of
+from ds_optforge.step.chooser import Chooser
 from ds_optforge.step.items import Bounds, Items, Place
 from ds_optforge.zero.agreement import sum_over_ranks
 from ds_optforge.zero.buckets import RankBucket
@@ -41,7 +42,8 @@ class Summed:
 class BucketSums:
     """The sums of one bucket. There are two kinds: of the gradients, and of the updates (``of_update``).
 
-    For each kind `begin` comes first, then `add` for everything that this rank holds, then `finish`.
+    For each kind `begin` comes first, then `add` for everything that this rank holds, then `finish`. Of the sum by which a rule
+    chooses rows, only whether a row is chosen is found, 1 or 0: see `ds_optforge.rules.base.Choice`.
 
     Args:
         rule: of the group.
@@ -80,6 +82,8 @@ class BucketSums:
         self._settles = settles(rule)
         if self._settles:
             self._active = _Active(layout, bucket, summed.flags, pers[0], near)
+        self._chosen_by = rule.choice.by if rule.choice else ""
+        self._chooser = self._make_chooser(rule.choice) if rule.choice else None
         self._totals = torch.empty(0, dtype=torch.float64)
         self._found: dict[str, Tensor] = {}  # in float64
         self._given: dict[bool, dict[str, Tensor]] = {}  # in float32
@@ -123,6 +127,9 @@ class BucketSums:
         if not self._settles:
             rounded = self._totals.float()
             self._given[of_update] = {name: rounded[within] for name, within in ranges.items()}
+            if self._chooser and not of_update:
+                self._chooser.choose(rounded)
+                self._found[self._chosen_by] = self._given[False][self._chosen_by]
 
     def settle(self, of_update: bool, outgoing: Tensor, states: Sequence[Mapping[str, Any]], now: Hyperparameters) -> None:
         """Let the rule settle the finished sums, and keep the statistics that it advances.
@@ -156,9 +163,10 @@ class BucketSums:
         Returns:
             By name, one float32 tensor per item: (1,) for a value per matrix, (elements,) for one per row.
         """
-        found = self._given[of_update]
+        found = self._given.get(of_update, {})  # there may be none of this kind
         if of_update and not self._settles:
             found = {**self._given.get(False, {}), **found}
+            found.pop(self._chosen_by, None)
         return {name: self._items[portion].spread(self._per(name), value) for name, value in found.items()}
 
     def of_matrices(self, matrices: Sequence[int]) -> Mapping[str, Tensor]:
@@ -194,6 +202,12 @@ class BucketSums:
         """Lay the values of all names out in one vector; return where each lies, and its length."""
         edges = list(accumulate((self._bounds[self._pers[name]].count for name in names), initial=0))
         return {name: slice(*edge) for name, edge in zip(names, pairwise(edges), strict=True)}, edges[-1]
+
+    def _make_chooser(self, choice: Choice) -> Chooser:
+        """Return what turns the values of the choice's sum into flags, in the vector of the gradients' sums."""
+        first = self._kinds[False][0][choice.by].start
+        starts = {index: first + start for index, start in self._bounds["row"].starts.items()}
+        return Chooser(choice, self._layout, starts, self._near)
 
     def _terms(self, item: Sum) -> Tensor:
         """Return how many elements each value of a sum is the mean of."""

@@ -25,7 +25,7 @@ from ds_optforge.step.health import EXPECTED, Expected, Health, expected, health
 from ds_optforge.step.host import onto, to_host
 from ds_optforge.step.slices import Members, Slices, Span, chunk_numel, cut_spans
 from ds_optforge.zero.agreement import on_first_rank, sum_over_ranks
-from ds_optforge.zero.exchange import BucketExchange
+from ds_optforge.zero.exchange import BucketExchange, MatrixBatch
 from ds_optforge.zero.layout import Binding
 from ds_optforge.zero.pipeline import Stage, replicated, sum_over_stages
 from ds_optforge.zero.placement import Held
@@ -305,16 +305,23 @@ class Watch:
             self._add("momentum", averages, averages)
             self._add("gradient", gradients, gradients)
 
-    def orthogonality(self, exchange: BucketExchange, index: int, active: Tensor) -> Callable[[Tensor], None]:
+    def orthogonality(self, exchange: BucketExchange, index: int, batch: MatrixBatch) -> Callable[[Tensor], None]:
         """Return a function that takes the (n, rows, cols) orthogonal factors of a batch and adds up their errors.
+
+        With a team it takes this member's rows, is collective, and adds up on the first member.
 
         Args:
             exchange: of the bucket.
             index: number of the batch.
-            active: (n,) flags of the matrices; errors of those with 0 do not count.
+            batch: what the exchange has for it; errors of matrices that are not active do not count.
         """
+        active, team = batch.active, batch.team
 
         def look(orthogonal: Tensor) -> None:
+            if team:
+                orthogonal = team.whole(orthogonal)
+                if team.place > 0:
+                    return
             for slot, matrix in enumerate(exchange.owned(index)):
                 if matrix in self._sample:
                     self._found["defect"].append(active[slot] * _defect(orthogonal[slot]))

@@ -67,6 +67,7 @@ def _first_difference(plan: ExchangePlan, routing: str, binding: Binding) -> str
     table = [binding.problem or "nothing wrong", *routing.splitlines()]
     for matrix, owner in enumerate(plan.owners):
         table.append(f"{plan.layout.describe(matrix)}, orthogonalized by rank {owner}")
+    table += [f"{plan.layout.describe(team.matrix)}, orthogonalized by ranks {team.ranks}" for team in plan.teams]
     table.append(f"exchanges {plan.exchanges}, bucket_numel {plan.bucket_numel}")
     tables: list[list[str]] = [[] for _ in range(binding.world_size)]
     dist.all_gather_object(tables, table, group=binding.process_group)

@@ -1,12 +1,13 @@
 """Batches of a bucket's owned matrices: where their fragments lie in the receive buffer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ds_optforge.zero.buckets import BufferPlace, RankBucket
 from ds_optforge.zero.partition import Joined, PartitionLayout
+from ds_optforge.zero.plan import Team
 from ds_optforge.zero.views import Views
 
 
@@ -28,6 +29,7 @@ class OwnedBatch:
         lacks_values: whether another rank keeps some of the statistics' values.
         folds: number of blocks of columns in which the elements of a matrix are counted.
         joins: the matrices that each of them joins; None if it is one itself.
+        team: of the one matrix of which the batch is this rank's block of rows; None for whole matrices.
     """
 
     rows: int
@@ -46,6 +48,7 @@ class OwnedBatch:
     lacks_values: bool
     folds: int
     joins: Joined | None
+    team: Team | None = None
 
     @property
     def numel(self) -> int:
@@ -57,6 +60,10 @@ class OwnedBatch:
             return elements
         blocks = elements.view(self.count, self.folds, self.rows, self.cols // self.folds)
         return blocks.transpose(1, 2).reshape(self.count, self.rows, self.cols)
+
+    def rows_wide(self, values: Tensor) -> Tensor:
+        """Return a view, (n, rows, cols), of values of the output rows, (n, outputs)."""
+        return values.unsqueeze(1 if self.transposed else 2).expand(self.count, self.rows, self.cols)
 
     def parted(self, matrices: Tensor) -> Tensor:
         """Return the (n parts, rows, cols) matrices that (n, rows, cols) ones join, those of one matrix after each other."""
@@ -93,22 +100,31 @@ class OwnedBatch:
 
 
 def batches_of(layout: PartitionLayout, bucket: RankBucket, batch_numel: int) -> list[OwnedBatch]:
-    """Group a bucket's owned matrices by shape, at most ``batch_numel`` elements (or one matrix) at a time."""
+    """Group a bucket's owned matrices by shape, at most ``batch_numel`` elements (or one matrix) at a time.
+
+    Those with a team come first and are batches of their own, in the order that all members have.
+    """
     places: dict[int, list[BufferPlace]] = {}
     for place in bucket.received:
         places.setdefault(place.matrix, []).append(place)
-    by_shape: dict[tuple[int, int, bool, int, Joined | None], list[int]] = {}
+    teams = {team.matrix: team for team in bucket.teams}
+    by_shape: dict[tuple[int, int, bool, int, Joined | None, Team | None], list[int]] = {}
+    for index, team in teams.items():
+        rows, cols = bucket.shapes[bucket.owned.index(index)]
+        by_shape[(rows, cols, layout.matrices[index].transposed, 1, None, team)] = [index]
     for index, shape, folds in zip(bucket.owned, bucket.shapes, bucket.folds, strict=True):
         matrix = layout.matrices[index]
-        by_shape.setdefault((*shape, matrix.transposed, folds, matrix.joins), []).append(index)
+        if index not in teams:
+            by_shape.setdefault((*shape, matrix.transposed, folds, matrix.joins, None), []).append(index)
     batches: list[OwnedBatch] = []
     before = 0
-    for (rows, cols, transposed, folds, joins), matrices in by_shape.items():
+    for (rows, cols, transposed, folds, joins, of_team), matrices in by_shape.items():
         size = max(1, batch_numel // (rows * cols))
         for first in range(0, len(matrices), size):
             members = matrices[first : first + size]
             found = [places[matrix] for matrix in members]
-            batches.append(_batch(bucket, (rows, cols), transposed, found, before, folds, joins))
+            batch = _batch(bucket, (rows, cols), transposed, found, before, folds, joins)
+            batches.append(replace(batch, team=of_team) if of_team else batch)
             before += len(members)
     return batches
 

@@ -1,11 +1,12 @@
 """Places of fragments in the buffers of one rank's buckets. Pure Python on integers: no tensors, no process groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import MappingProxyType
 
 from ds_optforge.zero.partition import Fragment, Matrix, PartitionLayout, Per, Range
-from ds_optforge.zero.plan import ExchangePlan, split_evenly
+from ds_optforge.zero.plan import ExchangePlan, Team, split_evenly
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +71,19 @@ class RankBucket:
     all flags.
 
     Attributes:
-        fragments: this rank's fragments, with increasing slice offsets.
+        fragments: this rank's fragments, with increasing slice offsets; where several members of a team get some of one, each
+            of these is one.
         sent: place of each of them in the send buffer.
         owned: numbers of the matrices that this rank orthogonalizes, in order.
-        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, of the rows that it touches.
+        shapes: (rows, cols) of each of them; for a fragment that is stepped alone, of the rows that it touches, and for a
+            matrix with a team, of the rows that this rank owns.
         folds: number of blocks of columns in which the elements of each of them arrive, one behind the other.
         received: places of their fragments in the receive buffer.
         sends: elements per destination rank; empty if nothing travels (send and receive buffer are then the same).
         receives: elements per source rank; empty if nothing travels.
         kept: the rule's statistics.
         matrices: numbers of all of the bucket's matrices; if it travels, the same on all ranks.
+        teams: of those owned matrices that have one, in the order in which all members take them.
     """
 
     fragments: tuple[Fragment, ...]
@@ -92,6 +96,7 @@ class RankBucket:
     receives: tuple[int, ...]
     kept: Kept
     matrices: tuple[int, ...]
+    teams: tuple[Team, ...] = ()
 
     @property
     def travels(self) -> bool:
@@ -141,19 +146,44 @@ def local_buckets(plan: ExchangePlan, rank: int, numel: int, kept: Kept = NO_STA
 
 
 def _exchange_bucket(plan: ExchangePlan, exchange: Sequence[int], rank: int, kept: Kept) -> RankBucket:
-    layout, owners = plan.layout, plan.owners
-    held = [fragment for matrix in exchange if (fragment := layout.fragment(matrix, rank)) is not None]
-    owned = tuple(matrix for matrix in exchange if owners[matrix] == rank)
+    layout = plan.layout
+    teams = {team.matrix: team for team in plan.teams_of(exchange)}
+    own_teams = tuple(team for team in teams.values() if rank in team.ranks)
+    blocks = {team.matrix: team.block(rank, layout.matrices[team.matrix].cols) for team in own_teams}
+    owned = tuple(m for m in exchange if m in blocks or (plan.owners[m] == rank and m not in teams))
+    leaving = [item for matrix in exchange for item in _to_owners(plan, matrix, rank, teams.get(matrix))]
     arriving = [
         (source, fragment)
         for matrix in owned
         for source in layout.holders(matrix)
-        if (fragment := layout.fragment(matrix, source)) is not None
+        for owner, fragment in _to_owners(plan, matrix, source, teams.get(matrix))
+        if owner == rank
     ]
-    sends, sent = _blocks(layout, [(owners[fragment.matrix], fragment) for fragment in held], kept)
-    receives, received = _blocks(layout, arriving, kept)
-    shapes, folds = _shapes(layout, owned), tuple(layout.matrices[matrix].folds for matrix in owned)
-    return RankBucket(tuple(held), sent, owned, shapes, folds, received, sends, receives, kept, tuple(exchange))
+    sends, sent = _blocks(layout, leaving, kept)
+    receives, places = _blocks(layout, arriving, kept)
+    received = tuple(_within_block(place, blocks[place.matrix]) if place.matrix in blocks else place for place in places)
+    shapes, folds = _shapes(layout, owned, blocks), tuple(layout.matrices[matrix].folds for matrix in owned)
+    held = tuple(fragment for _, fragment in leaving)
+    return RankBucket(held, sent, owned, shapes, folds, received, sends, receives, kept, tuple(exchange), own_teams)
+
+
+def _to_owners(plan: ExchangePlan, matrix: int, rank: int, team: Team | None) -> Iterator[tuple[int, Fragment]]:
+    """Yield (owner, fragment) for what ``rank`` holds of a straddling matrix: several where it has a team."""
+    fragment = plan.layout.fragment(matrix, rank)
+    if fragment is None:
+        return
+    if team is None:
+        yield plan.owners[matrix], fragment
+        return
+    for member in team.ranks:
+        within = fragment.within.common(team.block(member, plan.layout.matrices[matrix].cols))
+        if within is not None:
+            yield member, Fragment(matrix, within, fragment.slice_start + within.start - fragment.within.start)
+
+
+def _within_block(place: BufferPlace, block: Range) -> BufferPlace:
+    """Return the fragment's place with elements counted from those of the ``block`` that a member of a team owns."""
+    return replace(place, within=Range(place.within.start - block.start, place.within.numel))
 
 
 def _local_bucket(layout: PartitionLayout, matrices: Sequence[int], rank: int, kept: Kept) -> RankBucket:
@@ -212,8 +242,12 @@ def _within_rows(matrix: Matrix, place: BufferPlace, kept: Kept) -> BufferPlace:
     return replace(place, within=within, statistics=statistics)
 
 
-def _shapes(layout: PartitionLayout, matrices: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((layout.matrices[m].rows, layout.matrices[m].cols) for m in matrices)
+def _shapes(
+    layout: PartitionLayout, matrices: Sequence[int], blocks: Mapping[int, Range] = MappingProxyType({})
+) -> tuple[tuple[int, int], ...]:
+    """Return (rows, cols) of each of these matrices, or of the block of it that is owned."""
+    found = ((blocks.get(m), layout.matrices[m]) for m in matrices)
+    return tuple((block.numel // matrix.cols if block else matrix.rows, matrix.cols) for block, matrix in found)
 
 
 def _blocks(

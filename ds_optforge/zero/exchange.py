@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optforge.zero.batches import batches_of, values_in_buffer
+from ds_optforge.zero.batches import OwnedBatch, batches_of, values_in_buffer
 from ds_optforge.zero.buckets import RankBucket
+from ds_optforge.zero.gather import TeamGather
 from ds_optforge.zero.layout import Binding
+from ds_optforge.zero.packing import Packing, positions_beside
 from ds_optforge.zero.partition import PartitionLayout
 from ds_optforge.zero.views import Views
 
@@ -27,7 +29,7 @@ _PATTERNS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixBatch:
-    """Owned matrices of one shape.
+    """Owned matrices of one shape, or one that a team owns.
 
     Attributes:
         matrices: (n, rows, cols) in the wire dtype.
@@ -35,6 +37,7 @@ class MatrixBatch:
         statistics: one for each of the rule's: (n, outputs) or (n, 1) in float32, negative where another rank keeps a value.
         transposed: whether the matrices are stored (in, out).
         has_all: whether no statistic is another rank's.
+        team: with which this rank orthogonalizes the one matrix, and puts its own rows of the update; None if it is alone.
     """
 
     matrices: Tensor
@@ -42,6 +45,13 @@ class MatrixBatch:
     statistics: tuple[Tensor, ...]
     transposed: bool
     has_all: bool
+    team: TeamGather | None = None
+
+    @property
+    def shape_of_update(self) -> torch.Size:
+        """(n, rows, cols) of what is to be `put`: with a team, this rank's rows."""
+        count, rows, cols = self.matrices.shape
+        return torch.Size((count, self.team.own[1] if self.team else rows, cols))
 
 
 class BucketExchange:
@@ -60,9 +70,11 @@ class BucketExchange:
         batch_numel: most elements of a batch of matrices (or one matrix); bounds the workspace of orthogonalization.
         near: device of the stepped tensors: with CPU offload not that of the weights. What is sent then goes through a buffer
             there, by one copy each way.
+        by_rows: whether only rows travel that are chosen anew in each step, by `choose` before `collect`.
 
     Attributes:
         pattern: the integer dtype of the wire's size, in which the bits of statistics travel.
+        packing: what travels of the buffers, if not all of them.
     """
 
     def __init__(
@@ -73,6 +85,7 @@ class BucketExchange:
         wire: torch.dtype,
         batch_numel: int,
         near: torch.device,
+        by_rows: bool = False,
     ) -> None:
         self.bucket = bucket
         self._near, self._staged = near, is_staged(near, binding.device)
@@ -83,6 +96,7 @@ class BucketExchange:
         self._sent = Views([(0, place.position, place.within.numel) for place in bucket.sent])
         self._values_sent = values_in_buffer(bucket, bucket.sent)
         self._batches = batches_of(layout, bucket, batch_numel)
+        self._teams = [TeamGather(batch.team, binding) if batch.team else None for batch in self._batches]
         flags: dict[int, list[int]] = {}
         for batch in self._batches:
             for slot, flag in batch.flags:
@@ -91,6 +105,11 @@ class BucketExchange:
         most = max(map(len, flags.values()), default=1)
         filled = [places + places[-1:] * (most - len(places)) for places in flags.values()]
         self._owned_flags = _index(filled, binding.device).view(len(filled), most)
+        self.packing: Packing | None = None
+        if by_rows and bucket.travels:
+            self.packing = Packing(bucket.sends, bucket.receives, binding.device, self.pattern)
+            self._beside_sent = _index(positions_beside(bucket.sent, bucket.kept.words), near)
+            self._beside_received = _index(positions_beside(bucket.received, bucket.kept.words), binding.device)
         self._work: dist.Work | None = None
         self.release()
 
@@ -115,6 +134,34 @@ class BucketExchange:
 
     def _empty(self, numel: int) -> Tensor:
         return torch.empty(numel, dtype=self._wire, device=self._binding.device)
+
+    def stored(self, index: int) -> tuple[int, ...]:
+        """Return the numbers in the layout of the stored matrices of batch ``index``, in order, whatever they join."""
+        return self._batches[index].numbers
+
+    def nothing_chosen(self) -> Tensor:
+        """Return for `choose`, (send_numel,) bool, that no row is chosen: statistics and flags travel all the same."""
+        return torch.zeros_like(self._outgoing, dtype=torch.bool).index_fill_(0, self._beside_sent, True)
+
+    def choose(self, sent: Tensor, rows: Sequence[Tensor]) -> None:
+        """Let the elements of chosen output rows travel alone, in a bucket that travels. Waits for the device.
+
+        Args:
+            sent: (send_numel,) bool, laid out like ``outgoing``: which elements of this rank's fragments are in such rows;
+                true where there are statistics and flags, and false in the gaps between fragments.
+            rows: for each batch, (n, outputs) that is not 0 for the chosen output rows of `stored` matrices.
+        """
+        assert self.packing is not None  # the bucket travels
+        received = torch.zeros(self.bucket.receive_numel, dtype=torch.bool, device=self._binding.device)
+        received.index_fill_(0, self._beside_received, True)
+        for batch, flags in zip(self._batches, rows, strict=True):
+            elements = batch.unfolded(batch.rows_wide(flags != 0)).reshape(-1)
+            torch._foreach_copy_(batch.received.of([received]), batch.inside.of([elements]))
+        self.packing.choose(sent.to(self._binding.device), received)
+
+    def rows_of_parts(self, index: int, values: Tensor) -> Tensor:
+        """Return values of the matrices of batch ``index``, (parts, outputs), from those of the stored ones, (n, outputs)."""
+        return self._batches[index].parted_values(values)
 
     def collect(self, active: Tensor, statistics: Sequence[Tensor]) -> None:
         """Start sending the elements in ``outgoing`` to the owners of the matrices. Collective if the bucket travels.
@@ -161,8 +208,11 @@ class BucketExchange:
         return tuple(matrix for matrix in batch.numbers for _ in range(batch.joins.parts if batch.joins else 1))
 
     def matrices(self, index: int) -> MatrixBatch:
-        """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it."""
-        batch = self._batches[index]
+        """Return batch ``index`` of the owned matrices after ``arrive``; the caller may overwrite it.
+
+        Collective over the team, if the batch has one: members take their batches in one order.
+        """
+        batch, team = self._batches[index], self._teams[index]
         if batch.start >= 0:
             matrices = self._receive.narrow(0, batch.start, batch.numel).view(batch.count, batch.rows, batch.cols)
         else:
@@ -171,6 +221,8 @@ class BucketExchange:
             torch._foreach_copy_(batch.inside.of([matrices.view(-1)]), batch.received.of([self._receive]))
         matrices = batch.folded(matrices)
         active = self._active.narrow(0, batch.first, batch.count)
+        if team:
+            matrices = self._gathered(batch, matrices, team)
         outputs = batch.cols if batch.transposed else batch.rows
         shapes = [(batch.count, outputs if per == "row" else 1) for per in self.bucket.kept.per]
         statistics = tuple(torch.empty(shape, dtype=torch.float32, device=matrices.device) for shape in shapes)
@@ -183,14 +235,25 @@ class BucketExchange:
         if batch.joins:
             active, matrices = active.repeat_interleave(batch.joins.parts), batch.parted(matrices)
             statistics = tuple(map(batch.parted_values, statistics))
-        return MatrixBatch(matrices, active, statistics, batch.transposed, not batch.lacks_values)
+        return MatrixBatch(matrices, active, statistics, batch.transposed, not batch.lacks_values, team)
+
+    def _gathered(self, batch: OwnedBatch, block: Tensor, team: TeamGather) -> Tensor:
+        """Return the whole matrix, (1, rows, cols), of which the ``block`` has arrived here; tell whether any is active."""
+        flags = self._active.narrow(0, batch.first, 1)
+        whole, found = block.new_empty(1, sum(team.rows), batch.cols), flags.new_empty(1, len(team.rows), 1)
+        whole.narrow(1, *team.own).copy_(block)
+        found.narrow(1, team.place, 1).copy_(flags.view(1, 1, 1))
+        team.gather_all([(whole, team.rows), (found, (1,) * len(team.rows))])
+        flags.copy_(found.amax(1).view(1))
+        self._receive[self._owned_flags[batch.first]] = flags
+        return whole
 
     def put(self, index: int, updates: Tensor, given: MatrixBatch) -> None:
         """Put updates in the place of a batch of matrices.
 
         Args:
             index: number of the batch.
-            updates: (n, rows, cols), of any dtype; rounded to the wire's.
+            updates: (n, rows, cols), of any dtype; rounded to the wire's. Of a team's matrix this rank's rows.
             given: what `matrices` returned for it, with its statistics advanced.
         """
         batch = self._batches[index]
@@ -233,6 +296,8 @@ class BucketExchange:
         self._outgoing = self._send = self._receive = self._active = self._empty(0)
 
     def _all_to_all(self, out: Tensor, into: Tensor, out_splits: Sequence[int], in_splits: Sequence[int]) -> dist.Work:
+        if self.packing:
+            out, into, out_splits, in_splits = self.packing.packed(out, into, back=out is self._send)
         group = self._binding.process_group
         work: dist.Work | None = dist.all_to_all_single(
             out, into, list(out_splits), list(in_splits), group=group, async_op=True
@@ -244,6 +309,8 @@ class BucketExchange:
         if self._work is not None:
             self._work.wait()
             self._work = None
+            if self.packing:
+                self.packing.unpack()
 
 
 def is_staged(near: torch.device, device: torch.device) -> bool:

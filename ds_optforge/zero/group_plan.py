@@ -5,6 +5,7 @@ A group's first step and a checkpoint make the same call, `plan_group`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -15,10 +16,11 @@ from ds_optforge.zero.agreement import require_agreement
 from ds_optforge.zero.buckets import Kept, RankBucket, exchange_buckets, local_buckets, lone_buckets
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding, bind
-from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Joined, Matrix, PartitionLayout, Per, chosen_shape
 from ds_optforge.zero.placement import Held, Placement, TensorRange
-from ds_optforge.zero.plan import make_plan
+from ds_optforge.zero.plan import ExchangePlan, make_plan
 from ds_optforge.zero.shards import Shard, local_numel, over_tensor_ranks, shard_of
+from ds_optforge.zero.teams import with_teams
 
 
 class Routed(Protocol):
@@ -52,6 +54,8 @@ class Wanted:
         statistics: by statistic that travels to owners, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
+        team_cost: what a matrix costs a team on a type of device: see `with_teams`; None for a rule that needs one owner.
+        rows: how many of so many output rows a step orthogonalizes and sends; None for all of them.
     """
 
     bucket_numel: int
@@ -60,6 +64,13 @@ class Wanted:
     statistics: tuple[Per, ...] = ()
     gathers: bool = True
     alone: bool = False
+    team_cost: Callable[[str, int, int, Sequence[int]], tuple[int, int, int]] | None = None
+    rows: Callable[[int], int] | None = None
+
+    def cost_of(self, device: str, matrix: Matrix) -> int:
+        """Return the FLOPs of what a step orthogonalizes of ``matrix`` on a type of device."""
+        shape = chosen_shape(*matrix.part_shape, matrix.transposed, self.rows)
+        return matrix.parts * self.cost(device, *shape) if self.cost else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,16 +136,11 @@ def plan_group(
     layout = PartitionLayout(binding.world_size, names, binding.cuts, matrices, tensor_ranks)
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
     placement = Placement(layout, binding.rank, starts)
-    cost = wanted.cost
     device = binding.device.type
-
-    def cost_of(matrix: Matrix) -> int:
-        return matrix.parts * cost(device, *matrix.part_shape) if cost else 0
-
-    plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
+    plan = _plan(layout, wanted, device)
     require_agreement(plan, agreed, binding)
     held = tuple(map(tuple, placement.held_fragments()))
-    if cost is None:
+    if wanted.cost is None:
         return GroupPlan(binding, placement, held)
     kept = Kept(wanted.statistics, torch.float32.itemsize // wanted.wire.itemsize)
     numel = plan.local_numel(device)
@@ -149,17 +155,26 @@ def plan_group(
     )
 
 
+def _plan(layout: PartitionLayout, wanted: Wanted, device: str) -> ExchangePlan:
+    cost_of = partial(wanted.cost_of, device)
+    plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
+    if wanted.team_cost and wanted.gathers:
+        return with_teams(plan, cost_of, partial(wanted.team_cost, device), wanted.wire.itemsize, device)
+    return plan
+
+
 class _Planner:
     """Finds the places of buckets in the tensors."""
 
     def __init__(self, binding: Binding, placement: Placement, wanted: Wanted, batch_numel: int, near: torch.device) -> None:
         self._near = near
         self._binding, self._placement, self._wire, self._batch_numel = binding, placement, wanted.wire, batch_numel
+        self._by_rows = wanted.rows is not None
         self._values = [placement.value_places(per) for per in wanted.statistics]
 
     def __call__(self, bucket: RankBucket) -> PlannedBucket:
         layout = self._placement.layout
-        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near)
+        exchange = BucketExchange(layout, bucket, self._binding, self._wire, self._batch_numel, self._near, self._by_rows)
         fragments = tuple(self._placement.range_of(fragment) for fragment in bucket.fragments)
         kept = tuple(tuple(values[fragment.matrix] for values in self._values) for fragment in bucket.fragments)
         return PlannedBucket(exchange, fragments, kept)

@@ -8,7 +8,7 @@ elements of a sharded matrix are counted through its shards, one after the other
 innermost: rank ``data_rank * tensor_ranks + tensor_rank``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias
@@ -27,6 +27,11 @@ class Range:
     def end(self) -> int:
         """The first number behind the range."""
         return self.start + self.numel
+
+    def common(self, other: "Range") -> "Range | None":
+        """Return the range that both have; None if they have none."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return Range(start, end - start) if start < end else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,20 @@ def part_shape(rows: int, cols: int, transposed: bool, joins: Joined | None) -> 
     if joins is None:
         return rows, cols
     return (rows, cols // joins.parts) if transposed else (rows // joins.parts, cols)
+
+
+def chosen_shape(rows: int, cols: int, transposed: bool, count: Callable[[int], int] | None) -> tuple[int, int]:
+    """Return (rows, cols) of the chosen output rows of a (rows, cols) matrix.
+
+    Args:
+        rows: stored rows.
+        cols: stored columns.
+        transposed: whether the columns are the output rows.
+        count: of the chosen output rows among so many; None if all are.
+    """
+    if count is None:
+        return rows, cols
+    return (rows, count(cols)) if transposed else (count(rows), cols)
 
 
 @dataclass(frozen=True, slots=True)

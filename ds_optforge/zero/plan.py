@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-from ds_optforge.zero.partition import Matrix, PartitionLayout
+from ds_optforge.zero.partition import Matrix, PartitionLayout, Range
 
 # Three exchanges are under way at a time: one returns and one is collected, with a send and a receive buffer each, and one
 # is orthogonalized in its receive buffer. These five buffers are to fit into the four of two buckets.
@@ -26,6 +26,30 @@ _LEAST_EXCHANGES, _LEAST_NUMEL = 3, 2**22
 
 
 @dataclass(frozen=True, slots=True)
+class Team:
+    """Ranks that orthogonalize one straddling matrix together; each owns a block of its stored rows.
+
+    Attributes:
+        matrix: number of the matrix in the layout.
+        ranks: the members, in increasing order.
+        rows: stored rows of each of them, from the first row on.
+        flops: FLOPs of the member with most rows.
+        gathered_bytes: bytes that a member sends to the others beside the exchange.
+    """
+
+    matrix: int
+    ranks: tuple[int, ...]
+    rows: tuple[int, ...]
+    flops: int
+    gathered_bytes: int
+
+    def block(self, rank: int, cols: int) -> Range:
+        """Return the elements of the matrix, of ``cols`` columns, that ``rank``, a member, owns."""
+        member = self.ranks.index(rank)
+        return Range(sum(self.rows[:member]) * cols, self.rows[member] * cols)
+
+
+@dataclass(frozen=True, slots=True)
 class ExchangePlan:
     """Owners of matrices, and the exchanges in which matrices travel.
 
@@ -33,10 +57,12 @@ class ExchangePlan:
 
     Attributes:
         layout: of the group.
-        owners: rank that orthogonalizes each matrix.
+        owners: rank that orthogonalizes each matrix; of a team, its first member.
         exchanges: tuples of straddling matrices: one pair of collectives each, the same on every rank.
         bucket_numel: elements of one bucket per rank.
         fingerprint: identifies layout and plan.
+        teams: of the matrices that several ranks orthogonalize, in the order in which each member takes them in an exchange,
+            before the matrices that it owns alone.
     """
 
     layout: PartitionLayout
@@ -44,6 +70,12 @@ class ExchangePlan:
     exchanges: tuple[tuple[int, ...], ...]
     bucket_numel: int
     fingerprint: str
+    teams: tuple[Team, ...] = ()
+
+    def teams_of(self, exchange: Sequence[int]) -> tuple[Team, ...]:
+        """Return the teams of those of these matrices that have one, in order."""
+        found = set(exchange) if self.teams else ()
+        return tuple(team for team in self.teams if team.matrix in found)
 
     def local_numel(self, device: str = "cpu") -> int:
         """Return the elements of a bucket that does not travel on that type of ``device``; a larger matrix is one of its own.
@@ -88,9 +120,9 @@ def make_plan(layout: PartitionLayout, cost: Callable[[Matrix], int], bucket_num
         clocks = Clocks(load, len(exchanges))
         _own_longest_first(straddling, holders, costs, owners, load)
         _swap_equals(exchanges, holders, costs, owners, clocks)
-        exchanges = list(_bounded(exchanges, owners, layout.matrices, bucket_numel))
+        exchanges = list(bounded(exchanges, owners, layout.matrices, bucket_numel))
     return ExchangePlan(
-        layout, tuple(owners), tuple(exchanges), bucket_numel, _fingerprint(layout, owners, exchanges, bucket_numel)
+        layout, tuple(owners), tuple(exchanges), bucket_numel, fingerprint(layout, owners, exchanges, bucket_numel)
     )
 
 
@@ -262,10 +294,22 @@ class Clocks:
         self._add_local()
         self._ends = [self._ends[1], self.end]
 
+    @property
+    def gate(self) -> int:
+        """The time before which no rank begins with the current exchange."""
+        return self._ends[0]
+
     def add(self, rank: int, cost: int) -> None:
         """Let ``rank`` compute a matrix of that ``cost`` in the current exchange."""
         self.of_rank[rank] = max(self.of_rank[rank], self._ends[0]) + cost
         self.end = max(self.end, self.of_rank[rank])
+
+    def add_together(self, ranks: Sequence[int], cost: int) -> None:
+        """Let ``ranks`` compute a matrix together, for the time ``cost``: none begins before all of them can."""
+        begin = max(max(self.of_rank[rank] for rank in ranks), self._ends[0])
+        for rank in ranks:
+            self.of_rank[rank] = begin + cost
+        self.end = max(self.end, begin + cost)
 
     def finish(self) -> int:
         """Add the remaining local matrices, and return the time at which the last rank finishes."""
@@ -305,7 +349,7 @@ def _swap_equals(
             left[owners[matrix]] -= costs[matrix]
 
 
-def _bounded(
+def bounded(
     exchanges: Sequence[tuple[int, ...]], owners: Sequence[int], matrices: Sequence[Matrix], limit: int
 ) -> Iterator[tuple[int, ...]]:
     """Cut exchanges so that no rank owns more than ``limit`` elements of one, or twice the largest matrix if that is more.
@@ -343,7 +387,8 @@ def _earliest(heap: list[tuple[int, int, int]], room: Counter[int], clock: Seque
 def critical_path(plan: ExchangePlan, cost: Callable[[Matrix], int]) -> int:
     """Return the time at which the last rank finishes, waiting for others included: see `Clocks`.
 
-    It is never less than the largest load of a rank. Traffic and everything elementwise take no time here.
+    It is never less than the largest load of a rank. Traffic, also that of teams, and everything elementwise take no time
+    here. With teams, costs are FLOPs.
 
     Args:
         plan: of the group.
@@ -358,13 +403,21 @@ def critical_path(plan: ExchangePlan, cost: Callable[[Matrix], int]) -> int:
     clocks = Clocks(local, len(plan.exchanges))
     for exchange in plan.exchanges:
         clocks.begin_exchange()
-        for index in exchange:
+        teams = plan.teams_of(exchange)
+        for team in teams:
+            clocks.add_together(team.ranks, team.flops)
+        for index in set(exchange).difference(team.matrix for team in teams) if teams else exchange:
             clocks.add(plan.owners[index], cost(layout.matrices[index]))
     return clocks.finish()
 
 
-def _fingerprint(
-    layout: PartitionLayout, owners: Sequence[int], exchanges: Sequence[tuple[int, ...]], bucket_numel: int
+def fingerprint(
+    layout: PartitionLayout,
+    owners: Sequence[int],
+    exchanges: Sequence[tuple[int, ...]],
+    bucket_numel: int,
+    teams: tuple[Team, ...] = (),
 ) -> str:
-    text = repr((layout, tuple(owners), tuple(exchanges), bucket_numel))
+    """Return a text that identifies layout and plan: a hash."""
+    text = repr((layout, tuple(owners), tuple(exchanges), bucket_numel, *teams))
     return hashlib.sha256(text.encode()).hexdigest()

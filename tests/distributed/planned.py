@@ -55,6 +55,8 @@ def _sent(name: str, args: Any) -> int:
         given, splits = args[1], args[4]
         own = splits[rank] if splits else given.numel() // world
         return (given.numel() - own) * given.element_size()
+    if name == "c10d::send":
+        return sum(_size(tensor) for tensor in args[0])
     return 0
 
 

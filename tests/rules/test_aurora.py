@@ -112,6 +112,7 @@ def test_the_cost_is_two_runs_but_for_a_square() -> None:
     made, muon = (rule(True, Orthogonalization()) for rule in (Aurora, Muon))
     costs = [made.cost(*shape) / muon.cost(*shape) for shape in ((40, 40), (24, 96), (96, 24))]
     assert costs == [1, 2, 2]
+    assert made.cost_on("cuda", 24, 96) == 2 * muon.cost_on("cuda", 24, 96)
 
 
 def test_bytes_of_state_are_muons() -> None:

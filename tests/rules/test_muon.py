@@ -1,7 +1,7 @@
 """Muon's math alone, on lists of tensors."""
 
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -9,8 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optforge.orthogonalize import COEFFICIENT_SETS
-from ds_optforge.rules.base import Batch, ElementwiseRule, MatrixRule
+from ds_optforge.rules.aurora import Aurora
+from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, works_in_teams
 from ds_optforge.rules.muon import Muon, MuonSettings, Orthogonalization, Scale
+from ds_optforge.rules.muon_squared import MuonSquared
+from ds_optforge.rules.normalization import Normalization
+from ds_optforge.rules.normuon import NorMuon
 from tests.layers import bytes_per_parameter
 from tests.oracles import newton_schulz
 
@@ -161,6 +165,38 @@ def test_it_is_a_matrix_rule_with_one_buffer() -> None:
     assert not isinstance(rule(), ElementwiseRule)
     assert [buffer.name for buffer in Muon.buffers] == ["momentum_buffer"]
     assert Muon.scheduled == ("lr", "weight_decay", "momentum")
+
+
+def test_what_a_team_costs_is_its_share_of_the_products_and_what_it_gathers() -> None:
+    """Of 64 x 64 in bfloat16: five Gram matrices, and X after each step but the last."""
+    assert rule(dtype=torch.bfloat16).team_cost("cpu", 64, 64, [32, 32]) == (rule().cost(64, 64) // 2, 9, 9 * 64 * 64 * 2)
+    assert rule(dtype=torch.float32).team_cost("cpu", 64, 64, [48, 16]) == (rule().cost(64, 64) * 3 // 4, 9, 9 * 64 * 64 * 4)
+
+
+def test_only_the_class_whose_update_heeds_teams_works_in_them() -> None:
+    """NorMuon inherits from Muon, and so does a rule with an `update` of its own; a rule that keeps Muon's is as Muon."""
+
+    class Own(Muon):
+        def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
+            return -batch.matrices
+
+    class Kept(Muon):
+        pass
+
+    arguments = {"nesterov": True, "orthogonalization": Orthogonalization()}
+    assert works_in_teams(Muon(**arguments))
+    assert works_in_teams(Kept(**arguments))
+    assert not works_in_teams(Own(**arguments))
+    assert not works_in_teams(NorMuon(**arguments))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_rows_that_are_made_equal_in_size_have_one_owner(when: Literal["before", "after"]) -> None:
+    """And so has Aurora, which keeps Muon's `update` but balances the whole factor; Muon^2 does nothing to whole matrices."""
+    arguments = {"nesterov": True, "orthogonalization": Orthogonalization()}
+    assert not works_in_teams(Muon(**arguments, normalization=Normalization("rows", when)))
+    assert not works_in_teams(Aurora(**arguments))
+    assert works_in_teams(MuonSquared(**arguments))
 
 
 def test_compiled_products_are_the_same() -> None:

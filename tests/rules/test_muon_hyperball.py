@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer
-from ds_optforge.rules.base import combine
+from ds_optforge.rules.flat import combine
 from ds_optforge.step.health import PATIENCE
 from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
 from tests.oracles import EXACT, newton_schulz, relative_error

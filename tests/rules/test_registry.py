@@ -236,6 +236,10 @@ def settle(self: Any, of_update: Any, values: Any, now: Any) -> Any:
     return values
 
 
+def team_cost(self: Any, device: Any, rows: Any, cols: Any, blocks: Any) -> Any:
+    return 1, 1, 1
+
+
 def averaged(weight: Any, buffers: Any, scalars: Any) -> Any:
     return weight
 
@@ -269,6 +273,8 @@ LACKING: dict[str, tuple[Any, str]] = {
     ),
     "summand": (settings_of(whole(sums=(Sum("square"),))), "Whole: sums and summand: got one of them; allowed: both"),
     "sums": (settings_of(whole(summand=summand)), "Whole: sums and summand: got one of them; allowed: both, or neither"),
+    "team_cost": (settings_of(whole(in_teams=True)), "Whole: in_teams and team_cost: got one of them; allowed: both"),
+    "in_teams": (settings_of(whole(team_cost=team_cost)), "Whole: in_teams and team_cost: got one of them; allowed: both"),
     "a sum's name alone": (settings_of(whole(sums=(Sum("x"), "y"), summand=summand)), "Whole: sums: got 'y'; allowed: Sum"),
     "two sums of one name": (
         settings_of(whole(sums=(Sum("square"), Sum("square", of_update=True)), summand=summand)),
