@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, factors_of, statistics_of
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
+from ds_optforge.step.factors import BucketFactors
 from ds_optforge.step.sums import BucketSums, Summed
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.group_plan import GroupPlan, PlannedBucket, Wanted, plan_group
@@ -40,6 +41,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     found = plan_group(members.parameters, members.routes, tensors, _wanted(rule, sharding), agreed)
     formats = tuple(_format(state_dtype, tensor, held) for tensor, held in zip(tensors, found.held, strict=True))
     counts = {statistic.name: tuple(found.placement.value_counts(statistic.per)) for statistic in statistics_of(rule)}
+    counts |= {factor.name: tuple(found.placement.owned_counts(factor.of)) for factor in factors_of(rule)}
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
     alone: tuple[Bucket, ...] = ()
@@ -60,7 +62,8 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
         return Wanted(sharding.bucket_numel)
     wire: torch.dtype = getattr(torch, sharding.wire_dtype)
     statistics = tuple(statistic.per for statistic in statistics_of(rule, "update"))
-    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, sharding.mode == "shard_local")
+    alone = sharding.mode == "shard_local"
+    return Wanted(sharding.bucket_numel, rule.cost_on, wire, statistics, sharding.travels, alone, bool(rule.factors))
 
 
 def _format(name: str, tensor: Tensor, fragments: Sequence[Held]) -> StateFormat:
@@ -128,6 +131,7 @@ class _BucketBuilder:
     def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool, near: torch.device) -> None:
         self._rule, self._layout, self._binding = rule, found.placement.layout, found.binding
         self._in_blocks, self._near = in_blocks, near
+        self._factors = [(factor, found.placement.owned_places(factor.of)) for factor in rule.factors]
         beside = statistics_of(rule, "direction", "apply")
         self._beside = {statistic.name: found.placement.value_places(statistic.per) for statistic in beside}
 
@@ -148,6 +152,7 @@ class _BucketBuilder:
             self._kept(bucket),
             self._norms(own) if alone else None,
             self._sums(own, portions) if self._rule.sums else None,
+            BucketFactors(self._factors, self._layout, bucket.exchange, self._binding.device) if self._factors else None,
         )
 
     def _sums(self, own: RankBucket, portions: Sequence[Portion]) -> BucketSums:

@@ -306,11 +306,14 @@ class _MatrixStep:
             dict(zip(names, found.statistics, strict=True)),
             bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
             found.has_all,
+            bucket.factors.of(index, self._call.states) if bucket.factors else {},
             watch.orthogonality(bucket.exchange, index, found.active) if watch else _ignore,
         )
         updates = self._rule.update(batch, self._call.now)
         if not isinstance(updates, Tensor) or updates.shape != found.matrices.shape:
             raise self._wrong("update", updates, f"a tensor of shape {tuple(found.matrices.shape)}, as batch.matrices")
+        if bucket.factors:
+            bucket.factors.put(index, batch.factors, self._call.states)
         bucket.exchange.put(index, updates, found)
 
     def _apply(self, bucket: Bucket) -> None:

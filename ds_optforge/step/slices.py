@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.routing.roles import Route
-from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, statistics_of
+from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, factors_of, statistics_of
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat
+from ds_optforge.step.factors import BucketFactors
 from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.exchange import BucketExchange
 from ds_optforge.zero.layout import Binding
@@ -107,6 +108,7 @@ class Bucket:
         kept: by statistic, views of the values that are kept with each fragment, as the exchange's ``pattern``.
         norms: (fragments,) norms to which updates are scaled; None if matrices are orthogonalized whole.
         sums: of the rule; None if it has none.
+        factors: of the owned matrices; None if the rule has none.
     """
 
     exchange: BucketExchange
@@ -116,6 +118,7 @@ class Bucket:
     kept: tuple[tuple[str, Views], ...]
     norms: Tensor | None
     sums: BucketSums | None
+    factors: BucketFactors | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +131,7 @@ class Slices:
         tensors: ``group["params"]``.
         placement: this rank's view of the layout.
         formats: state format of each tensor.
-        value_counts: by statistic, the number of values that are kept with each tensor.
+        value_counts: by statistic and factor, the number of values that are kept with each tensor.
         travelling: buckets of a matrix rule's straddling matrices.
         local: buckets of a matrix rule's matrices that lie whole on this rank.
         alone: buckets of this rank's fragments of straddling matrices, to be orthogonalized separately; empty if that is
@@ -168,9 +171,9 @@ class Slices:
             values = tensor.detach().contiguous()  # state is row-major whatever the weight is
             for buffer in rule.buffers:
                 self.format_of(index, buffer).allocate(state, buffer, values)
-            for statistic in statistics_of(rule):
-                count = self.value_counts[statistic.name][index]
-                state[statistic.name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
+            for kept in (*statistics_of(rule), *factors_of(rule)):
+                count = self.value_counts[kept.name][index]
+                state[kept.name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
 
     @contextmanager
     def opened(

@@ -52,6 +52,7 @@ class Wanted:
         statistics: by statistic that travels to owners, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
+        keeps: whether owners keep factors of their matrices.
     """
 
     bucket_numel: int
@@ -60,6 +61,7 @@ class Wanted:
     statistics: tuple[Per, ...] = ()
     gathers: bool = True
     alone: bool = False
+    keeps: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +126,6 @@ def plan_group(
     names = tuple(route.name for route, _ in found)
     layout = PartitionLayout(binding.world_size, names, binding.cuts, matrices, tensor_ranks)
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
-    placement = Placement(layout, binding.rank, starts)
     cost = wanted.cost
     device = binding.device.type
 
@@ -133,6 +134,7 @@ def plan_group(
 
     plan = make_plan(layout, cost_of, wanted.bucket_numel, device)
     require_agreement(plan, agreed, binding)
+    placement = Placement(layout, binding.rank, starts, plan.owners if wanted.keeps else ())
     held = tuple(map(tuple, placement.held_fragments()))
     if cost is None:
         return GroupPlan(binding, placement, held)
