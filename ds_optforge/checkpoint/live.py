@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, logical_group, weight_name
+from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, logical_group, owned_chunks, weight_name
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.random_states import random_states
 from ds_optforge.checkpoint.shards import Shards, shards_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
 from ds_optforge.routing.tags import tags_of
-from ds_optforge.rules.base import statistics_of
+from ds_optforge.rules.base import factors_of, statistics_of
 from ds_optforge.step.groups import GROUP
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.zero.engine import counters, local_part, loss_scale, model_parallelism, stepped_tensors
@@ -44,11 +44,21 @@ class Stepped:
     def buffers(self) -> list[str]:
         return [buffer.name for buffer in self.members.rule.buffers]
 
-    def chunks(self, without: Container[str], shards: Shards) -> Iterator[Chunk]:
-        """This rank's chunks of the parameters whose names are not in ``without``; see `chunks_of`."""
+    def chunks(self, copies: Container[str], elsewhere: Container[str], shards: Shards) -> Iterator[Chunk]:
+        """This rank's chunks: `chunks_of`, and `owned_chunks`.
+
+        Args:
+            copies: names of the parameters of which another stage of a pipeline has the chunks.
+            elsewhere: these, and names of those of which another tensor rank has the chunks.
+            shards: as in `chunks_of`.
+        """
         statistics = [(statistic.name, statistic.per) for statistic in statistics_of(self.members.rule)]
         placement, tensors = self.slices.placement, self.slices.tensors
-        return chunks_of(placement, tensors, self.states, self.buffers, statistics, without, shards)
+        yield from chunks_of(placement, tensors, self.states, self.buffers, statistics, elsewhere, shards)
+        factors = [(factor.name, factor.of) for factor in factors_of(self.members.rule)]
+        # Where tensor ranks plan together, any of them may own a matrix that they do not cut.
+        without = copies if placement.layout.tensor_ranks > 1 else elsewhere
+        yield from owned_chunks(placement, self.states, factors, without, shards)
 
 
 class LiveEngine:
@@ -101,10 +111,11 @@ class LiveEngine:
                     f"parameter group '{stepped.name}': got 8-bit state, whose blocks model parallelism cuts; allowed: "
                     "state_dtype float32 or bfloat16 (engine.save_checkpoint saves the others)"
                 )
-            for route in stepped.members.routes if statistics_of(stepped.members.rule) else ():
+            rule = stepped.members.rule
+            for route in stepped.members.routes if statistics_of(rule) or factors_of(rule) else ():
                 if route.name in self.shards.of and route.name not in self.shards.experts and len(route.matrices) > 1:
                     raise CheckpointError(
-                        f"'{route.name}': got row statistics of a fused weight that tensor parallelism cuts; allowed: no "
+                        f"'{route.name}': got state of the matrices of a fused weight that tensor parallelism cuts; allowed: no "
                         "split (engine.save_checkpoint saves the others)"
                     )
 
@@ -153,7 +164,7 @@ class LiveEngine:
         elsewhere = self._copies
         if self.shards.rank > 0:  # the first tensor rank has what is not cut
             elsewhere = elsewhere | (self.shapes.keys() - self.shards.of.keys())
-        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(elsewhere, self.shards)]
+        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(self._copies, elsewhere, self.shards)]
         for name, (values, start, numel) in self.untrained.items():
             if values.numel() and name not in elsewhere:
                 chunk = flat_chunk(weight_name(name), numel, start, values.reshape(-1))

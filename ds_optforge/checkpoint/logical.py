@@ -1,7 +1,7 @@
 """Logical tensors: weights and optimizer state under the names of the model's parameters and of their state buffers.
 
 All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one); ``optimizer/NAME/BUFFER`` an elementwise
-buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
+buffer, a statistic or factor of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
 """
 
 import re
@@ -14,11 +14,11 @@ from torch import Tensor
 from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.shards import WHOLE, Shards
-from ds_optforge.rules.base import Buffer, Rule, statistics_of
+from ds_optforge.rules.base import Buffer, Rule, factors_of, statistics_of
 from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
 from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
 from ds_optforge.step.slices import Slices
-from ds_optforge.zero.partition import Per
+from ds_optforge.zero.partition import Of, Per
 from ds_optforge.zero.placement import Held, Placement
 
 State = MutableMapping[str, Any]
@@ -58,7 +58,7 @@ def weight_name(parameter: str) -> str:
 
 
 def buffer_name(parameter: str, buffer: str) -> str:
-    """The name of the logical tensor of a parameter's state buffer or statistic."""
+    """The name of the logical tensor of a parameter's state buffer, statistic or factor."""
     return f"optimizer/{parameter}/{buffer}"
 
 
@@ -116,6 +116,26 @@ def chunks_of(
                 values = view(states[kept.tensor][statistic], kept)
                 start, count = shards.values(name, kept.within, placement.values(parameter, per))
                 yield flat_chunk(buffer_name(name, statistic), count, start, values)
+
+
+def owned_chunks(
+    placement: Placement,
+    states: Sequence[State],
+    factors: Sequence[tuple[str, Of]],
+    without: Container[str] = (),
+    shards: Shards = WHOLE,
+) -> Iterator[Chunk]:
+    """Yield views of what one rank keeps of the matrices that it owns; arguments as in `chunks_of`.
+
+    Args:
+        factors: (name, of) of each of the rule's factors.
+    """
+    for factor, of in factors:
+        for parameter, numel, held in placement.owned_values(of):
+            name = placement.layout.names[parameter]
+            if name not in without and factor in states[held.tensor]:
+                start, count = shards.values(name, held.within, numel)
+                yield flat_chunk(buffer_name(name, factor), count, start, view(states[held.tensor][factor], held))
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:
@@ -177,13 +197,13 @@ class Loading:
                 self._elements(name, weight_name(name), held.within.start, view(slices.tensors[held.tensor], held))
 
     def into_state(self, slices: Slices, states: Sequence[State], rule: Rule, saved: Callable[[str, str], str | None]) -> None:
-        """Request the state buffers and statistics for ``states``, which must have been allocated.
+        """Request the state buffers, statistics and factors for ``states``, which must have been allocated.
 
         Args:
             slices: of one call of ``step()``.
             states: of its tensors.
             rule: theirs.
-            saved: function of (parameter, buffer or statistic) that names the logical tensor to fill it from; None leaves it.
+            saved: function of (parameter, buffer, statistic or factor) that names the logical tensor to fill it from; None leaves it.
         """
         placement = slices.placement
         places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(rule)}
@@ -199,6 +219,17 @@ class Loading:
                     values = view(states[kept.tensor][statistic.name], kept)
                     start, _ = self._shards.values(name, kept.within, placement.values(parameter, statistic.per))
                     self.requests.append(Request(key, start, values))
+        self._into_factors(placement, states, rule, saved)
+
+    def _into_factors(
+        self, placement: Placement, states: Sequence[State], rule: Rule, saved: Callable[[str, str], str | None]
+    ) -> None:
+        for factor in factors_of(rule):
+            for parameter, numel, held in placement.owned_values(factor.of):
+                name = placement.layout.names[parameter]
+                if (key := saved(name, factor.name)) is not None:
+                    start, _ = self._shards.values(name, held.within, numel)
+                    self.requests.append(Request(key, start, view(states[held.tensor][factor.name], held)))
 
     def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held, key: str) -> None:
         name = slices.placement.layout.names[parameter]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_optforge.checkpoint.logical import buffer_name
-from ds_optforge.rules.base import Rule, buffers_of, statistics_of
+from ds_optforge.rules.base import Rule, buffers_of, factors_of, statistics_of
 from ds_optforge.rules.registry import rule_settings
 
 
@@ -17,7 +17,7 @@ class Resumption:
         step: steps taken.
         scalars: the rule's own numbers.
         averages: by parameter, the saved buffer with which the rule's averages of the gradient begin, while the rest of the
-            state begins as zeros; None takes every buffer and statistic under its own name.
+            state begins as zeros; None takes every buffer, statistic and factor under its own name.
         note: what of the saved state is not taken as it is, for the log; "" if all of it is.
     """
 
@@ -27,11 +27,11 @@ class Resumption:
     note: str = ""
 
     def key(self, parameter: str, buffer: str, averages: Collection[str]) -> str | None:
-        """The logical tensor that fills a buffer or statistic of ``parameter``; None for zeros.
+        """The logical tensor that fills a buffer, statistic or factor of ``parameter``; None for zeros.
 
         Args:
             parameter: its name.
-            buffer: name of the buffer or statistic.
+            buffer: its name.
             averages: names of the rule's averages of the gradient.
         """
         if self.averages is None:
@@ -58,7 +58,7 @@ def resumption_of(
     if steps == [0]:
         return "no step of it had been taken"
     others = sorted({source["rule"] for source in sources if not _related(source["rule"], rule)})
-    keys = [*(buffer.name for buffer in rule.buffers), *(statistic.name for statistic in statistics_of(rule))]
+    keys = [kept.name for kept in (*rule.buffers, *statistics_of(rule), *factors_of(rule))]
     missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
     if len(steps) > 1:
         return f"its parameters had taken {steps} steps"

@@ -129,11 +129,9 @@ class OptimizerConfig:
                 f"rule '{settings.rule}': its field '{min(taken)}' is a key of every configuration; allowed: another name"
             )
         rule, mode = settings.builds, self.common.sharding.mode
-        if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
-            raise ConfigError(
-                f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which needs sums over whole matrices; "
-                "allowed: 'gather'"
-            )
+        if mode != "gather" and issubclass(rule, MatrixRule) and (rule.sums or rule.factors):
+            needs = "needs sums over whole matrices" if rule.sums else "keeps factors of whole matrices at their owners"
+            raise ConfigError(f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which {needs}; allowed: 'gather'")
         return settings
 
 

@@ -4,6 +4,7 @@ The parameters are routed as in training, laid out as DeepSpeed's ZeRO would lay
 in training. It takes no process group and no tensors.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from ds_optforge.forecast.exchange_sizes import cut_alike, exchange_sizes, fragm
 from ds_optforge.forecast.topology import Topology, stepped_together
 from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
-from ds_optforge.rules.base import MatrixRule, statistics_of
+from ds_optforge.rules.base import MatrixRule, factors_of, statistics_of
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
@@ -90,7 +91,7 @@ class Forecast:
         groups: number of parameter groups with matrices.
         zero_numel: elements that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3).
         calls: of ``step()``, each with its layout and plan.
-        gathers_only: whether a rule has sums over whole matrices, which other sharding modes would not give it.
+        gathers_only: whether a rule has sums or factors of whole matrices, which other sharding modes would not give it.
     """
 
     topology: Topology
@@ -155,7 +156,7 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
         groups=len({route.group for route in routes if route.matrices}),
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
         calls=tuple(groups),
-        gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums) for group in planned),
+        gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums or group.rule.factors) for group in planned),
     )
 
 
@@ -256,9 +257,10 @@ class PlannedCall:
         return 2 * 8 * values * (self.layout.world_size - 1) // self.layout.world_size
 
     def _add_orthogonalization(self, plan: ExchangePlan, figures: list[RankFigures], rows: Counter[int]) -> None:
-        for cost, owner in zip(self.costs, plan.owners, strict=True):
+        for matrix, cost, owner in zip(self.layout.matrices, self.costs, plan.owners, strict=True):
             figures[owner].matrices += 1
             figures[owner].flops += cost
+            figures[owner].state_bytes += 4 * sum(math.prod(matrix.factor(factor.of)) for factor in factors_of(self.rule))
         for alike in cut_alike(self.layout, range(len(self.costs))):
             matrix = self.layout.matrices[alike[0]]
             for rank, within in fragments(self.layout, alike[0]):

@@ -14,6 +14,7 @@ from ds_optforge.rules.base import (
     Values,
     decay,
 )
+from ds_optforge.rules.factor import Factor
 from ds_optforge.rules.registry import RuleError, register_rule, rule_names, rule_settings
 from ds_optforge.rules.settings import DecaySettings, RuleSettings
 
@@ -22,6 +23,7 @@ __all__ = [
     "Buffer",
     "DecaySettings",
     "ElementwiseRule",
+    "Factor",
     "Hyperparameters",
     "MatrixRule",
     "RuleError",

@@ -62,6 +62,7 @@ class Groups:
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._rules: dict[Tensor, Rule] = {}
+        self._loaded_owners: dict[tuple[str, ...], list[int]] = {}  # by the names of the parameters of one call
         self.dicts = self._build(routed, entries)
 
     def _all_routed(self, given: Sequence[dict[str, Any]], placed: Sequence[tuple[str, Tensor]]) -> Iterator[Routed]:
@@ -153,7 +154,30 @@ class Groups:
             bound = self._bind(members or self[group], tensors)
             self._bound[tensors[0]] = bound
             self.remember(group, tensors)
+        if self._loaded_owners:
+            self._refuse_other_owners(bound)
         return bound
+
+    def expect_owners(self, described: Iterable[Mapping[str, Any]]) -> None:
+        """Note which ranks kept factors in loaded state: before a step takes it, this run's owners must be the same.
+
+        Args:
+            described: "optforge" of a state dict.
+        """
+        places = [found["placement"] for found in described if "owners" in found["placement"]]
+        self._loaded_owners = {tuple(place["names"]): place["owners"] for place in places}
+
+    def _refuse_other_owners(self, bound: Slices) -> None:
+        """Raise ConfigError where loaded factors are of other matrices than those that this rank owns."""
+        placement = bound.placement
+        owners = self._loaded_owners.pop(placement.layout.names, None)
+        if owners is not None and tuple(owners) != placement.owners:
+            index = next(i for i, (old, new) in enumerate(zip(owners, placement.owners, strict=True)) if old != new)
+            raise ConfigError(
+                f"{placement.layout.describe(index)}: rank {owners[index]} owned it in the checkpoint, and rank "
+                f"{placement.owners[index]} does in this run; allowed: the same sharding.bucket_numel and the same settings of "
+                "its rule, or ds-optforge convert and ds_optforge.load_checkpoint, which moves the owners' state"
+            )
 
     def _bind(self, members: Members, tensors: Sequence[Tensor]) -> Slices:
         if (ranks := ranks_of_mesh_sequence()) > 1:
