@@ -1,7 +1,8 @@
 """Logical tensors: weights and optimizer state under the names of the model's parameters and of their state buffers.
 
 All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one); ``optimizer/NAME/BUFFER`` an elementwise
-buffer, a statistic or factor of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
+buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``. A factor of the
+first matrix of a parameter is ``optimizer/NAME/FACTOR.0``: each is whole in one rank's file.
 """
 
 import re
@@ -60,6 +61,11 @@ def weight_name(parameter: str) -> str:
 def buffer_name(parameter: str, buffer: str) -> str:
     """The name of the logical tensor of a parameter's state buffer, statistic or factor."""
     return f"optimizer/{parameter}/{buffer}"
+
+
+def factor_name(name: str, matrix: int) -> str:
+    """The name of the logical tensor of a parameter's factor, for the matrix of that number."""
+    return f"{name}.{matrix}"
 
 
 def absmax_of(name: str) -> str:
@@ -131,11 +137,12 @@ def owned_chunks(
         factors: (name, of) of each of the rule's factors.
     """
     for factor, of in factors:
-        for parameter, numel, held in placement.owned_values(of):
+        for parameter, number, count, place in placement.owned_matrices(of):
             name = placement.layout.names[parameter]
-            if name not in without and factor in states[held.tensor]:
-                start, count = shards.values(name, held.within, numel)
-                yield flat_chunk(buffer_name(name, factor), count, start, view(states[held.tensor][factor], held))
+            if name not in without and factor in states[place.tensor]:
+                values = view(states[place.tensor][factor], Held(place.tensor, place.within.start, place.within))
+                first, _ = shards.values(name, number, count)
+                yield flat_chunk(factor_name(buffer_name(name, factor), first), values.numel(), 0, values)
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:
@@ -225,11 +232,12 @@ class Loading:
         self, placement: Placement, states: Sequence[State], rule: Rule, saved: Callable[[str, str], str | None]
     ) -> None:
         for factor in factors_of(rule):
-            for parameter, numel, held in placement.owned_values(factor.of):
+            for parameter, number, count, place in placement.owned_matrices(factor.of):
                 name = placement.layout.names[parameter]
                 if (key := saved(name, factor.name)) is not None:
-                    start, _ = self._shards.values(name, held.within, numel)
-                    self.requests.append(Request(key, start, view(states[held.tensor][factor.name], held)))
+                    values = view(states[place.tensor][factor.name], Held(place.tensor, place.within.start, place.within))
+                    first, _ = self._shards.values(name, number, count)
+                    self.requests.append(Request(factor_name(key, first), 0, values))
 
     def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held, key: str) -> None:
         name = slices.placement.layout.names[parameter]

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_optforge.checkpoint.logical import buffer_name
+from ds_optforge.checkpoint.logical import buffer_name, factor_name
 from ds_optforge.rules.base import Rule, buffers_of, factors_of, statistics_of
 from ds_optforge.rules.registry import rule_settings
 
@@ -58,7 +58,8 @@ def resumption_of(
     if steps == [0]:
         return "no step of it had been taken"
     others = sorted({source["rule"] for source in sources if not _related(source["rule"], rule)})
-    keys = [kept.name for kept in (*rule.buffers, *statistics_of(rule), *factors_of(rule))]
+    keys = [kept.name for kept in (*rule.buffers, *statistics_of(rule))]
+    keys += [factor_name(factor.name, 0) for factor in factors_of(rule)]
     missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
     if len(steps) > 1:
         return f"its parameters had taken {steps} steps"

@@ -165,24 +165,19 @@ class Placement:
             counts[place.tensor] += place.within.numel
         return counts
 
-    def owned_values(self, of: Of) -> Iterator[tuple[int, int, Held]]:
-        """Yield what this rank keeps of a factor: a range of those of all matrices of a parameter, one after the other.
+    def owned_matrices(self, of: Of) -> Iterator[tuple[int, Range, int, TensorRange]]:
+        """Yield where this rank keeps a factor of each matrix that it owns.
 
         Args:
             of: what the factor is of.
 
         Yields:
-            (number of the parameter, elements of the factors of all its matrices, the range) for each matrix that it owns.
+            Number of the parameter; of the matrix among the parameter's, as a range of one; how many there are; the place.
         """
-        places = self.owned_places(of)
-        for parameter in range(len(self.layout.names)):
-            before, found = 0, []
-            for index in self.matrices_of(parameter):
-                numel = math.prod(self.layout.matrices[index].factor(of))
-                if index in places:
-                    found.append(Held(places[index].tensor, places[index].within.start, Range(before, numel)))
-                before += numel
-            yield from ((parameter, before, held) for held in found)
+        for index, place in self.owned_places(of).items():
+            parameter = self.layout.matrices[index].parameter
+            matrices = self.matrices_of(parameter)
+            yield parameter, Range(index - matrices.start, 1), len(matrices), place
 
     def matrices_of(self, parameter: int) -> range:
         """Return the numbers of the matrices of ``parameter``, which follow each other."""

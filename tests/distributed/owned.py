@@ -11,7 +11,7 @@ import ds_optforge
 from tests.distributed import cases
 from tests.layers import matrix
 
-SHAPES = {"square": (24, 24), "wide": (18, 40), "tall": (36, 20), "odd": (33, 7), "bank": (3, 16, 12), "vector": (10,)}
+SHAPES = {"square": (24, 24), "wide": (18, 40), "tall": (36, 20), "odd": (33, 7), "bank": (3, 16, 12)}
 STEPS = 5
 
 

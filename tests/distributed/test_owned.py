@@ -41,6 +41,7 @@ def configuration(layout: str, **params: Any) -> dict[str, Any]:
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    print({n: (float((found[n]-expected[n]).abs().max()), float(expected[n].abs().max())) for n in different})
     assert not different
 
 
