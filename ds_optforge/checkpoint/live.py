@@ -113,7 +113,10 @@ class LiveEngine:
                 )
             rule = stepped.members.rule
             for route in stepped.members.routes if statistics_of(rule) or factors_of(rule) else ():
-                if route.name in self.shards.of and route.name not in self.shards.experts and len(route.matrices) > 1:
+                if route.name not in self.shards.of or route.name in self.shards.experts:
+                    continue
+                # The owner of a matrix that is cut part by part has its rows in an order of its own.
+                if len(route.matrices) > 1 or (factors_of(rule) and self.shards.of[route.name].parts):
                     raise CheckpointError(
                         f"'{route.name}': got state of the matrices of a fused weight that tensor parallelism cuts; allowed: no "
                         "split (engine.save_checkpoint saves the others)"

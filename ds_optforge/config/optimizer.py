@@ -131,7 +131,9 @@ class OptimizerConfig:
         rule, mode = settings.builds, self.common.sharding.mode
         if mode != "gather" and issubclass(rule, MatrixRule) and (rule.sums or rule.factors):
             needs = "needs sums over whole matrices" if rule.sums else "keeps factors of whole matrices at their owners"
-            raise ConfigError(f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which {needs}; allowed: 'gather'")
+            raise ConfigError(
+                f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which {needs}; allowed: 'gather'"
+            )
         return settings
 
 

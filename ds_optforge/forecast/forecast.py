@@ -156,7 +156,9 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
         groups=len({route.group for route in routes if route.matrices}),
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
         calls=tuple(groups),
-        gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums or group.rule.factors) for group in planned),
+        gathers_only=any(
+            isinstance(group.rule, MatrixRule) and bool(group.rule.sums or group.rule.factors) for group in planned
+        ),
     )
 
 

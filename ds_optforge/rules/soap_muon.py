@@ -133,7 +133,10 @@ class SoapMuonSettings(OrthogonalSettings):
     decay_rates = ()
     # Of eigenvectors to equal eigenvalues, as all zero ones, rounding chooses which; above the roots eps undoes the choice.
     steady = {"eps": 100.0}
-    summary = ("preconditioned by SOAP, orthogonalized", "fewest steps; owners keep two more matrices and four factors in float32")
+    summary = (
+        "preconditioned by SOAP, orthogonalized",
+        "fewest steps; owners keep two more matrices and four factors in float32",
+    )
 
     state_dtype: Literal["float32"] = Field("float32", description="the owners' state is float32")
     beta2: Beta = Field(0.9, description="decay rate of the second moment in the eigenbasis, and of both covariances")

@@ -12,8 +12,8 @@ from torch import Tensor
 from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
 from ds_optforge.rules.base import ElementwiseRule, MatrixRule, factors_of, statistics_of
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
-from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.factors import BucketFactors
+from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums, Summed
 from ds_optforge.zero.buckets import RankBucket
 from ds_optforge.zero.group_plan import GroupPlan, PlannedBucket, Wanted, plan_group

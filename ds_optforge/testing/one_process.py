@@ -4,8 +4,8 @@ Each yields a sentence for every failure. (Under ZeRO, DeepSpeed skips a step wh
 """
 
 import copy
-import math
 import io
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_optforge
@@ -94,5 +93,3 @@ def state_bytes(engine: Any) -> dict[str, int]:
             if isinstance(value, torch.Tensor):
                 found[name] = found.get(name, 0) + value.nbytes
     return found
-
-
