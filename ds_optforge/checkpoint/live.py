@@ -118,8 +118,8 @@ class LiveEngine:
                 # The owner of a matrix that is cut part by part has its rows in an order of its own.
                 if len(route.matrices) > 1 or (factors_of(rule) and self.shards.of[route.name].parts):
                     raise CheckpointError(
-                        f"'{route.name}': got state of the matrices of a fused weight that tensor parallelism cuts; allowed: no "
-                        "split (engine.save_checkpoint saves the others)"
+                        f"'{route.name}': got state of the matrices of a fused weight that tensor parallelism cuts; allowed: "
+                        "no split (engine.save_checkpoint saves the others)"
                     )
 
     def _from_all_stages(self, value: Any) -> list[Any]:

@@ -210,7 +210,7 @@ class Loading:
             slices: of one call of ``step()``.
             states: of its tensors.
             rule: theirs.
-            saved: function of (parameter, buffer, statistic or factor) that names the logical tensor to fill it from; None leaves it.
+            saved: function of (parameter, name of what is kept) that names the logical tensor to fill it from; None leaves it.
         """
         placement = slices.placement
         places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(rule)}

@@ -58,7 +58,7 @@ def resumption_of(
     if steps == [0]:
         return "no step of it had been taken"
     others = sorted({source["rule"] for source in sources if not _related(source["rule"], rule)})
-    keys = [kept.name for kept in (*rule.buffers, *statistics_of(rule))]
+    keys = [*(buffer.name for buffer in rule.buffers), *(statistic.name for statistic in statistics_of(rule))]
     keys += [factor_name(factor.name, 0) for factor in factors_of(rule)]
     missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
     if len(steps) > 1:

@@ -19,7 +19,7 @@ from ds_optforge.forecast.exchange_sizes import cut_alike, exchange_sizes, fragm
 from ds_optforge.forecast.topology import Topology, stepped_together
 from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
-from ds_optforge.rules.base import MatrixRule, factors_of, statistics_of
+from ds_optforge.rules.base import MatrixRule, Rule, factors_of, statistics_of
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
@@ -156,10 +156,13 @@ def forecast_routes(routes: Sequence[Route], sharding: ShardingSettings, topolog
         groups=len({route.group for route in routes if route.matrices}),
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
         calls=tuple(groups),
-        gathers_only=any(
-            isinstance(group.rule, MatrixRule) and bool(group.rule.sums or group.rule.factors) for group in planned
-        ),
+        gathers_only=any(_needs_whole(group.rule) for group in planned),
     )
+
+
+def _needs_whole(rule: Rule) -> bool:
+    """Whether a rule has sums or factors of whole matrices."""
+    return isinstance(rule, MatrixRule) and bool(rule.sums or rule.factors)
 
 
 def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[PartitionLayout, int]:

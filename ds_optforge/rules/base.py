@@ -366,6 +366,11 @@ def factors_of(rule: Rule) -> tuple[Factor, ...]:
     return rule.factors if isinstance(rule, MatrixRule) else ()
 
 
+def kept_by(rule: Rule) -> tuple[Statistic | Factor, ...]:
+    """Return the statistics and factors of a rule, all that it keeps beside its buffers."""
+    return (*statistics_of(rule), *factors_of(rule))
+
+
 def settles(rule: MatrixRule | type[MatrixRule]) -> bool:
     """Whether a rule has `MatrixRule.settle`."""
     return (rule if isinstance(rule, type) else type(rule)).settle is not MatrixRule.settle

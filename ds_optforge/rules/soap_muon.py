@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,11 +23,11 @@ class SoapMuon(Muon):
     in the order of diag(A^T L A), the largest first, and v with them; A <- Q of the QR decomposition of L A. v^(1/2) is at
     least eps. In the first step of a group the update is Muon's, and A and B are the eigenvectors of L and R.
 
-    As the code of modded-nanogpt's record 44 has it (records/track_3_optimization/results/20260609_soap_f1_auxb2_clean), without
-    what that record adds: the gate for attn.proj, the floor and the radius of updates, EMA-Nesterov, Rademacher's initial
-    values. It sizes the preconditioned u as u, which the orthogonalization undoes, and so that is left out. Eigenvectors are
-    computed in float64. A matrix whose first gradient comes later than its group's first step begins with A = B = I, before the
-    first QR: the host does not know which do.
+    As the code of modded-nanogpt's record 44 has it (records/track_3_optimization/results/20260609_soap_f1_auxb2_clean),
+    without what that record adds: the gate for attn.proj, the floor and the radius of updates, EMA-Nesterov, its initial values
+    and its coefficients of Newton-Schulz. It gives the preconditioned u the size of u, which the orthogonalization undoes: left
+    out here. Eigenvectors are computed in float64. A matrix whose first gradient comes later than its group's first step begins
+    with A = B = I, before the first QR: the host does not know which do.
 
     What travels to the owner is g. Momentum and v, as large as the matrix, are the owner's, and so are L, R, A and B.
 
@@ -132,7 +132,7 @@ class SoapMuonSettings(OrthogonalSettings):
     builds = SoapMuon
     decay_rates = ()
     # Of eigenvectors to equal eigenvalues, as all zero ones, rounding chooses which; above the roots eps undoes the choice.
-    steady = {"eps": 100.0}
+    steady: ClassVar[Mapping[str, Any]] = {"eps": 100.0}
     summary = (
         "preconditioned by SOAP, orthogonalized",
         "fewest steps; owners keep two more matrices and four factors in float32",

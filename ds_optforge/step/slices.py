@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.routing.roles import Route
-from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, factors_of, statistics_of
+from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, kept_by
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat
 from ds_optforge.step.factors import BucketFactors
@@ -171,9 +171,9 @@ class Slices:
             values = tensor.detach().contiguous()  # state is row-major whatever the weight is
             for buffer in rule.buffers:
                 self.format_of(index, buffer).allocate(state, buffer, values)
-            for kept in (*statistics_of(rule), *factors_of(rule)):
-                count = self.value_counts[kept.name][index]
-                state[kept.name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
+            for name in (kept.name for kept in kept_by(rule)):
+                count = self.value_counts[name][index]
+                state[name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
 
     @contextmanager
     def opened(

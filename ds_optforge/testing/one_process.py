@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ds_optforge
 from ds_optforge.optimizer import groups_of
-from ds_optforge.rules.base import factors_of, statistics_of
+from ds_optforge.rules.base import factors_of, kept_by, statistics_of
 from ds_optforge.step.slices import Members
 from ds_optforge.testing import model as awkward
 from ds_optforge.testing.engines import device
@@ -99,7 +99,7 @@ def _moved(subject: Subject, before: Mapping[str, Any]) -> Iterator[str]:
     matrices = subject.matrices()
     yield from other({name: after[name] for name in matrices}, {name: before[name] for name in matrices})
     rules = [members.rule for members in groups_of(subject.optimizer).members.values()]
-    declared = {found.name for rule in rules for found in (*statistics_of(rule), *factors_of(rule))}
+    declared = {found.name for rule in rules for found in kept_by(rule)}
     kept = {name: value for name, value in after.items() if name.rpartition(", ")[2] in declared}
     yield from other(kept, {name: before.get(name, torch.zeros_like(value)) for name, value in kept.items()})
     broken = [name for name, value in after.items() if isinstance(value, Tensor) and not value.float().isfinite().all()]

@@ -26,7 +26,8 @@ def usual(rule: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The "params" of a rule whose numbers do not depend on the order of sums by more than float32 does.
 
     Products, wire and state in float32, and an eps that keeps gradients which are nothing but rounding from being steps. Weight
-    decay, so that what it leaves out shows. What the rule itself says of `RuleSettings.steady`. Averages that every state format can hold. ``given`` comes on top.
+    decay, so that what it leaves out shows. Averages that every state format can hold. What the rule itself says of
+    `RuleSettings.steady`. ``given`` comes on top.
     """
     settings = settings_of(rule)
     fields = settings.model_fields

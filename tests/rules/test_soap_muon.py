@@ -180,6 +180,18 @@ def test_bases_stay_orthogonal_and_a_matrix_without_a_gradient_keeps_everything(
             assert not torch.equal(value.chunk(2)[1], kept[name].chunk(2)[1]), name
 
 
+def test_the_momentum_warms_up() -> None:
+    """From 0.5 in the first step to 0.9 after two: 0.5, then 0.7 of it and 0.3, then 0.9 and 0.1. 1e-6: float32."""
+    model = linears(matrix(8, 14))
+    optimizer = build_optimizer(model, {**SOAP, "momentum": 0.9, "momentum_warmup": {"from": 0.5, "steps": 2}})
+    for step in range(3):
+        model[0].weight.grad = spaced(8, 14, step)
+        optimizer.step()
+    first, second, third = (spaced(8, 14, step) for step in range(3))
+    expected = 0.9 * (0.7 * 0.5 * first + 0.3 * second) + 0.1 * third
+    assert relative_error(optimizer.state[model[0].weight]["momentum"], expected.flatten()) < 1e-6
+
+
 @pytest.mark.parametrize(("every", "bases"), [(1, 14 * (40**3 + 24**3) // 3), (5, 14 * (40**3 + 24**3) // 15)])
 def test_the_plan_counts_products_and_decompositions(every: int, bases: int) -> None:
     """Two products for covariances, four with bases, of 2 x 40 x 24 x 40 or 24 FLOPs; L A and a QR of 8/3 n^3 for each side."""
