@@ -138,7 +138,7 @@ class SoapMuonSettings(OrthogonalSettings):
         "fewest steps; owners keep two more matrices and four factors in float32",
     )
 
-    state_dtype: Literal["float32"] = Field("float32", description="the owners' state is float32")
+    state_dtype: Literal["float32"] = Field("float32", description="of what owners keep")
     beta2: Beta = Field(0.9, description="decay rate of the second moment in the eigenbasis, and of both covariances")
     eps: Positive = Field(1e-8, description="least root of the second moment")
     every: int = Field(1, ge=1, description="steps from one QR decomposition of the bases to the next")
