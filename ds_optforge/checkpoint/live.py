@@ -1,10 +1,11 @@
 """A live engine, as a checkpoint sees it: what one rank holds of it, and what the manifest says of the whole."""
 
 import hashlib
+import math
 import platform
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -12,7 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, logical_group, owned_chunks, weight_name
+from ds_optforge.checkpoint.logical import (
+    State,
+    add_members,
+    block_cuts,
+    buffer_name,
+    chunks_of,
+    factor_name,
+    logical_group,
+    owned_chunks,
+    weight_name,
+)
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.random_states import random_states
 from ds_optforge.checkpoint.shards import Shards, shards_of
@@ -23,6 +34,7 @@ from ds_optforge.rules.base import factors_of, statistics_of
 from ds_optforge.step.groups import GROUP
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.zero.engine import counters, local_part, loss_scale, model_parallelism, stepped_tensors
+from ds_optforge.zero.partition import Range
 from ds_optforge.zero.pipeline import TIED, from_all_stages, replicated
 from ds_optforge.zero.shards import full_shape
 
@@ -43,6 +55,17 @@ class Stepped:
     @property
     def buffers(self) -> list[str]:
         return [buffer.name for buffer in self.members.rule.buffers]
+
+    def factor_sizes(self, shards: Shards) -> dict[str, int]:
+        """Elements of the logical tensor of each factor of all matrices of the call, whoever owns them, by its name."""
+        placement, found = self.slices.placement, {}
+        for parameter, name in enumerate(placement.layout.names):
+            matrices = placement.matrices_of(parameter)
+            for index, factor in product(matrices, factors_of(self.members.rule)):
+                number, _ = shards.values(name, Range(index - matrices.start, 1), len(matrices))
+                key = factor_name(buffer_name(name, factor.name), number)
+                found[key] = math.prod(placement.layout.matrices[index].factor(factor.of))
+        return found
 
     def chunks(self, copies: Container[str], elsewhere: Container[str], shards: Shards) -> Iterator[Chunk]:
         """This rank's chunks: `chunks_of`, and `owned_chunks`.

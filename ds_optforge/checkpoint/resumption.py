@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_optforge.checkpoint.logical import buffer_name, factor_name
-from ds_optforge.rules.base import Rule, buffers_of, factors_of, statistics_of
+from ds_optforge.checkpoint.logical import buffer_name
+from ds_optforge.rules.base import Rule, buffers_of, statistics_of
 from ds_optforge.rules.registry import rule_settings
 
 
@@ -40,7 +40,11 @@ class Resumption:
 
 
 def resumption_of(
-    names: Sequence[str], rule: Rule, groups: Mapping[str, Mapping[str, Any]], stored: Collection[str]
+    names: Sequence[str],
+    rule: Rule,
+    groups: Mapping[str, Mapping[str, Any]],
+    stored: Collection[str],
+    factors: Sequence[str] = (),
 ) -> Resumption | str:
     """Decide what ``rule`` takes of the state of parameters.
 
@@ -49,6 +53,7 @@ def resumption_of(
         rule: theirs in this run.
         groups: by parameter, the saved group that it was in.
         stored: names of all logical tensors.
+        factors: names of those of the rule's factors.
 
     Returns:
         The state; or, where all of it starts afresh, the reason.
@@ -59,8 +64,8 @@ def resumption_of(
         return "no step of it had been taken"
     others = sorted({source["rule"] for source in sources if not _related(source["rule"], rule)})
     keys = [*(buffer.name for buffer in rule.buffers), *(statistic.name for statistic in statistics_of(rule))]
-    keys += [factor_name(factor.name, 0) for factor in factors_of(rule)]
     missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
+    missing += [name for name in factors if name not in stored]
     if len(steps) > 1:
         return f"its parameters had taken {steps} steps"
     if not others and not missing:

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_optforge.zero.partition import Cut, Fragment, Matrix, Of, PartitionLayout, Per, Range
+from ds_optforge.zero.partition import Cut, Fragment, Joined, Matrix, Of, PartitionLayout, Per, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,11 @@ class Placement:
             TypeError: a cut or a matrix has other fields.
         """
         cuts: Sequence[Cut] = [Cut(**cut) for cut in plain["cuts"]]
-        matrices = [Matrix(**matrix) for matrix in plain["matrices"]]
+        joined = [matrix.get("joins") for matrix in plain["matrices"]]
+        matrices = [
+            Matrix(**{**matrix, "joins": Joined(**joins) if joins else None})
+            for matrix, joins in zip(plain["matrices"], joined, strict=True)
+        ]
         names, tensor_ranks = tuple(plain["names"]), plain.get("tensor_ranks", 1)
         layout = PartitionLayout(plain["world_size"], names, tuple(cuts), tuple(matrices), tensor_ranks)
         return cls(layout, plain["rank"], tuple(plain["starts"]), tuple(plain.get("owners", ())))

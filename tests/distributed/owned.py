@@ -1,6 +1,5 @@
 """What the ranks of a pool run with rules whose owners keep state, on gradients that are the same bits everywhere."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,13 +71,16 @@ def resume(config: dict[str, Any], folder: str, how: str, again: str) -> dict[st
     return found
 
 
-def refused(config: dict[str, Any], folder: str) -> str:
-    """What the first step says after an engine checkpoint of other owners."""
+def refused(config: dict[str, Any], folder: str, how: str = "engine") -> str:
+    """What a checkpoint of other owners or matrices makes a load say, or the first step after it."""
     engine = engine_of(config)
     try:
-        engine.load_checkpoint(str(Path(folder, "engine")))
+        if how == "engine":
+            engine.load_checkpoint(f"{folder}/engine")
+        else:
+            ds_optforge.load_checkpoint(engine, f"{folder}/portable")
         run(engine, STEPS, 1)
-    except ds_optforge.ConfigError as error:
+    except (ds_optforge.ConfigError, ds_optforge.CheckpointError) as error:
         return str(error)
     finally:
         engine.destroy()

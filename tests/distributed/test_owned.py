@@ -132,6 +132,13 @@ def test_no_more_travels_than_with_muon() -> None:
     assert sum(rank.sent_bytes for rank in of_ranks[0]) == sum(rank.sent_bytes for rank in of_ranks[1]) > 0
 
 
+def test_a_portable_checkpoint_of_another_split_is_refused(runs: Any, pools: Pools) -> None:
+    folder = runs(SAVED)[0]
+    overrides = [{"match": "tall", "split": [16, 20]}]
+    for message in pools[2].run(owned.refused, configuration(SAVED, overrides=overrides), str(folder), "portable"):
+        assert "'optimizer/tall/row_basis.0' holds 1296 elements; allowed: 256, of this run's matrix" in message
+
+
 def test_an_engine_checkpoint_of_other_owners_is_refused(runs: Any, pools: Pools) -> None:
     """With bases that hardly ever turn, other matrices cost most."""
     folder = runs(SAVED)[0]

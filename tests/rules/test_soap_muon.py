@@ -213,6 +213,21 @@ def test_what_it_refuses(params: dict[str, Any], message: str) -> None:
         build_optimizer(linears(matrix(8, 12)), {"name": "soap_muon", **params})
 
 
+@pytest.mark.parametrize("split", [[12, 8], [4, 4, 12]])
+def test_state_of_another_split_is_refused_before_a_step(split: list[int]) -> None:
+    """As many elements in the first one; of other matrices."""
+    optimizers = []
+    for cut in ([8, 12], split):
+        model = linears(matrix(20, 14))
+        overrides = [{"match": "weight", "split": cut}]
+        optimizers.append(build_optimizer(model, {**SOAP, "overrides": overrides}))
+        model[0].weight.grad = matrix(20, 14, seed=1)
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    with pytest.raises(ConfigError, match=r"^0\.weight and others .* allowed: the same split and heads"):
+        optimizers[1].step()
+
+
 def test_the_other_parameters_may_have_compact_state() -> None:
     model = nn.Linear(12, 8)
     optimizer = build_optimizer(model, {"name": "soap_muon", "adamw": {"state_dtype": "bfloat16", "betas": [0.9, 0.95]}})
