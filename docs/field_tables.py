@@ -66,14 +66,18 @@ def rule_table() -> str:
 
 def state_bytes(settings: type[RuleSettings]) -> str:
     """Of each state format that a rule is meant for; what it keeps per row or matrix is beside them."""
-    default = settings.model_fields["state_dtype"].default
-    formats = _BYTES if default == "float32" else {default: _BYTES[default]}
+    field = settings.model_fields["state_dtype"]
+    formats = get_args(field.annotation) if field.default == "float32" else (field.default,)
     buffers = settings.builds.buffers
-    totals = [sum(4.0 if buffer.full_precision else each for buffer in buffers) for each in formats.values()]
+    factors = Counter(factor.of for factor in settings.builds.factors) if issubclass(settings.builds, MatrixRule) else Counter()
+    totals = [
+        sum(4.0 if b.full_precision else _BYTES[name] for b in buffers) + 4.0 * factors.pop("matrix", 0) for name in formats
+    ]
     text = " / ".join(f"{total:.2f}".removesuffix(".00") for total in totals)
     statistics = settings.builds.statistics if issubclass(settings.builds, MatrixRule) else ()
     kept = Counter(statistic.per for statistic in statistics)
-    return text + "".join(f", and {4 * count} per {per}" for per, count in kept.items())
+    sides = " + ".join(f"{4 * count} {of}²" for of, count in factors.items())
+    return text + "".join(f", and {4 * count} per {per}" for per, count in kept.items()) + (f", and {sides}" if sides else "")
 
 
 def preset_rates(name: str) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.errors import ConfigError
 from ds_optforge.rules.around import evaluated
-from ds_optforge.rules.base import statistics_of
+from ds_optforge.rules.base import factors_of, statistics_of
 from ds_optforge.step.finite import refuse_nonfinite
 from ds_optforge.step.group_step import GroupStep
 from ds_optforge.step.groups import GROUP, Groups
@@ -264,11 +264,13 @@ class OptForge(torch.optim.Optimizer):
         names = slices.placement.layout.names
         identifier, members = self._groups.members_with(names[0])
         shapes = {route.name: list(route.shape) for route in members.routes}
+        factors = [[factor.name, factor.of] for factor in factors_of(members.rule)]
         return {
             "group": identifier,
             "rule": members.settings.rule,
             "buffers": [buffer.name for buffer in members.buffers],
             "statistics": [[statistic.name, statistic.per] for statistic in statistics_of(members.rule)],
+            **({"factors": factors} if factors else {}),
             "shapes": [shapes[name] for name in names],
             "placement": slices.placement.to_plain(),
         }
@@ -298,6 +300,7 @@ class OptForge(torch.optim.Optimizer):
                     group.setdefault("initial_weight_decay", initial)
             self._schedule_check.remember(self.param_groups)
             self._restore_dtypes(given[0])
+            self._groups.expect_owners(given[0].get("optforge", ()))
             remember_steps(self)
 
         # After the user's hooks before, and before the user's hooks after.

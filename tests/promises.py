@@ -48,6 +48,9 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "muon-hyperball-formula": "Muon Hyperball follows the published algorithm.",
         "muon-hyperball-norm": "With Muon Hyperball a matrix keeps the norm with which it started, to float32's rounding.",
         "muown-formula": "Muown follows its authors' code.",
+        "soap-muon-formula": "SOAP-Muon follows the code of modded-nanogpt's record 44, without what that record adds.",
+        "owners-state": "What owners keep of whole matrices is on them alone, the same bits on every stage, and goes through "
+        "every kind of checkpoint to other owners.",
         "normuon-beta2": "NorMuon's `beta2` has an effect.",
         "normuon-rows": "NorMuon keeps one second moment for each output row of a matrix.",
         "normuon-routing": "NorMuon trains the matrices inside a model; AdamW trains embeddings, norms, biases and the head, "

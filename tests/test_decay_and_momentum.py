@@ -18,7 +18,9 @@ from tests.oracles import EXACT
 F64 = torch.float64
 LR, DECAY, STEPS = 0.02, 0.5, 10
 RULES = [name for name in rule_names() if issubclass(settings_of(name), DecaySettings)]
-WARMING_UP = [name for name in rule_names() if "momentum_warmup" in settings_of(name).model_fields]
+# Those whose momentum is beside the weight, and fades in steps without a gradient: an owner's rests.
+BESIDE = [name for name in rule_names() if any(buffer.momentum for buffer in settings_of(name).builds.buffers)]
+WARMING_UP = [name for name in BESIDE if "momentum_warmup" in settings_of(name).model_fields]
 
 
 def params_of(rule: str) -> dict[str, Any]:

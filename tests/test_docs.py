@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_optforge import build_optimizer
 from ds_optforge.rules import RuleSettings
+from ds_optforge.testing.params import formats_of
 from tests.layers import linears, matrix, set_gradients
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -70,9 +71,7 @@ def state_of_row(name: str) -> tuple[dict[str, float], list[str]]:
     """Of the table's row: bytes per parameter by state format, and what is kept beside it."""
     (row,) = (line.split(" | ") for line in MADE["rules"].splitlines() if line.startswith(f"| `{name}` |"))
     elementwise, *kept = row[2].split(", and ")
-    default = str(RULES[name].model_fields["state_dtype"].default)
-    formats = ["float32", "bfloat16", "8bit"] if default == "float32" else [default]
-    return dict(zip(formats, map(float, elementwise.split(" / ")), strict=True)), kept
+    return dict(zip(formats_of(name), map(float, elementwise.split(" / ")), strict=True)), kept
 
 
 @pytest.mark.parametrize(("name", "state_dtype"), [(name, each) for name in RULES for each in state_of_row(name)[0]])
@@ -88,11 +87,15 @@ def test_the_bytes_of_state_are_those_that_are_allocated(name: str, state_dtype:
     optimizer.step()
     (state,) = optimizer.state.values()
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-    beside = {key: value.numel() for key, value in tensors.items() if value.numel() in (1, 64) and not key.endswith("_absmax")}
+    sizes = (1, 64, 64**2, 256**2)
+    beside = {key: value.numel() for key, value in tensors.items() if value.numel() in sizes and not key.endswith("_absmax")}
     found = sum(value.numel() * value.element_size() for key, value in tensors.items() if key not in beside)
     assert found / (64 * 256) == pytest.approx(formats[state_dtype], abs=0.005)
     counts = {"matrix": list(beside.values()).count(1), "row": list(beside.values()).count(64)}
-    assert kept == [f"{4 * count} per {per}" for per, count in counts.items() if count]
+    expected = [f"{4 * count} per {per}" for per, count in counts.items() if count]
+    sides = {of: 4 * list(beside.values()).count(size**2) for of, size in (("rows", 64), ("cols", 256))}
+    expected += [" + ".join(f"{nbytes} {of}²" for of, nbytes in sides.items())] if any(sides.values()) else []
+    assert kept == expected
 
 
 @pytest.mark.promise("lr-transfer")

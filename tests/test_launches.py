@@ -68,6 +68,7 @@ RULES = (
     "normuon",
     "muon_hyperball",
     "muown",
+    "soap_muon",
     "adamw",
     "adamw_8bit",
     "lion",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ds_optforge import ConfigError, OptForge, build_optimizer, explain
 from ds_optforge.optimizer import groups_of
 from ds_optforge.rules import rule_names
-from ds_optforge.testing.params import usual
+from ds_optforge.testing.params import formats_of, usual
 from tests.layers import linears, matrix, set_gradients, snapshot
 from tests.oracles import table_rows
 
@@ -120,8 +120,7 @@ PATTERN: list[set[str]] = [
 
 
 class TestMissingGradients:
-    @pytest.mark.parametrize("form", ["float32", "bfloat16", "8bit"])
-    @pytest.mark.parametrize("rule", rule_names())
+    @pytest.mark.parametrize(("rule", "form"), [(rule, form) for rule in rule_names() for form in formats_of(rule)])
     def test_a_parameter_is_stepped_as_if_it_were_alone(self, rule: str, form: str) -> None:
         """Whatever gradients others have: nothing of it moves without a gradient, and steps are counted for itself."""
         config = {**usual(rule), "weight_decay": 0.1, "state_dtype": form}
@@ -216,8 +215,7 @@ def columns_first(weight: Tensor) -> Tensor:
 
 
 class TestStrides:
-    @pytest.mark.parametrize("form", ["float32", "bfloat16", "8bit"])
-    @pytest.mark.parametrize("rule", rule_names())
+    @pytest.mark.parametrize(("rule", "form"), [(rule, form) for rule in rule_names() for form in formats_of(rule)])
     def test_a_weight_in_another_order_is_stepped_as_the_same_values_in_rows(self, rule: str, form: str) -> None:
         config = {**usual(rule), "state_dtype": form}
         rows, columns = (linears(matrix(64, 80), matrix(80, 64)) for _ in range(2))

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_optforge.checkpoint.logical import block_cuts
-from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, Per
+from ds_optforge.zero.partition import Cut, Joined, Matrix, PartitionLayout, Per
 from ds_optforge.zero.placement import Placement
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -74,6 +74,17 @@ def test_every_value_of_a_statistic_is_held_once_where_the_first_element_of_its_
 def test_it_survives_a_file(parameters: list[tuple[list[tuple[int, int]], bool]], world: int, zero3: bool) -> None:
     for placement in placements(parameters, world, zero3):
         assert Placement.from_plain(placement.to_plain()) == placement
+
+
+def test_every_factor_is_kept_by_its_owner_alone() -> None:
+    """Two joined matrices of (4, 6) and one of (5, 3), which two ranks share: rows: 2 x 16 and 25 values, columns: 72 and 9."""
+    matrices = (Matrix(0, 0, 8, 6, joins=Joined(2, 1)), Matrix(1, 0, 5, 3))
+    layout = PartitionLayout(2, ("a", "b"), (Cut(0, 24, 0), Cut(0, 8, 24)), matrices)
+    first, second = (Placement(layout, rank, (0, 24), owners=(1, 0)) for rank in range(2))
+    assert [place.owned_counts("rows") for place in (first, second)] == [[0, 25], [32, 0]]
+    assert [place.owned_counts("cols") for place in (first, second)] == [[0, 9], [72, 0]]
+    assert [place.owned_counts("matrix") for place in (first, second)] == [[0, 15], [48, 0]]
+    assert Placement.from_plain(second.to_plain()) == second
 
 
 def test_blocks_restart_where_a_rank_or_a_matrix_begins_inside_one() -> None:

@@ -20,7 +20,7 @@ from ds_optforge import ConfigError, OptForge, build_optimizer
 from ds_optforge.rules import rule_names
 from ds_optforge.rules.base import Buffer
 from ds_optforge.state import BLOCK, EightBit, Plain, StateFormat, block_edges, dequantize, portions, recut
-from ds_optforge.testing.params import settings_of
+from ds_optforge.testing.params import formats_of, settings_of
 from ds_optforge.zero.partition import Range
 from ds_optforge.zero.placement import Held
 from tests.layers import linears, matrix, set_gradients
@@ -252,8 +252,10 @@ class TestWorkingMemory:
         optimizer.step()
         assert peak_of(optimizer.step) < 0.8 * 4 * layer.weight.numel()
 
-    @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
-    @pytest.mark.parametrize("name", [name for name in rule_names() if settings_of(name).needs_matrix()])
+    @pytest.mark.parametrize(
+        ("name", "state_dtype"),
+        [(name, form) for name in rule_names() if settings_of(name).needs_matrix() for form in formats_of(name)],
+    )
     def test_more_matrices_need_no_more(self, name: str, state_dtype: str) -> None:
         """A bucket bounds it. 5%: the larger model's lists of flags."""
         peaks = []

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
 from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, open_checkpoint
-from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, chunks_of, weight_name
+from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, chunks_of, owned_chunks, weight_name
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.positions import POSITION
 from ds_optforge.errors import CheckpointError
@@ -103,6 +103,7 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
             tensors = [slices[i] for i in stepped["tensors"]] if slices else [module[name] for name in names]
             states = [optimizer["state"][i] for i in stepped["tensors"]]
             found.chunks += chunks_of(placement, tensors, states, stepped["buffers"], _statistics(stepped), known)
+            found.chunks += owned_chunks(placement, states, stepped.get("factors", ()), known)
             copies = [name for name in names if name in known]
             found.copies += chunks_of(placement, tensors, states, (), (), set(names).difference(copies))
             if shard == 0:

@@ -1,10 +1,11 @@
 """A live engine, as a checkpoint sees it: what one rank holds of it, and what the manifest says of the whole."""
 
 import hashlib
+import math
 import platform
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -12,17 +13,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.logical import State, add_members, block_cuts, chunks_of, logical_group, weight_name
+from ds_optforge.checkpoint.logical import (
+    State,
+    add_members,
+    block_cuts,
+    buffer_name,
+    chunks_of,
+    factor_name,
+    logical_group,
+    owned_chunks,
+    weight_name,
+)
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.random_states import random_states
 from ds_optforge.checkpoint.shards import Shards, shards_of
 from ds_optforge.errors import CheckpointError
 from ds_optforge.optimizer import OptForge, groups_of, refuse_while_averaged
 from ds_optforge.routing.tags import tags_of
-from ds_optforge.rules.base import statistics_of
+from ds_optforge.rules.base import factors_of, statistics_of
 from ds_optforge.step.groups import GROUP
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.zero.engine import counters, local_part, loss_scale, model_parallelism, stepped_tensors
+from ds_optforge.zero.partition import Range
 from ds_optforge.zero.pipeline import TIED, from_all_stages, replicated
 from ds_optforge.zero.shards import full_shape
 
@@ -44,11 +56,32 @@ class Stepped:
     def buffers(self) -> list[str]:
         return [buffer.name for buffer in self.members.buffers]
 
-    def chunks(self, without: Container[str], shards: Shards) -> Iterator[Chunk]:
-        """This rank's chunks of the parameters whose names are not in ``without``; see `chunks_of`."""
+    def factor_sizes(self, shards: Shards) -> dict[str, int]:
+        """Elements of the logical tensor of each factor of all matrices of the call, whoever owns them, by its name."""
+        placement, found = self.slices.placement, {}
+        for parameter, name in enumerate(placement.layout.names):
+            matrices = placement.matrices_of(parameter)
+            for index, factor in product(matrices, factors_of(self.members.rule)):
+                number, _ = shards.values(name, Range(index - matrices.start, 1), len(matrices))
+                key = factor_name(buffer_name(name, factor.name), number)
+                found[key] = math.prod(placement.layout.matrices[index].factor(factor.of))
+        return found
+
+    def chunks(self, copies: Container[str], elsewhere: Container[str], shards: Shards) -> Iterator[Chunk]:
+        """This rank's chunks: `chunks_of`, and `owned_chunks`.
+
+        Args:
+            copies: names of the parameters of which another stage of a pipeline has the chunks.
+            elsewhere: these, and names of those of which another tensor rank has the chunks.
+            shards: as in `chunks_of`.
+        """
         statistics = [(statistic.name, statistic.per) for statistic in statistics_of(self.members.rule)]
         placement, tensors = self.slices.placement, self.slices.tensors
-        return chunks_of(placement, tensors, self.states, self.buffers, statistics, without, shards)
+        yield from chunks_of(placement, tensors, self.states, self.buffers, statistics, elsewhere, shards)
+        factors = [(factor.name, factor.of) for factor in factors_of(self.members.rule)]
+        # Where tensor ranks plan together, any of them may own a matrix that they do not cut.
+        without = copies if placement.layout.tensor_ranks > 1 else elsewhere
+        yield from owned_chunks(placement, self.states, factors, without, shards)
 
 
 class LiveEngine:
@@ -101,11 +134,15 @@ class LiveEngine:
                     f"parameter group '{stepped.name}': got 8-bit state, whose blocks model parallelism cuts; allowed: "
                     "state_dtype float32 or bfloat16 (engine.save_checkpoint saves the others)"
                 )
-            for route in stepped.members.routes if statistics_of(stepped.members.rule) else ():
-                if route.name in self.shards.of and route.name not in self.shards.experts and len(route.matrices) > 1:
+            rule = stepped.members.rule
+            for route in stepped.members.routes if statistics_of(rule) or factors_of(rule) else ():
+                if route.name not in self.shards.of or route.name in self.shards.experts:
+                    continue
+                # The owner of a matrix that is cut part by part has its rows in an order of its own.
+                if len(route.matrices) > 1 or (factors_of(rule) and self.shards.of[route.name].parts):
                     raise CheckpointError(
-                        f"'{route.name}': got row statistics of a fused weight that tensor parallelism cuts; allowed: no "
-                        "split (engine.save_checkpoint saves the others)"
+                        f"'{route.name}': got state of the matrices of a fused weight that tensor parallelism cuts; allowed: "
+                        "no split (engine.save_checkpoint saves the others)"
                     )
 
     def _from_all_stages(self, value: Any) -> list[Any]:
@@ -153,7 +190,7 @@ class LiveEngine:
         elsewhere = self._copies
         if self.shards.rank > 0:  # the first tensor rank has what is not cut
             elsewhere = elsewhere | (self.shapes.keys() - self.shards.of.keys())
-        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(elsewhere, self.shards)]
+        chunks = [chunk for stepped in self.stepped for chunk in stepped.chunks(self._copies, elsewhere, self.shards)]
         for name, (values, start, numel) in self.untrained.items():
             if values.numel() and name not in elsewhere:
                 chunk = flat_chunk(weight_name(name), numel, start, values.reshape(-1))

@@ -1,7 +1,8 @@
 """Logical tensors: weights and optimizer state under the names of the model's parameters and of their state buffers.
 
 All are flat. ``model/NAME`` is a weight (the float32 one, where ZeRO keeps one); ``optimizer/NAME/BUFFER`` an elementwise
-buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``.
+buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their scales in ``BUFFER_absmax``. A factor of the
+first matrix of a parameter is ``optimizer/NAME/FACTOR.0``: each is whole in one rank's file.
 """
 
 import re
@@ -14,11 +15,11 @@ from torch import Tensor
 from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.shards import WHOLE, Shards
-from ds_optforge.rules.base import Buffer, statistics_of
+from ds_optforge.rules.base import Buffer, Rule, factors_of, statistics_of
 from ds_optforge.state import BLOCK, EightBit, block_edges, dequantize, recut
 from ds_optforge.step.groups import GROUP, KEYS_OF_FRAMEWORKS
 from ds_optforge.step.slices import Members, Slices
-from ds_optforge.zero.partition import Per
+from ds_optforge.zero.partition import Of, Per
 from ds_optforge.zero.placement import Held, Placement
 
 State = MutableMapping[str, Any]
@@ -58,8 +59,13 @@ def weight_name(parameter: str) -> str:
 
 
 def buffer_name(parameter: str, buffer: str) -> str:
-    """The name of the logical tensor of a parameter's state buffer or statistic."""
+    """The name of the logical tensor of a parameter's state buffer, statistic or factor."""
     return f"optimizer/{parameter}/{buffer}"
+
+
+def factor_name(name: str, matrix: int) -> str:
+    """The name of the logical tensor of a parameter's factor, for the matrix of that number."""
+    return f"{name}.{matrix}"
 
 
 def absmax_of(name: str) -> str:
@@ -116,6 +122,27 @@ def chunks_of(
                 values = view(states[kept.tensor][statistic], kept)
                 start, count = shards.values(name, kept.within, placement.values(parameter, per))
                 yield flat_chunk(buffer_name(name, statistic), count, start, values)
+
+
+def owned_chunks(
+    placement: Placement,
+    states: Sequence[State],
+    factors: Sequence[tuple[str, Of]],
+    without: Container[str] = (),
+    shards: Shards = WHOLE,
+) -> Iterator[Chunk]:
+    """Yield views of what one rank keeps of the matrices that it owns; arguments as in `chunks_of`.
+
+    Args:
+        factors: (name, of) of each of the rule's factors.
+    """
+    for factor, of in factors:
+        for parameter, number, count, place in placement.owned_matrices(of):
+            name = placement.layout.names[parameter]
+            if name not in without and factor in states[place.tensor]:
+                values = view(states[place.tensor][factor], Held(place.tensor, place.within.start, place.within))
+                first, _ = shards.values(name, number, count)
+                yield flat_chunk(factor_name(buffer_name(name, factor), first), values.numel(), 0, values)
 
 
 def block_cuts(placement: Placement, parameter: int) -> list[int]:
@@ -179,13 +206,13 @@ class Loading:
     def into_state(
         self, slices: Slices, states: Sequence[State], members: Members, saved: Callable[[str, str], str | None]
     ) -> None:
-        """Request the state buffers and statistics for ``states``, which must have been allocated.
+        """Request the state buffers, statistics and factors for ``states``, which must have been allocated.
 
         Args:
             slices: of one call of ``step()``.
             states: of its tensors.
             members: theirs.
-            saved: function of (parameter, buffer or statistic) that names the logical tensor to fill it from; None leaves it.
+            saved: function of (parameter, name of what is kept) that names the logical tensor to fill it from; None leaves it.
         """
         placement = slices.placement
         places = {statistic: placement.value_places(statistic.per) for statistic in statistics_of(members.rule)}
@@ -201,6 +228,18 @@ class Loading:
                     values = view(states[kept.tensor][statistic.name], kept)
                     start, _ = self._shards.values(name, kept.within, placement.values(parameter, statistic.per))
                     self.requests.append(Request(key, start, values))
+        self._into_factors(placement, states, members.rule, saved)
+
+    def _into_factors(
+        self, placement: Placement, states: Sequence[State], rule: Rule, saved: Callable[[str, str], str | None]
+    ) -> None:
+        for factor in factors_of(rule):
+            for parameter, number, count, place in placement.owned_matrices(factor.of):
+                name = placement.layout.names[parameter]
+                if (key := saved(name, factor.name)) is not None:
+                    values = view(states[place.tensor][factor.name], Held(place.tensor, place.within.start, place.within))
+                    first, _ = self._shards.values(name, number, count)
+                    self.requests.append(Request(factor_name(key, first), 0, values))
 
     def _into_buffer(self, slices: Slices, state: State, buffer: Buffer, parameter: int, held: Held, key: str) -> None:
         name = slices.placement.layout.names[parameter]

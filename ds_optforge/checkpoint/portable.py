@@ -91,7 +91,7 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
     with _agreeing() as problems:
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
-        problems += [] if problems else [*_differences(live, checkpoint, strict), *_blocks_for_shards(live, checkpoint)]
+        problems += [] if problems else [*_differences(live, checkpoint, strict), *_for_other_matrices(live, checkpoint)]
         resumptions = [] if problems else _resumptions(live, checkpoint)
         problems += _lost_lookaheads(live, checkpoint, resumptions)
         problems += _lacking(checkpoint, resumptions) if strict else ()
@@ -143,6 +143,18 @@ def _other_trained(found: set[str], own: set[str]) -> Iterator[str]:
             f"trained parameters: got {_few(found - own)}, which this run does not train, and not {_few(own - found)}; "
             "allowed: those of this run (or strict=False)"
         )
+
+
+def _for_other_matrices(live: LiveEngine, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a line where state cannot be cut as this run's, and for each factor of another matrix than this run's."""
+    yield from _blocks_for_shards(live, checkpoint)
+    for stepped in live.stepped:
+        for name, numel in stepped.factor_sizes(live.shards).items():
+            if name in checkpoint.tensors and (found := checkpoint.tensors[name][0]) != numel:
+                yield (
+                    f"{checkpoint.folder}: '{name}' holds {found} elements; allowed: {numel}, of this run's matrix: the same "
+                    "split and heads"
+                )
 
 
 def _blocks_for_shards(live: LiveEngine, checkpoint: Checkpoint) -> Iterator[str]:
@@ -213,6 +225,7 @@ def _resumptions(live: LiveEngine, checkpoint: Checkpoint) -> list[tuple[str, Re
                 source_of,
                 checkpoint.tensors,
                 stepped.members.around.buffers,
+                list(stepped.factor_sizes(live.shards)),
             ),
         )
         for stepped in live.stepped

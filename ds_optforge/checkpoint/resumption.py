@@ -21,7 +21,7 @@ class Resumption:
         step: steps taken.
         scalars: the rule's own numbers.
         averages: by parameter, the saved buffer with which the rule's averages of the gradient begin, while the rest of the
-            state begins as zeros; None takes every buffer and statistic under its own name.
+            state begins as zeros; None takes every buffer, statistic and factor under its own name.
         anew: what is around the rule that begins now: names of buffers that are zeros.
         note: what of the saved state is not taken as it is, for the log; "" if all of it is.
     """
@@ -33,11 +33,11 @@ class Resumption:
     note: str = ""
 
     def key(self, parameter: str, buffer: str, averages: Collection[str]) -> str | None:
-        """The logical tensor that fills a buffer or statistic of ``parameter``; None for zeros.
+        """The logical tensor that fills a buffer, statistic or factor of ``parameter``; None for zeros.
 
         Args:
             parameter: its name.
-            buffer: name of the buffer or statistic.
+            buffer: its name.
             averages: names of the rule's averages of the gradient.
         """
         if buffer in self.anew:
@@ -57,6 +57,7 @@ def resumption_of(
     groups: Mapping[str, Mapping[str, Any]],
     stored: Collection[str],
     around: Sequence[Buffer] = (),
+    factors: Sequence[str] = (),
 ) -> Resumption | str:
     """Decide what ``rule`` takes of the state of parameters.
 
@@ -66,6 +67,7 @@ def resumption_of(
         groups: by parameter, the saved group that it was in.
         stored: names of all logical tensors.
         around: buffers of what is around the rule. Where not all of them are there they begin now, whatever the rule takes.
+        factors: names of those of the rule's factors.
 
     Returns:
         The state; or, where all of it starts afresh, the reason.
@@ -77,6 +79,7 @@ def resumption_of(
     others = sorted({source["rule"] for source in sources if not _related(source["rule"], rule)})
     keys = [*(buffer.name for buffer in rule.buffers), *(statistic.name for statistic in statistics_of(rule))]
     missing = [buffer_name(name, key) for name in names for key in keys if buffer_name(name, key) not in stored]
+    missing += [name for name in factors if name not in stored]
     if len(steps) > 1:
         return f"its parameters had taken {steps} steps"
     numbers, anew, note = _of_around(names, sources, stored, around)

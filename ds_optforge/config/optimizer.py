@@ -140,10 +140,10 @@ class OptimizerConfig:
             raise ConfigError(
                 f"{self._path}.{key}: got a section with '{settings.rule}', which averages its weights itself; allowed: none"
             )
-        if mode != "gather" and issubclass(rule, MatrixRule) and rule.sums:
+        if mode != "gather" and issubclass(rule, MatrixRule) and (rule.sums or rule.factors):
+            needs = "needs sums over whole matrices" if rule.sums else "keeps factors of whole matrices at their owners"
             raise ConfigError(
-                f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which needs sums over whole matrices; "
-                "allowed: 'gather'"
+                f"{self._path}.sharding.mode: got '{mode}' with '{settings.rule}', which {needs}; allowed: 'gather'"
             )
         if issubclass(rule, MatrixRule) and self.common.sharding.share < 1:
             self._check_rows(settings)

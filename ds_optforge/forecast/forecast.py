@@ -4,6 +4,7 @@ The parameters are routed as in training, laid out as DeepSpeed's ZeRO would lay
 in training. It takes no process group and no tensors.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from ds_optforge.forecast.topology import Topology, stepped_together
 from ds_optforge.forecast.workspace import scratch_bytes, temporaries, workspaces
 from ds_optforge.routing.roles import Route, routes_of
 from ds_optforge.rules.around import NOTHING, Around
-from ds_optforge.rules.base import MatrixRule, statistics_of, works_in_teams
+from ds_optforge.rules.base import MatrixRule, Rule, factors_of, statistics_of, works_in_teams
 from ds_optforge.state import BLOCK
 from ds_optforge.step.groups import built
 from ds_optforge.zero.buckets import NO_STATISTICS, Kept
@@ -97,7 +98,7 @@ class Forecast:
         groups: number of parameter groups with matrices.
         zero_numel: elements that a rank sends for ZeRO itself: gradients scattered, weights gathered (twice on stage 3).
         calls: of ``step()``, each with its layout and plan.
-        gathers_only: whether a rule has sums over whole matrices, which other sharding modes would not give it.
+        gathers_only: whether a rule has sums or factors of whole matrices, which other sharding modes would not give it.
         teams: number of matrices that several ranks orthogonalize together, by the number of these ranks.
     """
 
@@ -171,9 +172,14 @@ def forecast_routes(
         groups=len({route.group for route in routes if route.matrices}),
         zero_numel=(3 if topology.stage == 3 else 2) * sum(group.own_numel for group in groups),
         calls=tuple(groups),
-        gathers_only=any(isinstance(group.rule, MatrixRule) and bool(group.rule.sums) for group in planned),
+        gathers_only=any(_needs_whole(group.rule) for group in planned),
         teams=teams,
     )
+
+
+def _needs_whole(rule: Rule) -> bool:
+    """Whether a rule has sums or factors of whole matrices."""
+    return isinstance(rule, MatrixRule) and bool(rule.sums or rule.factors)
 
 
 def lay_out(routes: Sequence[Route], world_size: int, stage: int) -> tuple[PartitionLayout, int]:
@@ -286,12 +292,13 @@ class PlannedCall:
 
     def _add_orthogonalization(self, plan: ExchangePlan, figures: list[RankFigures], rows: Counter[int]) -> None:
         teams = {team.matrix: team for team in plan.teams}
-        for index, (cost, owner) in enumerate(zip(self.costs, plan.owners, strict=True)):
+        for index, (matrix, cost, owner) in enumerate(zip(self.layout.matrices, self.costs, plan.owners, strict=True)):
             if index in teams:
                 self._add_team(teams[index], cost, figures)
                 continue
             figures[owner].matrices += 1
             figures[owner].flops += cost
+            figures[owner].state_bytes += 4 * sum(math.prod(matrix.factor(factor.of)) for factor in factors_of(self.rule))
         for alike in cut_alike(self.layout, range(len(self.costs))):
             matrix = self.layout.matrices[alike[0]]
             for rank, within in fragments(self.layout, alike[0]):

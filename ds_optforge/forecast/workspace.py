@@ -6,6 +6,7 @@ of matrices, up to a whole bucket, and everything elementwise takes portions as 
 
 from collections import Counter
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -104,6 +105,9 @@ def temporaries(rule: MatrixRule, matrix: Matrix, wire_bytes: int, device: str) 
         most += size * rows * cols
     if rule.statistics:  # the factor and its square in float32
         most = max(most, 2 * _FLOAT * rows * cols)
+    if rule.factors:  # a copy of all, and either the directions on their way or L A, its columns in order, Q and R of one side
+        own = sum(prod(matrix.factor(factor.of)[1:]) for factor in rule.factors)
+        most += _FLOAT * (own + rows * cols + max(2 * rows * cols, 4 * max(rows, cols) ** 2))
     return matrix.parts * most
 
 

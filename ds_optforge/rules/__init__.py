@@ -14,6 +14,7 @@ from ds_optforge.rules.base import (
     Tensors,
     Values,
 )
+from ds_optforge.rules.factor import Factor
 from ds_optforge.rules.flat import decay
 from ds_optforge.rules.registry import RuleError, register_rule, rule_names, rule_settings
 from ds_optforge.rules.settings import DecaySettings, RuleSettings
@@ -24,6 +25,7 @@ __all__ = [
     "Choice",
     "DecaySettings",
     "ElementwiseRule",
+    "Factor",
     "Hyperparameters",
     "MatrixRule",
     "RuleError",

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor
 
 from ds_optforge.orthogonalize import Healthy, Team
+from ds_optforge.rules.factor import Factor
 
 Tensors: TypeAlias = Sequence[Tensor]
 State: TypeAlias = Mapping[str, Tensors]  # by buffer: one tensor per parameter, of its shape and dtype
@@ -130,6 +131,7 @@ class Batch:
             the value (``sharding.mode: shard_local``).
         sums: by name, (n, outputs) or (n, 1) in float32; empty for a rule with `MatrixRule.settle`.
         has_all: whether no statistic is another rank's, so that none is negative.
+        factors: by name, (n, rows, rows), (n, cols, cols) or (n, rows, cols) in float32, to be advanced in place.
         watch: function that the rule calls with the (n, rows, cols) orthogonal factors before it changes them; it serves
             telemetry. With a team, with this member's rows of them.
         team: the ranks that compute the update of the one matrix together; None for a rank alone. Only a rule that
@@ -143,6 +145,7 @@ class Batch:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     has_all: bool = False
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
     watch: Callable[[Tensor], None] = field(default=lambda orthogonal: None)
     team: Team | None = None
     whole: tuple[int, int] | None = None
@@ -241,6 +244,7 @@ class MatrixRule(Rule):
 
     Attributes:
         statistics: float32 values that are kept per output row or per matrix.
+        factors: float32 tensors that the owner of a matrix keeps of it.
         sums: sums over whole rows or matrices. No tensor of `apply`, and of `direction` if any of them are of the gradients,
             spans two matrices then.
         reads_weights: whether `direction`, and `summand` of the gradient, get the weights.
@@ -253,6 +257,7 @@ class MatrixRule(Rule):
     __slots__ = ()
 
     statistics: ClassVar[tuple[Statistic, ...]] = ()
+    factors: ClassVar[tuple[Factor, ...]] = ()
     sums: ClassVar[tuple[Sum, ...]] = ()
     reads_weights: ClassVar[bool] = False
     refuses_zeros: ClassVar[bool] = False
@@ -321,9 +326,9 @@ class MatrixRule(Rule):
 
     @abstractmethod
     def update(self, batch: Batch, now: Hyperparameters) -> Tensor:
-        """Compute the updates of whole matrices, and advance ``batch.statistics`` in place.
+        """Compute the updates of whole matrices, and advance ``batch.statistics`` and ``batch.factors`` in place.
 
-        Statistics of a matrix that is not active must stay as they are.
+        Those of a matrix that is not active must stay as they are.
 
         Args:
             batch: matrices of one shape.
@@ -430,6 +435,16 @@ def statistics_of(rule: Rule, *given: Given) -> tuple[Statistic, ...]:
     """Return the statistics of a rule, or those ``given`` to these members alone; an elementwise rule has none."""
     statistics = rule.statistics if isinstance(rule, MatrixRule) else ()
     return tuple(statistic for statistic in statistics if not given or statistic.given in given)
+
+
+def factors_of(rule: Rule) -> tuple[Factor, ...]:
+    """Return the factors of a rule; an elementwise rule has none."""
+    return rule.factors if isinstance(rule, MatrixRule) else ()
+
+
+def kept_by(rule: Rule) -> tuple[Statistic | Factor, ...]:
+    """Return the statistics and factors of a rule, all that it keeps beside its buffers."""
+    return (*statistics_of(rule), *factors_of(rule))
 
 
 def settles(rule: MatrixRule | type[MatrixRule]) -> bool:

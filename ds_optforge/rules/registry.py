@@ -19,7 +19,9 @@ from typing import Any, TypeVar, get_args
 from ds_optforge.errors import ConfigError
 from ds_optforge.rules.around import SCALARS
 from ds_optforge.rules.base import Buffer, ElementwiseRule, Given, MatrixRule, Per, Rule, Statistic, Sum, settles
+from ds_optforge.rules.factor import Factor
 from ds_optforge.rules.settings import REGISTERED, RuleSettings
+from ds_optforge.zero.partition import Of
 
 ENTRY_POINTS = "ds_optforge.rules"
 _RESERVED = ("step", *SCALARS, *chain.from_iterable(SCALARS.values()))  # keys of the state that are no rule's
@@ -170,16 +172,22 @@ def _problems_of_state(rule: type[Rule]) -> Iterator[str]:
     buffers = yield from _declared(rule, "buffers", Buffer)
     statistics: tuple[Statistic, ...] = ()
     sums: tuple[Sum, ...] = ()
+    factors: tuple[Factor, ...] = ()
     if issubclass(rule, MatrixRule):
         statistics = yield from _declared(rule, "statistics", Statistic)
         sums = yield from _declared(rule, "sums", Sum)
+        factors = yield from _declared(rule, "factors", Factor)
     averages = yield from _declared(rule, "averages", str)
     items: tuple[Statistic | Sum, ...] = (*statistics, *sums)
-    yield from _names_of("state", [buffer.name for buffer in buffers] + [statistic.name for statistic in statistics])
+    kept: tuple[Buffer | Statistic | Factor, ...] = (*buffers, *statistics, *factors)
+    yield from _names_of("state", [found.name for found in kept])
     yield from _names_of("sum", [item.name for item in sums])
     for item in items:
         if item.per not in get_args(Per):
             yield f"'{item.name}': got per={item.per!r}; allowed: {', '.join(map(repr, get_args(Per)))}"
+    for factor in factors:
+        if factor.of not in get_args(Of):
+            yield f"'{factor.name}': got of={factor.of!r}; allowed: {', '.join(map(repr, get_args(Of)))}"
     if sum(buffer.momentum for buffer in buffers) > 1:
         yield "buffers: more than one with momentum=True; allowed: one, or none"
     if issubclass(rule, ElementwiseRule) and any(buffer.of_update for buffer in buffers):

@@ -4,6 +4,7 @@ A rule's own settings stand beside its math, in a subclass with ``@register_rule
 """
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, Strict, field_validator, model_validator
@@ -38,6 +39,8 @@ class RuleSettings(Section):
         builds: class of the rule that `build` returns.
         decay_rates: names of the fields that are decay rates of state buffers, each a number or several. Rates above 0.99
             are refused with bfloat16 state.
+        steady: settings with which gradients that differ by rounding make steps that do, for `ds_optforge.testing`; empty for
+            most rules, whose every setting does.
         summary: what the rule does to a matrix, and when to use it, in a few words each, for the table of all rules.
     """
 
@@ -45,6 +48,7 @@ class RuleSettings(Section):
     title: ClassVar[str]
     builds: ClassVar[type[Rule]]
     decay_rates: ClassVar[tuple[str, ...]]
+    steady: ClassVar[Mapping[str, Any]] = {}
     summary: ClassVar[tuple[str, str]] = ("", "")
 
     lr: NonNegative = Field(1e-3, le=10, description="learning rate; above 10 it is taken for a slip")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ds_optforge.config.sections import THIN_ROWS, ShardingSettings
-from ds_optforge.rules.base import ElementwiseRule, MatrixRule, statistics_of, works_in_teams
+from ds_optforge.rules.base import ElementwiseRule, MatrixRule, factors_of, statistics_of, works_in_teams
 from ds_optforge.state import EightBit, Plain, StateFormat, portions
+from ds_optforge.step.factors import BucketFactors
 from ds_optforge.step.rows import ChosenRows
 from ds_optforge.step.slices import Bucket, Members, Portion, Slices, Span, chunk_numel
 from ds_optforge.step.sums import BucketSums, Summed
@@ -41,6 +42,7 @@ def bind_slices(members: Members, tensors: Sequence[Tensor], sharding: ShardingS
     found = plan_group(members.parameters, members.routes, tensors, _wanted(rule, sharding), agreed)
     formats = tuple(_format(state_dtype, tensor, held) for tensor, held in zip(tensors, found.held, strict=True))
     counts = {statistic.name: tuple(found.placement.value_counts(statistic.per)) for statistic in statistics_of(rule)}
+    counts |= {factor.name: tuple(found.placement.owned_counts(factor.of)) for factor in factors_of(rule)}
     travelling: tuple[Bucket, ...] = ()
     local: tuple[Bucket, ...] = ()
     alone: tuple[Bucket, ...] = ()
@@ -66,6 +68,7 @@ def _wanted(rule: ElementwiseRule | MatrixRule, sharding: ShardingSettings) -> W
         tuple(statistic.per for statistic in statistics_of(rule, "update")),
         gathers=sharding.travels,
         alone=sharding.mode == "shard_local",
+        keeps=bool(rule.factors),
         team_cost=rule.team_cost if works_in_teams(rule) else None,
         rows=rule.choice.count if rule.choice else None,
     )
@@ -136,6 +139,7 @@ class _BucketBuilder:
     def __init__(self, found: GroupPlan, rule: MatrixRule, in_blocks: bool, near: torch.device) -> None:
         self._rule, self._layout, self._binding = rule, found.placement.layout, found.binding
         self._in_blocks, self._near = in_blocks, near
+        self._factors = [(factor, found.placement.owned_places(factor.of)) for factor in rule.factors]
         beside = statistics_of(rule, "direction", "apply")
         self._beside = {statistic.name: found.placement.value_places(statistic.per) for statistic in beside}
 
@@ -157,6 +161,7 @@ class _BucketBuilder:
             self._kept(bucket),
             self._norms(own) if alone else None,
             sums,
+            BucketFactors(self._factors, self._layout, bucket.exchange, self._binding.device) if self._factors else None,
             ChosenRows(choice, bucket.exchange, sums) if choice and sums else None,
         )
 

@@ -358,6 +358,7 @@ class _MatrixStep:
             dict(zip(names, found.statistics, strict=True)),
             bucket.sums.of_matrices(bucket.exchange.owned(index)) if bucket.sums else {},
             found.has_all,
+            bucket.factors.of(index, self._call.states) if bucket.factors else {},
             watch.orthogonality(bucket.exchange, index, found) if watch else _ignore,
             found.team,
             whole,
@@ -366,6 +367,8 @@ class _MatrixStep:
         updates = self._rule.update(batch, self._call.now)
         if not isinstance(updates, Tensor) or updates.shape != shape:
             raise self._wrong("update", updates, f"a tensor of shape {tuple(shape)}, as batch.matrices")
+        if bucket.factors:
+            bucket.factors.put(index, batch.factors, self._call.states)
         return updates
 
     def _apply(self, bucket: Bucket) -> None:

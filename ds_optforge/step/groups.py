@@ -20,6 +20,7 @@ from ds_optforge.step.bind import bind_slices
 from ds_optforge.step.slices import Members, Slices
 from ds_optforge.step.stages import GroupEntry, Routed, route_all, stage_among, take_placeholders
 from ds_optforge.zero.layout import LayoutError, expert_group_name
+from ds_optforge.zero.placement import Placement
 from ds_optforge.zero.shards import full_shape, ranks_of_mesh_sequence
 
 GROUP = "optforge_group"  # key of a parameter group's dict that holds its identifier
@@ -64,6 +65,7 @@ class Groups:
         self._members: dict[str, Members] = {}
         self._bound: dict[Tensor, Slices] = {}
         self._members_of: dict[Tensor, Members] = {}
+        self._loaded_owners: dict[tuple[str, ...], Placement] = {}  # by the names of the parameters of one call
         self.dicts = self._build(routed, entries)
 
     def _all_routed(self, given: Sequence[dict[str, Any]], placed: Sequence[tuple[str, Tensor]]) -> Iterator[Routed]:
@@ -156,7 +158,37 @@ class Groups:
             bound = self._bind(members or self[group], tensors)
             self._bound[tensors[0]] = bound
             self.remember(group, tensors)
+        if self._loaded_owners:
+            self._refuse_other_owners(bound)
         return bound
+
+    def expect_owners(self, described: Iterable[Mapping[str, Any]]) -> None:
+        """Note which ranks kept which factors in loaded state: before a step takes it, this run's must be the same.
+
+        Args:
+            described: "optforge" of a state dict.
+        """
+        places = [Placement.from_plain(found["placement"]) for found in described if "owners" in found["placement"]]
+        self._loaded_owners = {place.layout.names: place for place in places}
+
+    def _refuse_other_owners(self, bound: Slices) -> None:
+        """Raise ConfigError where loaded factors are of other matrices than those that this rank owns."""
+        own, layout = bound.placement, bound.placement.layout
+        loaded = self._loaded_owners.pop(layout.names, None)
+        if loaded is None:
+            return
+        if loaded.layout.matrices != layout.matrices:
+            raise ConfigError(
+                f"{layout.names[0]} and others with it: the checkpoint holds factors of other matrices than this run's; "
+                "allowed: the same split and heads"
+            )
+        if loaded.owners != own.owners:
+            index = next(i for i, (old, new) in enumerate(zip(loaded.owners, own.owners, strict=True)) if old != new)
+            raise ConfigError(
+                f"{layout.describe(index)}: rank {loaded.owners[index]} owned it in the checkpoint, and rank "
+                f"{own.owners[index]} does in this run; allowed: the same sharding.bucket_numel and settings of its rule, or "
+                "ds-optforge convert and ds_optforge.load_checkpoint, which moves the owners' state"
+            )
 
     def _bind(self, members: Members, tensors: Sequence[Tensor]) -> Slices:
         if (ranks := ranks_of_mesh_sequence()) > 1:

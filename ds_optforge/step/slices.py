@@ -14,9 +14,10 @@ from torch import Tensor
 from ds_optforge.config.sections import ShardingSettings
 from ds_optforge.routing.roles import Route
 from ds_optforge.rules.around import Around
-from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, statistics_of
+from ds_optforge.rules.base import Buffer, ElementwiseRule, MatrixRule, State, kept_by
 from ds_optforge.rules.settings import RuleSettings
 from ds_optforge.state import Plain, StateFormat
+from ds_optforge.step.factors import BucketFactors
 from ds_optforge.step.rows import ChosenRows
 from ds_optforge.step.sums import BucketSums
 from ds_optforge.zero.exchange import BucketExchange
@@ -120,6 +121,7 @@ class Bucket:
         kept: by statistic, views of the values that are kept with each fragment, as the exchange's ``pattern``.
         norms: (fragments,) norms to which updates are scaled; None if matrices are orthogonalized whole.
         sums: of the rule; None if it has none.
+        factors: of the owned matrices; None if the rule has none.
         rows: that are chosen; None if all are stepped.
     """
 
@@ -130,6 +132,7 @@ class Bucket:
     kept: tuple[tuple[str, Views], ...]
     norms: Tensor | None
     sums: BucketSums | None
+    factors: BucketFactors | None
     rows: ChosenRows | None
 
 
@@ -143,7 +146,7 @@ class Slices:
         tensors: ``group["params"]``.
         placement: this rank's view of the layout.
         formats: state format of each tensor.
-        value_counts: by statistic, the number of values that are kept with each tensor.
+        value_counts: by statistic and factor, the number of values that are kept with each tensor.
         travelling: buckets of a matrix rule's straddling matrices.
         local: buckets of a matrix rule's matrices that lie whole on this rank.
         alone: buckets of this rank's fragments of straddling matrices, to be orthogonalized separately; empty if that is
@@ -183,9 +186,9 @@ class Slices:
             values = tensor.detach().contiguous()  # state is row-major whatever the weight is
             for buffer in members.buffers:
                 self.format_of(index, buffer).allocate(state, buffer, values)
-            for statistic in statistics_of(members.rule):
-                count = self.value_counts[statistic.name][index]
-                state[statistic.name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
+            for name in (kept.name for kept in kept_by(members.rule)):
+                count = self.value_counts[name][index]
+                state[name] = torch.zeros(count, dtype=torch.float32, device=tensor.device)
 
     @contextmanager
     def opened(

@@ -5,6 +5,7 @@ Each yields a sentence for every failure. (Under ZeRO, DeepSpeed skips a step wh
 
 import copy
 import io
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import Tensor
 
 import ds_optforge
 from ds_optforge.optimizer import groups_of
-from ds_optforge.rules.base import statistics_of
+from ds_optforge.rules.base import factors_of, kept_by, statistics_of
 from ds_optforge.step.slices import Members
 from ds_optforge.testing import model as awkward
 from ds_optforge.testing.engines import device
 from ds_optforge.testing.params import formats_of, in_format
 from ds_optforge.testing.training import at
+from ds_optforge.zero.group_plan import matrices_of
 
 Params = Mapping[str, Any]
 
@@ -72,9 +74,9 @@ def other(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str
 
 
 def zero_gradient(rule: str, params: Params) -> Iterator[str]:
-    """A matrix whose gradient is all zero is neither updated nor decayed, and keeps its statistics; nothing becomes NaN.
+    """A matrix whose gradient is all zero is neither updated nor decayed, and keeps its statistics and factors.
 
-    A parameter whose gradient is missing keeps everything, for every rule.
+    Nothing becomes NaN. A parameter whose gradient is missing keeps everything, for every rule.
     """
     for form in formats_of(rule):
         for steps in (0, 2):
@@ -96,10 +98,9 @@ def _moved(subject: Subject, before: Mapping[str, Any]) -> Iterator[str]:
     after = subject.everything()
     matrices = subject.matrices()
     yield from other({name: after[name] for name in matrices}, {name: before[name] for name in matrices})
-    statistics = {
-        statistic.name for members in groups_of(subject.optimizer).members.values() for statistic in statistics_of(members.rule)
-    }
-    kept = {name: value for name, value in after.items() if name.rpartition(", ")[2] in statistics}
+    rules = [members.rule for members in groups_of(subject.optimizer).members.values()]
+    declared = {found.name for rule in rules for found in kept_by(rule)}
+    kept = {name: value for name, value in after.items() if name.rpartition(", ")[2] in declared}
     yield from other(kept, {name: before.get(name, torch.zeros_like(value)) for name, value in kept.items()})
     broken = [name for name, value in after.items() if isinstance(value, Tensor) and not value.float().isfinite().all()]
     if broken:
@@ -162,7 +163,7 @@ def state_dict(rule: str, params: Params) -> Iterator[str]:
 
 
 def state_bytes(rule: str, params: Params) -> Iterator[str]:
-    """State takes what the buffers and statistics declare, and nothing more."""
+    """State takes what the buffers, statistics and factors declare, and nothing more."""
     for form in formats_of(rule):
         optimizer = Subject(in_format(params, form), steps=1).optimizer
         found = sum(
@@ -177,7 +178,7 @@ def state_bytes(rule: str, params: Params) -> Iterator[str]:
 
 
 def _declared_bytes(members: Members) -> int:
-    """4 bytes a value, 2, or 1 and 4 for each block of 256; 4 for each statistic."""
+    """4 bytes a value, 2, or 1 and 4 for each block of 256; 4 for each statistic and each element of a factor."""
     total = 0
     for route in members.routes:
         for buffer in members.rule.buffers:
@@ -187,4 +188,7 @@ def _declared_bytes(members: Members) -> int:
         for statistic in statistics_of(members.rule):
             for _, rows, cols in route.matrices:
                 total += 4 * (1 if statistic.per == "matrix" else cols if route.transposed else rows)
+        for factor in factors_of(members.rule):
+            for matrix in matrices_of(0, route, route.numel):
+                total += 4 * math.prod(matrix.factor(factor.of))
     return total

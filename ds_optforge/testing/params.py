@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from ds_optforge.errors import ConfigError
 from ds_optforge.rules import RuleSettings, rule_settings
@@ -26,7 +26,8 @@ def usual(rule: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The "params" of a rule whose numbers do not depend on the order of sums by more than float32 does.
 
     Products, wire and state in float32, and an eps that keeps gradients which are nothing but rounding from being steps. Weight
-    decay, so that what it leaves out shows. Averages that every state format can hold. ``given`` comes on top.
+    decay, so that what it leaves out shows. Averages that every state format can hold. What the rule itself says of
+    `RuleSettings.steady`. ``given`` comes on top.
     """
     settings = settings_of(rule)
     fields = settings.model_fields
@@ -39,6 +40,7 @@ def usual(rule: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         params["orthogonalization"] = {"dtype": "float32"}
     if settings.needs_matrix():
         params["adamw"] = {"lr": 3e-3, "eps": 1e-5}
+    params |= settings.steady
     params |= _quick_rates(settings, {})
     for key, value in (given or {}).items():
         both = isinstance(value, Mapping) and isinstance(params.get(key), Mapping)
@@ -48,9 +50,10 @@ def usual(rule: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 def formats_of(rule: str) -> list[str]:
     """The state formats in which a rule is tested: all, or the one that it is made for. 8-bit state needs bitsandbytes."""
-    default = settings_of(rule).model_fields["state_dtype"].default
-    formats = ["float32", "bfloat16", "8bit"] if default == "float32" else [default]
-    return [name for name in formats if name != "8bit" or importlib.util.find_spec("bitsandbytes")]
+    field = settings_of(rule).model_fields["state_dtype"]
+    allowed = get_args(field.annotation)
+    formats = list(allowed) if field.default == "float32" else [field.default]
+    return [str(name) for name in formats if name != "8bit" or importlib.util.find_spec("bitsandbytes")]
 
 
 def in_format(params: Mapping[str, Any], state_dtype: str) -> dict[str, Any]:

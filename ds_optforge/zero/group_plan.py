@@ -54,6 +54,7 @@ class Wanted:
         statistics: by statistic that travels to owners, whether it has a value per output row or per matrix.
         gathers: whether straddling matrices ever travel to owners.
         alone: whether fragments of straddling matrices are ever stepped alone.
+        keeps: whether owners keep factors of their matrices.
         team_cost: what a matrix costs a team on a type of device: see `with_teams`; None for a rule that needs one owner.
         rows: how many of so many output rows a step orthogonalizes and sends; None for all of them.
     """
@@ -64,6 +65,7 @@ class Wanted:
     statistics: tuple[Per, ...] = ()
     gathers: bool = True
     alone: bool = False
+    keeps: bool = False
     team_cost: Callable[[str, int, int, Sequence[int]], tuple[int, int, int]] | None = None
     rows: Callable[[int], int] | None = None
 
@@ -135,10 +137,10 @@ def plan_group(
     names = tuple(route.name for route, _ in found)
     layout = PartitionLayout(binding.world_size, names, binding.cuts, matrices, tensor_ranks)
     starts = tuple(accumulate((tensor.numel() for tensor in tensors), initial=0))[:-1]
-    placement = Placement(layout, binding.rank, starts)
     device = binding.device.type
     plan = _plan(layout, wanted, device)
     require_agreement(plan, agreed, binding)
+    placement = Placement(layout, binding.rank, starts, plan.owners if wanted.keeps else ())
     held = tuple(map(tuple, placement.held_fragments()))
     if wanted.cost is None:
         return GroupPlan(binding, placement, held)

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Literal, TypeAlias
 
 Per: TypeAlias = Literal["row", "matrix"]  # output row
+Of: TypeAlias = Literal["rows", "cols", "matrix"]  # stored rows and columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,11 @@ class Matrix:
         if per == "row":
             return self.outputs_in(elements)
         return Range(min(elements.start, 1), int(elements.start == 0 and elements.numel > 0))
+
+    def factor(self, of: Of) -> tuple[int, int, int]:
+        """Return the shape of what its owner keeps of it: (parts, rows, rows), (parts, cols, cols) or (parts, rows, cols)."""
+        rows, cols = self.part_shape
+        return self.parts, cols if of == "cols" else rows, rows if of == "rows" else cols
 
     def rows_touched(self, elements: Range) -> Range:
         """Return the stored rows that hold any of these ``elements`` of the matrix, which lie in one shard."""

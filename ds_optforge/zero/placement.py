@@ -4,12 +4,13 @@ Pure Python on integers, and a function of the layout alone. A step is cut by it
 tensors hold, on every rank and without a model.
 """
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_optforge.zero.partition import Cut, Fragment, Matrix, PartitionLayout, Per, Range
+from ds_optforge.zero.partition import Cut, Fragment, Joined, Matrix, Of, PartitionLayout, Per, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,13 @@ class Placement:
         layout: of the group.
         rank: this rank within the process group.
         starts: first element of each tensor, counted through all of them.
+        owners: rank that keeps the factors of each matrix; empty where a rule has none.
     """
 
     layout: PartitionLayout
     rank: int
     starts: tuple[int, ...]
+    owners: tuple[int, ...] = ()
 
     def place(self, offset: int) -> tuple[int, int]:
         """Turn an ``offset`` that counts through all tensors into (tensor, offset in it)."""
@@ -134,6 +137,48 @@ class Placement:
         place, start, _ = found[0]
         return Held(place.tensor, place.within.start, Range(start, sum(numel for *_, numel in found)))
 
+    def owned_places(self, of: Of) -> dict[int, TensorRange]:
+        """Return the place of a factor of each matrix that this rank owns, by the number of the matrix.
+
+        An owner holds a fragment of its matrix; the factor lies beside the tensor that has it.
+
+        Args:
+            of: what the factor is of.
+
+        Returns:
+            Ranges of the vector that holds one tensor's factors of this name.
+        """
+        filled = [0] * len(self.starts)
+        places = {}
+        for fragment in self.layout.fragments(self.rank):
+            if self.owners[fragment.matrix] == self.rank:
+                tensor, _ = self.place(fragment.slice_start)
+                numel = math.prod(self.layout.matrices[fragment.matrix].factor(of))
+                places[fragment.matrix] = TensorRange(tensor, Range(filled[tensor], numel))
+                filled[tensor] += numel
+        return places
+
+    def owned_counts(self, of: Of) -> list[int]:
+        """Return the number of a factor's elements that are kept beside each tensor."""
+        counts = [0] * len(self.starts)
+        for place in self.owned_places(of).values():
+            counts[place.tensor] += place.within.numel
+        return counts
+
+    def owned_matrices(self, of: Of) -> Iterator[tuple[int, Range, int, TensorRange]]:
+        """Yield where this rank keeps a factor of each matrix that it owns.
+
+        Args:
+            of: what the factor is of.
+
+        Yields:
+            Number of the parameter; of the matrix among the parameter's, as a range of one; how many there are; the place.
+        """
+        for index, place in self.owned_places(of).items():
+            parameter = self.layout.matrices[index].parameter
+            matrices = self.matrices_of(parameter)
+            yield parameter, Range(index - matrices.start, 1), len(matrices), place
+
     def matrices_of(self, parameter: int) -> range:
         """Return the numbers of the matrices of ``parameter``, which follow each other."""
         matrices = self.layout.matrices
@@ -151,6 +196,7 @@ class Placement:
             "names": list(layout.names),
             "cuts": [asdict(cut) for cut in layout.cuts],
             "matrices": [asdict(matrix) for matrix in layout.matrices],
+            **({"owners": list(self.owners)} if self.owners else {}),
         }
 
     @classmethod
@@ -162,7 +208,11 @@ class Placement:
             TypeError: a cut or a matrix has other fields.
         """
         cuts: Sequence[Cut] = [Cut(**cut) for cut in plain["cuts"]]
-        matrices = [Matrix(**matrix) for matrix in plain["matrices"]]
+        joined = [matrix.get("joins") for matrix in plain["matrices"]]
+        matrices = [
+            Matrix(**{**matrix, "joins": Joined(**joins) if joins else None})
+            for matrix, joins in zip(plain["matrices"], joined, strict=True)
+        ]
         names, tensor_ranks = tuple(plain["names"]), plain.get("tensor_ranks", 1)
         layout = PartitionLayout(plain["world_size"], names, tuple(cuts), tuple(matrices), tensor_ranks)
-        return cls(layout, plain["rank"], tuple(plain["starts"]))
+        return cls(layout, plain["rank"], tuple(plain["starts"]), tuple(plain.get("owners", ())))

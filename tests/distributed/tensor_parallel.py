@@ -289,6 +289,14 @@ def load_portable(tensor_ranks: int, stage: int, params: Mapping[str, Any], fold
     return found
 
 
+def save_again(tensor_ranks: int, stage: int, params: Mapping[str, Any], folder: str, again: str) -> None:
+    """Load what `save_portable` saved, and save it."""
+    engine = autotp_engine(autotp_config(tensor_ranks, stage, params), params)
+    ds_optforge.load_checkpoint(engine, folder)
+    ds_optforge.save_checkpoint(engine, again)
+    engine.destroy()
+
+
 def save_and_load(tensor_ranks: int, stage: int, params: Mapping[str, Any], folder: str) -> tuple[Any, Any]:
     """The parameters after 5 steps, uninterrupted, and resumed from engine.save_checkpoint after 2."""
     config = autotp_config(tensor_ranks, stage, params)
@@ -353,11 +361,29 @@ FUSED = {
 }
 
 
-def fused(stage: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
-    """Train `FusedNet` under AutoTP on two tensor ranks, and return its parameters, put together part by part."""
+def fused_engine(stage: int, params: Mapping[str, Any]) -> Any:
     config = autotp_config(2, stage, params, tensor_parallel={"autotp_size": 2, "partition_config": FUSED})
     torch.manual_seed(0)
-    engine = ds_optforge.initialize(model=FusedNet(), config=config)[0]
+    return ds_optforge.initialize(model=FusedNet(), config=config)[0]
+
+
+def fused_refused(stage: int, params: Mapping[str, Any], folder: str) -> str:
+    """What a portable checkpoint of `FusedNet` says after a step."""
+    engine = fused_engine(stage, params)
+    engine.backward(engine(tokens_of(0)))
+    engine.step()
+    try:
+        ds_optforge.save_checkpoint(engine, folder)
+    except ds_optforge.CheckpointError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+def fused(stage: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
+    """Train `FusedNet` under AutoTP on two tensor ranks, and return its parameters, put together part by part."""
+    engine = fused_engine(stage, params)
     for step in range(steps):
         engine.backward(engine(tokens_of(step)))
         engine.step()

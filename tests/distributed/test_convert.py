@@ -13,6 +13,7 @@ from ds_optforge import CheckpointError
 from ds_optforge.checkpoint.convert import convert
 from ds_optforge.checkpoint.export import export
 from ds_optforge.rules import rule_names
+from ds_optforge.testing.params import formats_of
 from tests import models
 from tests.distributed import cases, checkpoints
 from tests.distributed.conftest import Pools
@@ -33,7 +34,7 @@ def test_a_converted_checkpoint_is_what_would_have_been_saved(engine: str, pools
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", rule_names())
 def test_every_state_format_converts(name: str, stage: int, pools: Pools, tmp_path: Path) -> None:
-    config = cases.engine_config(stage, params_of(name, "8bit"))
+    config = cases.engine_config(stage, params_of(name, formats_of(name)[-1]))
     pools[2].run(checkpoints.save_both, config, str(tmp_path), **WIDE)
     assert_equal(tmp_path)
 

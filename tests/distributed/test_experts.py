@@ -22,7 +22,9 @@ MUON = {**cases.MUON, **EXACT}
 NORMUON = {**MUON, "name": "normuon"}
 HYPERBALL = {"name": "muon_hyperball", "lr": 0.02, "adamw": MUON["adamw"], **EXACT}
 MUOWN = {**MUON, "name": "muown", "eps": 1e-5}
-RULES = {"muon": MUON, "normuon": NORMUON, "muon_hyperball": HYPERBALL, "muown": MUOWN, "adamw": None}
+# What an owner keeps; eps as in `RuleSettings.steady`.
+SOAP = {**MUON, "name": "soap_muon", "eps": 100.0}
+RULES = {"muon": MUON, "normuon": NORMUON, "muon_hyperball": HYPERBALL, "muown": MUOWN, "soap_muon": SOAP, "adamw": None}
 TENSOR = {
     "autotp_size": 2,
     "partition_config": {
@@ -64,8 +66,8 @@ def test_on_four_ranks_an_expert_may_lie_on_several(expert_ranks: int, stage: in
 
 
 @pytest.mark.parametrize(("expert_ranks", "stage"), [(2, 2), (2, 3)])
-@pytest.mark.parametrize("name", ["muon_hyperball", "muown"])
-def test_norms_of_rows_and_matrices_of_an_expert(name: str, expert_ranks: int, stage: int, pools: Pools) -> None:
+@pytest.mark.parametrize("name", ["muon_hyperball", "muown", "soap_muon"])
+def test_norms_and_factors_of_an_expert(name: str, expert_ranks: int, stage: int, pools: Pools) -> None:
     assert error(pools[4], name, expert_ranks, stage, RULES[name], STEPS) < TOLERANCE
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from ds_optforge import CheckpointError
 from ds_optforge.checkpoint.convert import convert
-from tests.distributed import tensor_parallel
+from tests.distributed import checkpoints, tensor_parallel
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
 from tests.oracles import EXACT
@@ -21,7 +22,9 @@ NORMUON = {**MUON, "name": "normuon"}
 # Numbers of whole rows and matrices, and statistics that all ranks get.
 HYPERBALL = {"name": "muon_hyperball", "lr": 0.02, "adamw": MUON["adamw"], **EXACT}
 MUOWN = {**MUON, "name": "muown", "eps": 1e-5}
-RULES = {"muon": MUON, "normuon": NORMUON, "muon_hyperball": HYPERBALL, "muown": MUOWN, "control": None}
+# What an owner keeps; eps as in `RuleSettings.steady`.
+SOAP = {**MUON, "name": "soap_muon", "eps": 100.0}
+RULES = {"muon": MUON, "normuon": NORMUON, "muon_hyperball": HYPERBALL, "muown": MUOWN, "soap_muon": SOAP, "control": None}
 STEPS = 5
 TOLERANCE = 1e-5  # sums in another order; torch.optim.AdamW differs by 4e-7, Muon by 4e-6 after 5 steps
 
@@ -61,8 +64,8 @@ class TestAutoTP:
             assert tensor_parallel.difference(found, one_process("muon")) < TOLERANCE
 
     @pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (4, 2), (4, 3)])
-    @pytest.mark.parametrize("name", ["muon_hyperball", "muown"])
-    def test_norms_of_whole_rows_and_matrices(self, name: str, ranks: int, stage: int, pools: Pools) -> None:
+    @pytest.mark.parametrize("name", ["muon_hyperball", "muown", "soap_muon"])
+    def test_norms_and_factors_of_whole_rows_and_matrices(self, name: str, ranks: int, stage: int, pools: Pools) -> None:
         for found in pools[ranks].run(tensor_parallel.autotp, 2, stage, RULES[name], STEPS):
             assert tensor_parallel.difference(found, one_process(name)) < TOLERANCE
 
@@ -112,6 +115,23 @@ class TestPortableCheckpoints:
         expected = pools[ranks].run(tensor_parallel.save_portable, *saved, NORMUON, folder)[0]
         for found in pools[ranks].run(tensor_parallel.load_portable, *loaded, NORMUON, folder):
             assert tensor_parallel.difference(found, expected) < TOLERANCE
+
+    @pytest.mark.parametrize(("saved", "loaded"), [((2, 3), (1, 2)), ((1, 2), (4, 0)), ((4, 1), (2, 3))])
+    def test_what_owners_keep_moves_bit_for_bit(
+        self, saved: tuple[int, int], loaded: tuple[int, int], tmp_path: Path, pools: Pools
+    ) -> None:
+        """Of matrices that tensor ranks cut, and of those that each has whole."""
+        pools[4].run(tensor_parallel.save_portable, *saved, SOAP, str(tmp_path / "saved"))
+        pools[4].run(tensor_parallel.save_again, *loaded, SOAP, str(tmp_path / "saved"), str(tmp_path / "again"))
+        found, expected = (checkpoints.logical_tensors(tmp_path / name) for name in ("again", "saved"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert sum(".0" in name for name in expected) >= 6
+
+    def test_of_a_weight_that_is_cut_part_by_part_they_are_refused(self, tmp_path: Path, pools: Pools) -> None:
+        """Its owner has the rows in another order with other tensor ranks."""
+        for message in pools[2].run(tensor_parallel.fused_refused, 2, SOAP, str(tmp_path / "saved")):
+            assert "state of the matrices of a fused weight that tensor parallelism cuts" in message
 
 
 def test_engine_checkpoints_resume_and_are_not_converted(tmp_path: Path, pools: Pools) -> None:

@@ -16,6 +16,7 @@ from ds_optforge import ConfigError, build_optimizer, explain
 from ds_optforge.rules import (
     Buffer,
     ElementwiseRule,
+    Factor,
     MatrixRule,
     RuleError,
     RuleSettings,
@@ -300,6 +301,14 @@ LACKING: dict[str, tuple[Any, str]] = {
     "settle of rows and of matrices": (
         settings_of(whole(statistics=(Statistic("rms", "matrix", "apply"),), sums=ROWS, summand=summand, settle=settle)),
         "Whole: settle: got values per row and per matrix; allowed: one of them",
+    ),
+    "a factor of nothing that there is": (
+        settings_of(whole(factors=(Factor("basis", of="row"),))),  # type: ignore[arg-type]
+        "Whole: 'basis': got of='row'; allowed: 'rows', 'cols', 'matrix'",
+    ),
+    "a factor with the name of a buffer": (
+        settings_of(whole(factors=(Factor("momentum", of="rows"),))),
+        "Whole: state 'momentum': a name that is taken",
     ),
     "a statistic that is a buffer": (
         settings_of(whole(statistics=(Buffer("rms"),))),
