@@ -8,7 +8,7 @@ Two workloads, both with train.py on two models over bytes: its GPT, and a Llama
    the lowest or the highest that was tried, the next one beyond it too, at most `FARTHEST` times twofold from the first.
 2. `ds-optforge compare` of all rules, each at its best rate, with all of `SEEDS`.
 3. In one process, steps of all optimizers on a GPT of width 512 in turns: the time of a step over AdamW's, and the bytes of
-   state. Bytes on the wire and FLOPs are those of `ds-optforge plan` for Llama-3 8B on ZeRO-3 and 64 ranks.
+   state. Bytes on the wire and FLOPs are those of `ds-optforge plan` for Llama-3 8B on ZeRO-3 and 64 GPUs.
 
 Prints tables, and writes DIR/choosing.json. A command that was interrupted goes on from where it was.
 """
@@ -93,6 +93,8 @@ CONTENDERS = {
     "aurora": with_matrices("aurora", 0.04),
     "muon_hyperball": with_matrices("muon_hyperball", 0.018),
     "muown": with_matrices("muown", 0.006),
+    "soap_muon": with_matrices("soap_muon", 0.02),
+    "muon+rows_0.25": with_matrices("muon", 0.04, nesterov=False, sharding={"rows": 0.25}),
     "muon+ema_nesterov": with_matrices("muon", 0.04, ema_nesterov={"start": 20}),
 }
 LOSSES = (
@@ -241,7 +243,7 @@ def costs(rules: Sequence[str], quick: bool) -> list[dict[str, Any]]:
     for rule in rules:
         ratio = median(own / base for own, base in zip(seconds[rule], seconds["adamw"], strict=True))
         config = OptimizerConfig(CONTENDERS[rule].at(CONTENDERS[rule].rate))
-        ranks = forecast(model, config, Topology(RANKS, 3)).ranks
+        ranks = forecast(model, config, Topology(RANKS, 3, device="cuda")).ranks
         rows.append(
             {
                 "rule": rule,
