@@ -123,7 +123,7 @@ class TestMissingGradients:
     @pytest.mark.parametrize(("rule", "form"), [(rule, form) for rule in rule_names() for form in formats_of(rule)])
     def test_a_parameter_is_stepped_as_if_it_were_alone(self, rule: str, form: str) -> None:
         """Whatever gradients others have: nothing of it moves without a gradient, and steps are counted for itself."""
-        config = {**usual(rule), "weight_decay": 0.1, "state_dtype": form}
+        config = {**usual(rule), "state_dtype": form}  # with a weight decay of 0.1, if the rule has any
         weights = [matrix(64, 80), matrix(64, 80, seed=1), matrix(80, 64)]
         together = linears(*weights)
         optimizer = build_optimizer(together, config)

@@ -277,7 +277,9 @@ class PlannedCall:
     def _bytes_of_an_element(self, state: float) -> float:
         """Bytes that a step reads and writes for an element of the slice, with ``state`` bytes of it kept."""
         if isinstance(self.rule, MatrixRule):
-            second = _SECOND_MOMENT_BYTES * sum(not buffer.signed for buffer in self.rule.buffers)
+            # A second moment of the update that a sum reads is computed for the sum, and again when it is kept.
+            times = [2 if buffer.of_update and self.rule.sums else 1 for buffer in self.rule.buffers if not buffer.signed]
+            second = _SECOND_MOMENT_BYTES * sum(times)
             rows = _STATISTIC_BYTES if self.kept.per else 0
             return _MATRIX_BYTES + 2 * state + rows + second + sum(_SUM_BYTES[item.per] for item in self.rule.sums)
         return (_IN_PLACE_BYTES + 2 * state) * (1 if self.rule.in_place else _PASSES_OUT_OF_PLACE)

@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a removed section": ({"elasticity": {}}, "elasticity: DeepSpeed refuses it (Elastic training has been removed"),
     "a removed setting": (
         {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
-        "zero_optimization: DeepSpeed refuses it (MiCS",
+        "zero_optimization.mics_shard_size: got 2; allowed: -1 (MiCS, which OptForge has not been tested with",
     ),
     "no section": ({"fp16": True}, "fp16: got True; allowed: an object"),
     "sections that contradict each other": (
