@@ -15,8 +15,6 @@ Prints tables, and writes DIR/choosing.json. A command that was interrupted goes
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +23,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import yaml
+from comparing import losses_of
 from report import DEFAULT_OUT, Column, show, write
-from rich.console import Console
 
 from ds_optforge import OptForge, build_optimizer
 from ds_optforge.config.optimizer import OptimizerConfig
-from ds_optforge.experiments.compare import METRIC, run_comparison
-from ds_optforge.experiments.launching import Launcher
-from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.noise import standard_error, threshold
-from ds_optforge.experiments.spec import read_comparison
 from ds_optforge.forecast.forecast import forecast
 from ds_optforge.forecast.skeletons import load
 from ds_optforge.forecast.topology import Topology
@@ -145,17 +138,8 @@ class Bench:
             "seeds": list(seeds),
             "runs": {f"{rule}_{rate:g}": {"config": str(self.config(rule, rate)), "lr": rate} for rule, rate in rates},
         }
-        path = self.out / f"{workload}_{kind}.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-        status = subprocess.run(["ds-optforge", "compare", str(path), "--parallel", str(self.parallel)]).returncode
-        if status:
-            sys.exit(status)
-        # Asked once more, now that it has all records, for the loss of each seed.
-        comparison = read_comparison(path)
-        board = Board(str(path), METRIC, Console(quiet=True))
-        launcher = Launcher(comparison.settings.launcher, Path(comparison.settings.out), board)
-        found = {each.name: each.records for each in run_comparison(comparison, launcher, board).standings}
-        return [[record.measured[METRIC] for record in found[f"{rule}_{rate:g}"]] for rule, rate in rates]
+        found = losses_of(self.out / f"{workload}_{kind}.yaml", content, self.parallel)
+        return [found[f"{rule}_{rate:g}"] for rule, rate in rates]
 
 
 def main() -> None:

@@ -15,22 +15,16 @@ Prints a table, and writes DIR/from_adamw.json. A command that was interrupted g
 import argparse
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
+from comparing import losses_of, run
 from report import DEFAULT_OUT, Column, show, write
-from rich.console import Console
 
-from ds_optforge.experiments.compare import METRIC, run_comparison
-from ds_optforge.experiments.launching import Launcher
-from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.noise import beats, standard_error, threshold
-from ds_optforge.experiments.spec import read_comparison
 from workload import HEADERS
 
 USER = Path(__file__).parent / "compare" / "adamw_deepspeed.json"
@@ -122,14 +116,7 @@ class Bench:
             "seeds": list(seeds),
             "runs": {run: {"config": str(path), "lr": rate_of(path)} for run, path in runs.items()},
         }
-        path = self.out / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
-        run(["ds-optforge", "compare", str(path), "--parallel", str(self.parallel)])
-        # Asked once more, now that it has all records, for the loss of each seed.
-        comparison = read_comparison(path)
-        board = Board(str(path), METRIC, Console(quiet=True))
-        standings = run_comparison(comparison, Launcher(comparison.settings.launcher, out, board), board).standings
-        return {each.name: [record.measured[METRIC] for record in each.records] for each in standings}
+        return losses_of(self.out / f"{name}.yaml", content, self.parallel)
 
 
 def main() -> None:
@@ -194,13 +181,6 @@ def row(name: str, optimizer: str, rate: float, losses: list[float], baseline: l
         return found
     gain = mean(baseline) - mean(losses)
     return found | {"gain": gain, "threshold": threshold(baseline), "beats": beats(losses, baseline)}
-
-
-def run(command: list[str], stdout: int | None = None) -> None:
-    """Run a command, and end with its status where it fails."""
-    status = subprocess.run(command, stdout=stdout).returncode
-    if status:
-        sys.exit(status)
 
 
 if __name__ == "__main__":
