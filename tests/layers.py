@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -44,3 +45,18 @@ def bytes_per_parameter(config: Mapping[str, Any]) -> float:
     optimizer.step()
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors) / sum(p.numel() for p in model.parameters())
+
+
+def stepped_as_stored_in_out(reference: Any, config: dict[str, Any], out: int, into: int, steps: int = 5) -> Tensor:
+    """Step a weight of shape (out, into) that is stored as its transpose, and ``reference`` beside it; return the weight."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
+    stored = conv1d(out, into)
+    stored.weight.data.copy_(matrix(out, into).T)
+    optimizer = build_optimizer(stored, config)
+    for step in range(steps):
+        gradient = matrix(out, into, seed=step + 1)
+        stored.weight.grad = gradient.T.contiguous()
+        reference.step(gradient)
+        optimizer.step()
+    weight: Tensor = stored.weight.T
+    return weight

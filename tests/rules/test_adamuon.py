@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer
 from ds_optforge.step.health import PATIENCE
-from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
+from tests.layers import bytes_per_parameter, linears, matrix, set_gradients, stepped_as_stored_in_out
 from tests.oracles import EXACT, newton_schulz, relative_error
 
 ADAMUON = {"name": "adamuon", "lr": 0.02, **EXACT}
@@ -67,16 +67,9 @@ def test_ten_steps_follow_the_formula(shape: tuple[int, int], nesterov: bool, ep
 @pytest.mark.parametrize(("out", "into"), [(24, 40), (40, 24), (8, 8)])
 def test_a_weight_stored_in_out_is_stepped_as_its_transpose(out: int, into: int) -> None:
     """1e-5: float32, in the other order of products."""
-    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
-    stored, reference = conv1d(out, into), Formula(matrix(out, into), lr=0.02, weight_decay=0.3)
-    stored.weight.data.copy_(matrix(out, into).T)
-    optimizer = build_optimizer(stored, {**ADAMUON, "weight_decay": 0.3})
-    for step in range(5):
-        gradient = matrix(out, into, seed=step + 1)
-        stored.weight.grad = gradient.T.contiguous()
-        reference.step(gradient)
-        optimizer.step()
-    assert relative_error(stored.weight.T, reference.weight) < 1e-5
+    reference = Formula(matrix(out, into), lr=0.02, weight_decay=0.3)
+    weight = stepped_as_stored_in_out(reference, {**ADAMUON, "weight_decay": 0.3}, out, into)
+    assert relative_error(weight, reference.weight) < 1e-5
 
 
 def test_each_matrix_of_a_bank_has_a_size_of_its_own() -> None:
