@@ -1,11 +1,13 @@
 """Compare every rule at a rate that one search chose for each: the figures of docs/choosing.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/choosing.py [--parallel 2] [--only gpt] [--rules muon normuon] [--quick] [--out DIR]
+    OMP_NUM_THREADS=1 python benchmarks/choosing.py [--parallel 2] [--only gpt] [--rules muon normuon] [--rates FILE]
+                                                    [--dtype float32] [--quick] [--out DIR]
 
 Two workloads, both with train.py on two models over bytes: its GPT, and a Llama of transformers. For each rule:
 
 1. `ds-optforge compare` at half, once and twice the rate in `CONTENDERS`, with `TUNING_SEEDS`; while the best rate is
    the lowest or the highest that was tried, the next one beyond it too, at most `FARTHEST` times twofold from the first.
+   With --rates, the rates that an earlier choosing.json found for the byte GPT are taken in place of a search.
 2. `ds-optforge compare` of all rules, each at its best rate, with all of `SEEDS`.
 3. In one process, steps of all optimizers on a GPT of width 512 in turns: the time of a step over AdamW's, and the bytes of
    state. Bytes on the wire and FLOPs are those of `ds-optforge plan` for Llama-3 8B on ZeRO-3 and 64 GPUs.
@@ -63,6 +65,11 @@ class Contender:
         return {**self.params, "lr": rate}
 
     @property
+    def orthogonalizes(self) -> bool:
+        """Whether the rule is one of matrices."""
+        return "adamw" in self.params
+
+    @property
     def averages(self) -> bool:
         """Whether the rule is a schedule of its own."""
         return str(self.params["name"]).startswith("schedule_free")
@@ -115,12 +122,15 @@ class Bench:
     out: Path
     parallel: int
     quick: bool
+    dtype: str | None
 
     def config(self, rule: str, rate: float) -> Path:
         """Write the configuration of a rule at a rate."""
         contender, content = CONTENDERS[rule], json.loads(BASE.read_text())
         content["train_batch_size"] = BATCH
         content["optimizer"]["params"] = contender.at(rate)
+        if self.dtype and contender.orthogonalizes:
+            content["optimizer"]["params"]["orthogonalization"] = {"dtype": self.dtype}
         if contender.averages:
             content["scheduler"]["params"] = {"name": "none"}
         path = self.out / "configs" / f"{rule}_{rate:g}.json"
@@ -148,14 +158,16 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", choices=(*WORKLOADS, "costs"), help="one of the workloads, or the costs alone")
     parser.add_argument("--rules", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--rates", type=Path, help="a choosing.json whose best rates on the byte GPT are taken: no search")
+    parser.add_argument("--dtype", help="of the products of the orthogonalization: float32 for a processor without bfloat16")
     parser.add_argument("--quick", action="store_true", help="few steps, no search and two seeds: to see that it runs")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT.with_name("choosing"))
     args = parser.parse_args()
-    bench = Bench(args.out, args.parallel, args.quick)
+    bench = Bench(args.out, args.parallel, args.quick, args.dtype)
     rows: list[dict[str, Any]] = []
     tuning = {}
     for workload in wanted_workloads(args.only):
-        tuning[workload] = tune(bench, workload, args.rules)
+        tuning[workload] = read_rates(args.rates, args.rules) if args.rates else tune(bench, workload, args.rules)
         rows += compared(bench, workload, tuning[workload])
     spent = costs(args.rules, args.quick) if args.only in (None, "costs") else []
     title = "Every rule at its best rate"
@@ -167,6 +179,12 @@ def main() -> None:
 def wanted_workloads(only: str | None) -> list[str]:
     """The workloads that ``--only`` leaves."""
     return [name for name in WORKLOADS if only in (None, name)]
+
+
+def read_rates(path: Path, rules: Sequence[str]) -> dict[str, dict[float, float]]:
+    """The losses at the rates that were tried on the byte GPT, by rule, from a choosing.json."""
+    found = json.loads(path.read_text())["tuning"]["gpt"]
+    return {rule: {float(rate): loss for rate, loss in found[rule].items()} for rule in rules}
 
 
 def tune(bench: Bench, workload: str, rules: Sequence[str]) -> dict[str, dict[float, float]]:

@@ -5,9 +5,10 @@ Importing torch.distributed.checkpoint takes long, so that module imports this o
 
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,12 @@ def start_writing(
 
 
 def _values(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    return {chunk.name: chunk.values for chunk in chunks}
+    return {_key(chunk.name, chunk.offsets): chunk.values for chunk in chunks}
+
+
+def _key(name: str, offsets: Sequence[int]) -> str:
+    """Of a chunk: a rank can have several of one tensor, where tensor parallelism cuts it into parts or within rows."""
+    return f"{name} {tuple(offsets)}"
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -72,7 +78,8 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        values = self.state_dict[index.fqn]
+        assert index.offset is not None
+        values = self.state_dict[_key(index.fqn, index.offset)]
         tensor: Tensor = values() if callable(values) else values
         return tensor
 
@@ -119,7 +126,11 @@ class _Writer(HuggingFaceStorageWriter):
 
     def write_data(self, plan: SavePlan, planner: Any) -> Any:
         """Write this rank's files; report each with its size and checksum."""
-        results = super().write_data(plan, planner).value()
+        results = [
+            result
+            for number, items in enumerate(_one_of_each(plan.items))
+            for result in super(_Writer, self).write_data(_in_files(plan, items, number), planner).value()
+        ]
         first = {result.storage_data.relative_path: result for result in results}
         records = []
         for name, result in first.items():
@@ -148,6 +159,27 @@ class _Writer(HuggingFaceStorageWriter):
         sync_folder(self._temporary)
         self._temporary.rename(self._folder)
         sync_folder(self._folder.parent)
+
+
+def _one_of_each(items: Iterable[WriteItem]) -> list[list[WriteItem]]:
+    """Divide them so that no tensor occurs twice in a list: a file holds one chunk of a tensor."""
+    lists: list[list[WriteItem]] = []
+    seen: Counter[str] = Counter()
+    for item in items:
+        number = seen[item.index.fqn]
+        if number == len(lists):
+            lists.append([])
+        lists[number].append(item)
+        seen[item.index.fqn] += 1
+    return lists
+
+
+def _in_files(plan: SavePlan, items: list[WriteItem], number: int) -> SavePlan:
+    """The plan of these items alone, in files of their own: ``number`` times as many files are before them."""
+    numbers: dict[str, int] = plan.storage_data["fqn_to_index_mapping"]
+    before = number * max(numbers.values())
+    mapping = {name: before + file for name, file in numbers.items()}
+    return replace(plan, items=items, storage_data={**plan.storage_data, "fqn_to_index_mapping": mapping})
 
 
 def _share_out(plans: Sequence[SavePlan]) -> dict[str, int]:

@@ -119,9 +119,11 @@ def chunks_of(
         for statistic, per in statistics:
             kept = placement.held_values(parameter, per, places[per])
             if kept is not None and statistic in states[kept.tensor]:
-                values = view(states[kept.tensor][statistic], kept)
-                start, count = shards.values(name, kept.within, placement.values(parameter, per))
-                yield flat_chunk(buffer_name(name, statistic), count, start, values)
+                values, own = view(states[kept.tensor][statistic], kept), placement.values(parameter, per)
+                _, count = shards.values(name, kept.within, own)
+                for start, part in shards.value_ranges(name, per, kept.within, own):
+                    found = values.narrow(0, part.start - kept.within.start, part.numel)
+                    yield flat_chunk(buffer_name(name, statistic), count, start, found)
 
 
 def owned_chunks(
@@ -225,9 +227,9 @@ class Loading:
             for statistic, found in places.items():
                 kept = placement.held_values(parameter, statistic.per, found)
                 if kept is not None and (key := saved(name, statistic.name)) is not None:
-                    values = view(states[kept.tensor][statistic.name], kept)
-                    start, _ = self._shards.values(name, kept.within, placement.values(parameter, statistic.per))
-                    self.requests.append(Request(key, start, values))
+                    values, own = view(states[kept.tensor][statistic.name], kept), placement.values(parameter, statistic.per)
+                    for start, part in self._shards.value_ranges(name, statistic.per, kept.within, own):
+                        self.requests.append(Request(key, start, values.narrow(0, part.start - kept.within.start, part.numel)))
         self._into_factors(placement, states, members.rule, saved)
 
     def _into_factors(

@@ -8,7 +8,7 @@ exchange columns for rows before they write, and read whole rows of which they k
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_optforge.checkpoint.chunks import Chunk, Request, flat_chunk
 from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.layout import LayoutError
-from ds_optforge.zero.partition import Range
+from ds_optforge.zero.partition import Per, Range
 from ds_optforge.zero.shards import Shard, experts_of, shard_of, tensor_group, tensor_rank
 
 
@@ -34,6 +34,29 @@ class Shards:
     of: Mapping[str, Shard]
     rank: int
     experts: Mapping[str, int]
+
+    def value_ranges(self, parameter: str, per: Per, within: Range, numel: int) -> Iterator[tuple[int, Range]]:
+        """Yield (start in the whole parameter's values, values) of each range of the values ``within`` of a statistic.
+
+        The owner of a weight that is cut part by part has its rows shard after shard, each with its rows of every part.
+
+        Args:
+            parameter: name of the parameter.
+            per: what the statistic has a value for.
+            within: of the values that this rank counts.
+            numel: values that this rank counts.
+        """
+        shard = self.of.get(parameter)
+        if shard is None or not shard.parts or per != "row":
+            yield self.values(parameter, within, numel)[0], within
+            return
+        at, parts = 0, list(zip(accumulate(shard.parts, initial=0), shard.parts, strict=False))
+        for rank, (before, rows) in product(range(shard.count), parts):
+            own = rows // shard.count
+            low, high = max(within.start, at), min(within.end, at + own)
+            if low < high:
+                yield before + rank * own + low - at, Range(low, high - low)
+            at += own
 
     def values(self, parameter: str, within: Range, numel: int) -> tuple[int, int]:
         """Return (start, values) in the whole, of a statistic of which this rank counts ``numel`` values of a parameter.

@@ -56,11 +56,18 @@ def trained_alone(
 ) -> dict[str, Tensor]:
     """The parameters of ``model`` after ``steps`` in plain PyTorch; ``params`` None for torch.optim.AdamW."""
     optimizer = control(model) if params is None else ds_optforge.build_optimizer(model, dict(params))
+    train_alone(model, optimizer, steps, loss_of)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def train_alone(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, loss_of: Callable[[nn.Module, int], Tensor]
+) -> None:
+    """Take ``steps`` in plain PyTorch."""
     for step in range(steps):
         loss_of(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def control(model: nn.Module) -> torch.optim.Optimizer:
@@ -334,16 +341,19 @@ def train_with_nan(stage: int, params: Mapping[str, Any]) -> None:
     engine.step()
 
 
+WIDTH = 27  # odd, so that ZeRO cuts a shard of down_proj within a row
+
+
 class FusedNet(nn.Module):
     """A gated layer whose gate and up projections are one weight, which AutoTP cuts part by part."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 24)
-        self.gate_up_proj = nn.Linear(24, 72, bias=False)
-        self.down_proj = nn.Linear(36, 24, bias=False)
-        self.norm = nn.LayerNorm(24)
-        self.to_words = nn.Linear(24, VOCABULARY, bias=False)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.gate_up_proj = nn.Linear(WIDTH, 72, bias=False)
+        self.down_proj = nn.Linear(36, WIDTH, bias=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.to_words = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -381,12 +391,18 @@ def fused_refused(stage: int, params: Mapping[str, Any], folder: str) -> str:
     return ""
 
 
-def fused(stage: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
-    """Train `FusedNet` under AutoTP on two tensor ranks, and return its parameters, put together part by part."""
+def fused(stage: int, params: Mapping[str, Any], steps: int, folder: str = "") -> dict[str, Tensor]:
+    """Train `FusedNet` under AutoTP on two tensor ranks, and return its parameters, put together part by part.
+
+    Args:
+        folder: where a portable checkpoint is saved at the end, if anywhere.
+    """
     engine = fused_engine(stage, params)
     for step in range(steps):
         engine.backward(engine(tokens_of(step)))
         engine.step()
+    if folder:
+        ds_optforge.save_checkpoint(engine, folder)
     found = whole_parameters(engine.module)
     name = next(name for name in found if "gate_up_proj" in name)
     gate, up, other_gate, other_up = found[name].chunk(4)  # of the first tensor rank, then of the second
@@ -398,4 +414,28 @@ def fused(stage: int, params: Mapping[str, Any], steps: int) -> dict[str, Tensor
 def fused_in_one_process(params: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
     """The parameters of `FusedNet` after ``steps`` in plain PyTorch."""
     torch.manual_seed(0)
-    return trained_alone(FusedNet(), params, steps, lambda model, step: model(tokens_of(step)))
+    return trained_alone(FusedNet(), params, steps, fused_loss)
+
+
+def fused_rows_in_one_process(params: Mapping[str, Any], steps: int) -> Tensor:
+    """What NorMuon keeps for the rows of gate_up_proj after ``steps`` in plain PyTorch."""
+    torch.manual_seed(0)
+    model = FusedNet()
+    optimizer = ds_optforge.build_optimizer(model, dict(params))
+    train_alone(model, optimizer, steps, fused_loss)
+    found: Tensor = optimizer.state[model.gate_up_proj.weight]["row_second_moment"]
+    return found
+
+
+def fused_loss(model: nn.Module, step: int) -> Tensor:
+    """The loss of `FusedNet` on the global batch of a step."""
+    loss: Tensor = model(tokens_of(step))
+    return loss
+
+
+def fused_again(stage: int, params: Mapping[str, Any], folder: str, again: str) -> None:
+    """Load what `fused` saved, and save it."""
+    engine = fused_engine(stage, params)
+    ds_optforge.load_checkpoint(engine, folder)
+    ds_optforge.save_checkpoint(engine, again)
+    engine.destroy()

@@ -128,7 +128,27 @@ class TestPortableCheckpoints:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
         assert sum(".0" in name for name in expected) >= 6
 
-    def test_of_a_weight_that_is_cut_part_by_part_they_are_refused(self, tmp_path: Path, pools: Pools) -> None:
+    @pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 2), (4, 3)])
+    def test_of_a_weight_that_is_cut_part_by_part(self, ranks: int, stage: int, tmp_path: Path, pools: Pools) -> None:
+        """A rank writes a chunk of each part; and on ZeRO-3, of a weight cut by columns, rows and what is left of another."""
+        expected = pools[ranks].run(tensor_parallel.fused, stage, NORMUON, 2, str(tmp_path / "saved"))[0]
+        tensors = checkpoints.logical_tensors(tmp_path / "saved")
+        for name, value in expected.items():
+            assert torch.equal(tensors[f"model/{name}"].view_as(value), value), name
+
+    @pytest.mark.parametrize("stage", [0, 3])
+    def test_statistics_of_its_rows_are_in_the_order_of_the_rows(self, stage: int, tmp_path: Path, pools: Pools) -> None:
+        """Their owner has the rows of one tensor rank after those of the other."""
+        saved, again = tmp_path / "saved", tmp_path / "again"
+        pools[2].run(tensor_parallel.fused, stage, NORMUON, 2, str(saved))
+        found = checkpoints.logical_tensors(saved)
+        rows = found["optimizer/gate_up_proj.weight/row_second_moment"]
+        expected = tensor_parallel.fused_rows_in_one_process(NORMUON, 2).view_as(rows)
+        assert (rows - expected).norm() / expected.norm() < TOLERANCE
+        pools[2].run(tensor_parallel.fused_again, stage, NORMUON, str(saved), str(again))
+        assert all(torch.equal(value, found[name]) for name, value in checkpoints.logical_tensors(again).items())
+
+    def test_what_owners_keep_of_a_weight_that_is_cut_part_by_part_is_refused(self, tmp_path: Path, pools: Pools) -> None:
         """Its owner has the rows in another order with other tensor ranks."""
         for message in pools[2].run(tensor_parallel.fused_refused, 2, SOAP, str(tmp_path / "saved")):
             assert "state of the matrices of a fused weight that tensor parallelism cuts" in message

@@ -95,7 +95,7 @@ def test_a_steady_step_never_waits_for_the_device(device: str, ranks: int, optio
     if device == "cuda":
         needs(ranks)
     command = f"torchrun --nproc-per-node {ranks} tests/gpu/steady_steps.py --device {device} {options}"
-    finished = on_this_machine(f"PYTHONPATH=. {command}")
+    finished = on_this_machine(command, PYTHONPATH=".")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     runs = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     assert len(runs) == (2 if options else 3 * len(rule_names()))
