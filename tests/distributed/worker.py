@@ -58,7 +58,8 @@ class CleanSlate:
     def __init__(self) -> None:
         self.caches: list[functools._lru_cache_wrapper[Any]] = []
         self.modules = 0
-        self._thaw()
+        gc.unfreeze()  # what the process that was forked has frozen
+        self._find_caches()
         self._freeze()
         self.environment = dict(os.environ)
         self.directory = os.getcwd()
@@ -71,7 +72,7 @@ class CleanSlate:
         """Undo what a job left behind. The process group must still be there, and is not touched."""
         imported = len(sys.modules) > self.modules
         if imported:
-            self._thaw()
+            self._find_caches()
         self._close_zero_init()
         zero3_hooks.FWD_MODULE_STACK.clear()
         for cache in self.caches:
@@ -88,13 +89,12 @@ class CleanSlate:
         if imported:
             self._freeze()
 
-    def _thaw(self) -> None:
-        """Look at every object: what is frozen is in no list of objects, and DeepSpeed's caches are among it."""
-        gc.unfreeze()
-        self.caches = [
+    def _find_caches(self) -> None:
+        """Add DeepSpeed's caches in the modules that the last job imported; what is frozen is in no list of objects."""
+        self.caches += [
             thing
             for thing in gc.get_objects()
-            if isinstance(thing, functools._lru_cache_wrapper) and thing.__module__.startswith("deepspeed.")
+            if type(thing) is functools._lru_cache_wrapper and thing.__module__.startswith("deepspeed.")
         ]
 
     def _freeze(self) -> None:
@@ -125,7 +125,7 @@ class CleanSlate:
                 except Exception:  # an engine whose construction failed may lack anything
                     traceback.print_exc()
                 vars(thing).clear()
-            elif isinstance(thing, torch.nn.Parameter):
+            elif issubclass(type(thing), torch.Tensor) and isinstance(thing, torch.nn.Parameter):  # the latter alone is slow
                 vars(thing).clear()
         thing = None
         gc.collect()
