@@ -171,14 +171,14 @@ def sizes(args: argparse.Namespace, stage: int, device: torch.device) -> Iterato
     for size in SIZES:
         with torch.device("meta"):
             routes = routes_of(llama(size), OptimizerConfig({"name": "muon"}))
-        predicted = forecast_routes(routes, OptimizerConfig({"name": "muon"}).common.sharding, topology(stage))
+        predicted = forecast_routes(routes, OptimizerConfig({"name": "muon"}).common.sharding, topology(stage, device))
         if adamw_memory(predicted, 2).total < FREE_SHARE * torch.cuda.get_device_properties(device).total_memory:
             yield size
 
 
-def topology(stage: int) -> Topology:
-    """All ranks, on this stage."""
-    return Topology(comm.get_world_size(), stage)
+def topology(stage: int, device: torch.device) -> Topology:
+    """All ranks, on this stage; the sizes of buckets and batches are those of the device."""
+    return Topology(comm.get_world_size(), stage, device=device.type)
 
 
 Section = dict[str, Any]
@@ -365,7 +365,7 @@ def plan_of(setting: Setting, stage: int) -> StagePlan:
     known = next((name for name in DEVICES if name in own), "h100")
     per_token = flops_per_token(routes, geometry_of("", model), setting.sequence)
     speeds = hardware(known, None, comm.get_world_size())
-    return plan_stage(routes, config.common.sharding, topology(stage), speeds, Workload(setting.tokens, per_token))
+    return plan_stage(routes, config.common.sharding, topology(stage, setting.device), speeds, Workload(setting.tokens, per_token))
 
 
 def one_layer(setting: Setting) -> list[dict[str, Any]]:
