@@ -365,7 +365,8 @@ def plan_of(setting: Setting, stage: int) -> StagePlan:
     known = next((name for name in DEVICES if name in own), "h100")
     per_token = flops_per_token(routes, geometry_of("", model), setting.sequence)
     speeds = hardware(known, None, comm.get_world_size())
-    return plan_stage(routes, config.common.sharding, topology(stage, setting.device), speeds, Workload(setting.tokens, per_token))
+    ranks, work = topology(stage, setting.device), Workload(setting.tokens, per_token)
+    return plan_stage(routes, config.common.sharding, ranks, speeds, work)
 
 
 def one_layer(setting: Setting) -> list[dict[str, Any]]:
