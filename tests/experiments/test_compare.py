@@ -134,11 +134,18 @@ def test_when_nothing_finishes_it_says_what_to_run_again(tmp_path: Path, capsys:
     assert "no configuration finished; run again with --retry\n  a: seed 0 diverged" in capsys.readouterr().err
 
 
-def test_a_second_call_launches_nothing_and_a_new_contender_only_itself(tmp_path: Path) -> None:
+def test_a_second_call_launches_nothing_and_a_new_contender_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}}))])
     assert len(launches(tmp_path)) == 6
-    main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}, "c": {"lr": 0.3}}))])
+    capsys.readouterr()
+    main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}, "c": {"lr": 0.3}})), "--json"])
     assert [name[0] for name in launches(tmp_path)[6:]] == ["c"] * 3
+    found = json.loads(capsys.readouterr().out)["results"]  # for programs, what is printed while it runs aside
+    assert [each["optimizer"] for each in found] == ["c", "b", "a"]
+    losses = [run["measured"]["validation_loss"] for run in found[0]["runs"]]
+    assert found[0]["figures"]["validation_loss"]["mean"] == pytest.approx(sum(losses) / 3)
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
