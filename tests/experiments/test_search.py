@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from ds_optforge.cli import main
 from ds_optforge.errors import ConfigError
 from ds_optforge.experiments.search import Searcher
 from ds_optforge.experiments.spec import RangeSection, Search, read_sweep
-from tests.experiments.files import launches, phase, results, sweep, write_config
+from tests.experiments.files import ROOT, launches, phase, results, sweep, write_config, write_yaml
 
 RATE = "optimizer.params.lr"
 
@@ -134,6 +135,15 @@ def test_both_ends_of_a_range_are_checked_before_anything_is_launched(tmp_path: 
     write_config(tmp_path, optimizer={"type": "OptForge", "params": {"name": "muon", "lr": 0.1, "adamw": {"lr": 0.1}}})
     with pytest.raises(ConfigError, match=r"no configuration to run: optimizer\.params\.momentum: got 1\.5"):
         read_sweep(path)
+
+
+def test_the_example_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    (whole,) = re.findall(r"```yaml\n(out: runs/sweeps.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"```yaml\n(  - name: rates.*?)```", page, re.DOTALL)
+    read = read_sweep(write_yaml(tmp_path, whole + example))
+    assert [read_phase.size for read_phase in read.phases] == [2, 4, 20]
 
 
 def test_without_optuna_the_extra_is_named(
