@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import ds_optforge
 from ds_optforge.experiments.run_files import read_rows, replace_text
+from ds_optforge.forecast.wire import planned_bytes
 from workload import HEADERS, PRESETS, Corpus, DataError, build_model, load_corpus, micro_batch_rows
 
 VALIDATION_WINDOWS = 512
@@ -172,7 +173,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoints.refuse_later_ones(start)
     result = train(engine, corpus, args, out, checkpoints, start)
     if comm.get_rank() == 0:
-        write_summary(out / "summary.json", result, args, config)
+        device = get_accelerator().device_name()
+        planned = planned_bytes(base_optimizer(engine), config, comm.get_world_size(), device)
+        write_summary(out / "summary.json", result, args, config, planned)
         if result.metrics:  # none where a checkpoint of another run had taken all the steps
             plot_loss(out / "loss.png", result, title=f"{config_path.stem}, {args.model}")
         print(f"validation loss {result.validation_loss:.4f} nats per byte after {args.steps} steps; see {out}/")
@@ -429,8 +432,8 @@ def export_weights(engine: Any, path: Path) -> None:
         save_file(weights, path)
 
 
-def write_summary(path: Path, result: Result, args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Write settings, versions and results of the run as JSON."""
+def write_summary(path: Path, result: Result, args: argparse.Namespace, config: dict[str, Any], planned: float) -> None:
+    """Write settings, versions and results of the run as JSON; `planned` is what the optimizer sends in a step, in bytes."""
     summary = {
         "validation_loss": result.validation_loss,
         "training_loss": result.metrics[-1]["loss"] if result.metrics else None,
@@ -443,6 +446,7 @@ def write_summary(path: Path, result: Result, args: argparse.Namespace, config: 
         "world_size": comm.get_world_size(),
         "seconds": round(result.seconds, 2),
         "state_bytes_per_parameter": round(result.state_bytes_per_parameter, 4),
+        "optimizer_bytes_per_step": planned,
         "config": config,
         "versions": {
             "python": platform.python_version(),

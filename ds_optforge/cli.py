@@ -1,13 +1,17 @@
 """The ``ds-optforge`` command.
 
 The parser is built without torch, which takes seconds to import: each command imports what does its work.
+
+All commands name alike what several of them have: ``--model``, ``--config`` (of DeepSpeed), ``--out``, and ``--json`` for what
+programs read. What a command alone works on, as a checkpoint or a file of experiments, has no option before it.
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line without the program's name; None takes that of the process.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, and wants no more
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         status: int = options.run(options)
@@ -42,28 +51,51 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("explain", help="print which rule each parameter of a model gets")
     command.add_argument("--config", required=True, help="a DeepSpeed configuration file")
-    command.add_argument("--model", default="gpt2", help=f"{_MODELS}; default: gpt2")
+    _complete_models(command.add_argument("--model", default="gpt2", help=f"{_MODELS}; default: gpt2"))
     command.add_argument("--full", action="store_true", help="a row for each parameter, also where layers are alike")
-    command.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    _add_json(command)
     command.set_defaults(run=_explain)
 
     command = commands.add_parser("check", help="validate a DeepSpeed configuration file")
-    command.add_argument("config", help="a DeepSpeed configuration file")
+    _add_required(command, "config", metavar="FILE", help="a DeepSpeed configuration file")
+    _add_json(command)
     command.set_defaults(run=_check)
 
     command = commands.add_parser("configs", help="list the configurations that are shipped, or write one into a folder")
-    command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
+    name = command.add_argument("name", metavar="NAME", nargs="?", help="one of those that are listed without it")
+    _complete(name, lambda prefix, **_: shipped_configs.names())
     command.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.json; default: the current one")
+    _add_json(command)
     command.set_defaults(run=_configs, config=None)
     command = commands.add_parser("doctor", help="report versions, compilers, backends and a small run on two ranks")
     command.add_argument("--no-run", dest="training", action="store_false", help="leave the small run out")
-    command.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    _add_json(command)
     command.set_defaults(run=_doctor, config=None)
     _add_init(commands)
     _add_convert(commands)
     _add_experiments(commands)
     _add_plan(commands.add_parser("plan", help="predict what a step costs each rank of a run, and the best sharding mode"))
     return parser
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def _add_required(command: argparse.ArgumentParser, name: str, **described: Any) -> argparse.Action:
+    """Add the option --NAME, of text; its value may also stand alone, as it had to until version 0.1."""
+    one = command.add_mutually_exclusive_group(required=True)
+    one.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return one.add_argument(f"--{name}", **described)
+
+
+def _complete(action: argparse.Action, words: Callable[..., list[str]]) -> None:
+    """Let shells complete ``action`` with these words, and with files where none of them fits."""
+    action.completer = words  # type: ignore[attr-defined]  # where argcomplete looks
+
+
+def _complete_models(action: argparse.Action) -> None:
+    _complete(action, lambda prefix, **_: list(MODEL_SHAPES))
 
 
 def _add_init(commands: Any) -> None:
@@ -93,25 +125,26 @@ def _add_convert(commands: Any) -> None:
     command.add_argument(
         "source", type=Path, help="its folder (of OptForge, Adam, AdamW, DeepSpeed's Muon); or a file of torch"
     )
-    command.add_argument("out", type=Path, help="a new folder")
+    _add_required(command, "out", metavar="FOLDER", help="a new folder")
     command.set_defaults(run=_convert, config=None)
 
     command = commands.add_parser("export", help="write a checkpoint as the folder of a Hugging Face model")
     command.add_argument("source", type=Path, help="a folder of save_checkpoint or of 'convert', or what 'convert' takes")
-    command.add_argument("out", type=Path, help="a new folder")
+    _add_required(command, "out", metavar="FOLDER", help="a new folder")
     command.add_argument(
-        "--config",
+        "--model",
         dest="model_folder",
         type=Path,
         metavar="FOLDER",
         help="with config.json and perhaps a tokenizer, to copy; default: the checkpoint's folder, or the one that it is in",
     )
+    command.add_argument("--config", dest="model_folder", type=Path, help=argparse.SUPPRESS)  # --model until version 0.1
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the trained parameters")
     command.set_defaults(run=_export, config=None)
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help=_MODELS)
+    _complete_models(_add_required(command, "model", help=_MODELS))
     command.add_argument("--world-size", type=int, required=True, help="ranks that ZeRO cuts the parameters over")
     command.add_argument("--stage", type=int, help="of ZeRO: 1, 2 or 3; default: CONFIG's, or else all of them")
     command.add_argument("--config", help="a DeepSpeed configuration file; default: muon as it is by default, in bfloat16")
@@ -145,7 +178,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         help="E ranks share out each bank of experts (named 'experts', three dimensions), and ZeRO cuts a share over "
         "world size / E ranks; default: 1, ZeRO cuts experts as everything else",
     )
-    command.add_argument("--json", action="store_true", help="print JSON rather than tables")
+    _add_json(command)
     command.set_defaults(run=_plan)
 
 
@@ -157,8 +190,9 @@ def _add_experiments(commands: Any) -> None:
         command.add_argument("file", type=Path, help="a YAML file; docs/comparison.md says what is in it")
         command.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time; default: 1")
         command.add_argument("--steps", type=int, help="of each run, in place of the file's: for a first look")
-        command.add_argument("--out", help="folder for the results, in place of the file's")
+        command.add_argument("--out", metavar="FOLDER", help="for the results, in place of the file's")
         command.add_argument("--retry", action="store_true", help="launch again what crashed, diverged or timed out")
+        _add_json(command)
         command.set_defaults(run=_experiments, config=None, sweep=command is sweep, dry_run=False)
 
 
@@ -178,6 +212,8 @@ def _configs(options: argparse.Namespace) -> int:
         print(f"{shipped_configs.write(options.name, options.out or Path())}: written")
     elif options.out is not None:
         raise ConfigError(f"--out: got '{options.out}' without a NAME; allowed: ds-optforge configs NAME --out FOLDER")
+    elif options.json:
+        print(json.dumps(shipped_configs.summaries(), indent=2))
     else:
         print(shipped_configs.listing(), end="")
     return 0
@@ -199,10 +235,20 @@ def _check(options: argparse.Namespace) -> int:
     from ds_optforge.config.deepspeed import check, load_config
     from ds_optforge.config.deepspeed_values import autos_of
 
-    config = load_config(options.config)
-    check(config, filled=False)
-    left_open = ", ".join(autos_of(config))
-    print(f"{options.config}: valid" + (f", once Accelerate or the HF Trainer has filled {left_open}" if left_open else ""))
+    try:
+        config = load_config(options.config)
+        check(config, filled=False)
+    except ConfigError as error:
+        if not options.json:
+            raise
+        print(json.dumps({"config": options.config, "valid": False, "problems": str(error).splitlines()}, indent=2))
+        return 2
+    left_open = list(autos_of(config))
+    if options.json:
+        print(json.dumps({"config": options.config, "valid": True, "problems": [], "auto": left_open}, indent=2))
+    else:
+        filled = f", once Accelerate or the HF Trainer has filled {', '.join(left_open)}" if left_open else ""
+        print(f"{options.config}: valid{filled}")
     return 0
 
 
@@ -224,7 +270,7 @@ def _init(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from ds_optforge.checkpoint.convert import convert
 
-    convert(options.source, options.out)
+    convert(options.source, Path(options.out))
     print(f"{options.out}: written")
     return 0
 
@@ -235,7 +281,7 @@ def _export(options: argparse.Namespace) -> int:
     from ds_optforge.checkpoint.export import export
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    export(options.source, options.out, dtype, options.model_folder)
+    export(options.source, Path(options.out), dtype, options.model_folder)
     print(f"{options.out}: written")
     return 0
 

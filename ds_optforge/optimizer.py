@@ -41,9 +41,9 @@ _COPIED = (
 
 # What to do with a checkpoint of another optimizer; the end of messages.
 OTHER_OPTIMIZERS_CHECKPOINT = (
-    "Two ways out: 'ds-optforge convert FOLDER OUT', then ds_optforge.load_checkpoint(engine, OUT), which keeps the moments "
-    "and the position; or engine.load_checkpoint(FOLDER, load_optimizer_states=False, load_lr_scheduler_states=False), which "
-    "takes the weights alone"
+    "Two ways out: 'ds-optforge convert FOLDER --out OUT', then ds_optforge.load_checkpoint(engine, OUT), which keeps the "
+    "moments and the position; or engine.load_checkpoint(FOLDER, load_optimizer_states=False, load_lr_scheduler_states=False), "
+    "which takes the weights alone"
 )
 
 

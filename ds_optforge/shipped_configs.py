@@ -16,19 +16,27 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+def summaries() -> list[dict[str, Any]]:
+    """Return the name, rule, format of state, ZeRO stage and optimizer offload of each configuration."""
+    return [_summary(name, json.loads(_path(name).read_text())) for name in names()]
+
+
 def listing() -> str:
     """Return a table with a line about each configuration: its name, rule, ZeRO stage and optimizer offload."""
     rows = [("name", "rule", "ZeRO stage", "optimizer offload")]
-    rows += [(name, *_summary(json.loads(_path(name).read_text()))) for name in names()]
+    for each in summaries():
+        rule = f"{each['rule']}, state {each['state_dtype']}" if each["state_dtype"] else each["rule"]
+        rows.append((each["name"], rule, str(each["stage"]), each["offload"] or "none"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "".join(f"{line}\n" for line in lines)
 
 
-def _summary(config: dict[str, Any]) -> tuple[str, str, str]:
+def _summary(name: str, config: dict[str, Any]) -> dict[str, Any]:
     params, zero = config["optimizer"]["params"], config["zero_optimization"]
-    rule = f"{params['name']}, state {params['state_dtype']}" if "state_dtype" in params else params["name"]
-    return rule, str(zero["stage"]), zero.get("offload_optimizer", {}).get("device", "none")
+    offload = zero.get("offload_optimizer", {}).get("device")
+    rule = {"rule": params["name"], "state_dtype": params.get("state_dtype")}
+    return {"name": name, **rule, "stage": zero["stage"], "offload": offload}
 
 
 def _path(name: str) -> Path:

@@ -137,12 +137,13 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
     "Comparisons and sweeps": {
         "fair-comparison": "Optimizers are compared on the same seeds, data, steps and batch, each with its own learning rate.",
         "steady-loss": "The steady-state loss is the mean after 200 steps, or after three times the warm-up if that is longer.",
-        "comparison-metrics": "A comparison also reports gradient norm, peak memory and tokens per second.",
+        "comparison-metrics": "A comparison also reports gradient norm, peak memory, time, and bytes sent for the optimizer.",
         "sweep-file": "A sweep file with all experiments of the autoresearch recipe is shipped.",
         "sweep-order": "Experiments run by priority, those marked to be tried first before all others.",
         "sweep-winner": "The winner of a phase is the baseline of the next one.",
         "sweep-combined": "A last run combines all winners, and is reported against the first baseline.",
         "sweep-grid": "Pairs that may interact can be run as a grid.",
+        "sweep-search": "Ranges can be searched by Optuna under the same rules; after an interrupt with the same points.",
         "sweep-budget": "An experiment has a budget of time, and what exceeds its limit is ended.",
     },
 }

@@ -370,6 +370,62 @@ def test_wrong_usage_exits_with_2_and_shows_the_usage(arguments: list[str], caps
     assert "usage: ds-optforge" in capsys.readouterr().err
 
 
+class TestOneName:
+    """Commands name alike what several of them have; what version 0.1 had without an option, or under another, still works."""
+
+    CONFIG = str(CONFIGS / "muon_zero2.json")
+
+    @pytest.mark.parametrize(
+        ("named", "earlier"),
+        [
+            ("check --config CONFIG", "check CONFIG"),
+            ("plan --model gpt2 --world-size 8 --stage 3", "plan --world-size 8 gpt2 --stage 3"),
+            ("convert none --out OUT", "convert none OUT"),
+            ("export none --out OUT --model MODEL", "export none OUT --config MODEL"),
+        ],
+    )
+    def test_both_spellings_do_the_same(
+        self, named: str, earlier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = []
+        for command in (named, earlier):
+            values = {"CONFIG": self.CONFIG, "OUT": str(tmp_path / "out"), "MODEL": str(tmp_path)}
+            status = main([values.get(word, word) for word in command.split()])
+            found.append((status, *capsys.readouterr()))
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize("arguments", ["check", "plan --world-size 8", "convert none", "check a --config b"])
+    def test_it_is_given_once(self, arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as error:
+            main(arguments.split())
+        assert error.value.code == 2
+        assert re.search("--(config|model|out)", capsys.readouterr().err)
+
+    def test_the_help_shows_the_name_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for command in ("check", "plan", "convert", "export"):
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+        printed = capsys.readouterr().out
+        assert printed.count("--model") == 2 * 2  # of plan and export, in the usage and below it
+        assert "==SUPPRESS==" not in printed
+
+
+class TestCheckAsJson:
+    def found(self, path: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
+        status = main(["check", "--config", path, "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    def test_valid(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, {"optimizer": MUON, "train_batch_size": "auto"})
+        assert self.found(path, capsys) == (0, {"config": path, "valid": True, "problems": [], "auto": ["train_batch_size"]})
+
+    def test_invalid(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = write(tmp_path, BAD["a bad value"][0])
+        status, said = self.found(path, capsys)
+        assert (status, said["valid"]) == (2, False)
+        assert said["problems"] == ["optimizer.params.lr: got 'x' (str); allowed: a number"]
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
@@ -387,6 +443,12 @@ class TestConfigs:
         assert listed["muon_zero3_offload"] == ["muon", "3", "cpu"]
         assert listed["adamw_zero2"] == ["adamw", "2", "none"]
         assert listed["normuon_8bit_zero2"] == ["normuon, state 8bit", "2", "none"]
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["configs", "--json"]) == 0
+        listed = {each.pop("name"): each for each in json.loads(capsys.readouterr().out)}
+        assert list(listed) == [name.removesuffix(".json") for name in SHIPPED]
+        assert listed["muon_zero3_offload"] == {"rule": "muon", "state_dtype": None, "stage": 3, "offload": "cpu"}
 
     @pytest.mark.parametrize("name", ["muon_zero2", "muon_zero2.json"])
     def test_one_is_written_as_it_is(self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""The documentation site in a browser: every page, light and dark, at the width of a phone; its pictures; its search."""
+"""In a browser: the documentation site, every page in light and dark at the width of a phone, its pictures and its search.
+
+And the report of a comparison, whose tables can be copied.
+"""
 
 import shutil
 import subprocess
@@ -7,14 +10,18 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 selenium = pytest.importorskip("selenium", reason="needs selenium, of the extra test")
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
+from ds_optforge.cli import main  # noqa: E402
+from tests.experiments.files import common, write_config, write_yaml  # noqa: E402
 from tests.test_site import ENVIRONMENT, ROOT  # noqa: E402
 
 PROGRAMS = shutil.which("chromium"), shutil.which("chromedriver")
@@ -99,3 +106,21 @@ def test_the_search_finds_without_a_network(words: str, page: str, browser: webd
     browser.find_element(By.CSS_SELECTOR, ".md-search__input").send_keys(words)
     found = WebDriverWait(browser, 20).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, ".md-search-result__link"))
     assert any(page in (link.get_attribute("href") or "") for link in found)
+
+
+def test_a_report_that_was_opened_as_a_file_copies_its_table(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    runs = {name: {"config": write_config(tmp_path), "lr": rate} for name, rate in (("slow", 0.1), ("fast", 0.5))}
+    main(["compare", str(write_yaml(tmp_path, common(tmp_path, runs=runs, seeds=[0, 1])))])
+    browser.get_log("browser")  # earlier pages'
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+    browser.find_element(By.CSS_SELECTOR, "summary").click()
+    button = browser.find_element(By.TAG_NAME, "button")
+    button.click()
+    assert button.text == "copied"
+    browser.execute_script("document.body.append(document.createElement('textarea'))")
+    area = browser.find_element(By.TAG_NAME, "textarea")
+    area.send_keys(Keys.CONTROL, "v")
+    assert area.get_property("value").strip() == (tmp_path / "out" / "results.md").read_text().strip()
+    broken = "return [...document.images].filter(i => !(i.complete && i.naturalWidth)).length"
+    assert browser.execute_script(broken) == 0
+    assert [entry["message"] for entry in browser.get_log("browser")] == []

@@ -4,7 +4,7 @@ It reads checkpoints of OptForge, whose state says where everything lies (`OptFo
 built-in Muon under DeepSpeed, and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
@@ -22,6 +21,7 @@ from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.positions import POSITION
 from ds_optforge.errors import CheckpointError
 from ds_optforge.step.groups import GROUP
+from ds_optforge.terminal import progress
 from ds_optforge.zero.engine import COUNTERS
 from ds_optforge.zero.partition import Per
 from ds_optforge.zero.placement import Placement
@@ -38,7 +38,7 @@ def convert(source: Path, out: Path) -> None:
         CheckpointError: the source cannot be read, or is incomplete, or ``out`` exists or cannot be written.
     """
     chunks, manifest = read(source)
-    with progress(chunks, "convert") as counted:
+    with counted_on_a_bar(chunks, "convert") as counted:
         files.write(out, counted, manifest)
 
 
@@ -215,19 +215,18 @@ class _Counted:
     """Advances a progress bar when a tensor is made."""
 
     make: Any
-    bar: Any
+    advance: Callable[[int], None]
     nbytes: int
 
     def __call__(self) -> Tensor:
         tensor: Tensor = self.make()
-        self.bar.update(self.nbytes)
+        self.advance(self.nbytes)
         return tensor
 
 
 @contextmanager
-def progress(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
+def counted_on_a_bar(chunks: Iterable[Chunk], what: str) -> Iterator[list[Chunk]]:
     """Yield the chunks with a progress bar that advances as they are written."""
     chunks = list(chunks)
-    total = sum(chunk.nbytes for chunk in chunks)
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5) as bar:
-        yield [replace(chunk, values=_Counted(chunk.values, bar, chunk.nbytes)) for chunk in chunks]
+    with progress(what, sum(chunk.nbytes for chunk in chunks), in_bytes=True) as advance:
+        yield [replace(chunk, values=_Counted(chunk.values, advance, chunk.nbytes)) for chunk in chunks]

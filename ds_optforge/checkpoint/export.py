@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.chunks import Chunk
-from ds_optforge.checkpoint.convert import progress, read
+from ds_optforge.checkpoint.convert import counted_on_a_bar, read
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import buffer_name, weight_name
 from ds_optforge.checkpoint.manifest import MANIFEST
@@ -68,7 +68,7 @@ def export(source: Path, out: Path, dtype: torch.dtype | None = None, config: Pa
     found: Source = _opened(source) if (source / MANIFEST).is_file() else _Converted(*read(source))
     chunks = list(_weights(source, found, dtype))
     _set_dtype(beside, {chunk.dtype for chunk in chunks if isinstance(chunk.values, _Weight) and chunk.values.rule})
-    with progress(chunks, "export") as counted:
+    with counted_on_a_bar(chunks, "export") as counted:
         files.write_weights(out, counted, beside)
 
 
@@ -164,7 +164,7 @@ def _beside(source: Path, config: Path | None) -> dict[str, bytes]:
     if config is not None:
         raise CheckpointError(f"{config}: has no {CONFIG}; allowed: the folder of a Hugging Face model")
     looked = " or ".join(map(str, folders))
-    logger.warning("%s: no %s there, so from_pretrained will not read the result; --config FOLDER copies one", looked, CONFIG)
+    logger.warning("%s: no %s there, so from_pretrained will not read the result; --model FOLDER copies one", looked, CONFIG)
     return {}
 
 

@@ -1,5 +1,6 @@
 """`ds-optforge compare`: several optimizers, one workload, several seeds, the same protocol for all."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def run_comparison(comparison: Comparison, launcher: Launcher, board: Board) -> 
         for seed in settings.seeds
         for contender, config in zip(contenders, configs, strict=True)
     ]
+    board.expect(len(runs))
     records = launcher.run(runs)
     check_conditions(records)
     steady_after = max(map(steady_start, configs))
@@ -114,7 +116,8 @@ def _standing(contender: Contender, records: list[Record], steady_after: int) ->
         reason = f"seed {failed.seed} {failed.status}: {failed.reason} ({failed.folder})"
         return Standing(contender.name, contender.lr, records, {}, [], reason)
     curves = [curve_of(record, contender.config) for record in records]
-    by_name = {name: [record.measured[name] for record in records if name in record.measured] for name in records[0].measured}
+    measured = [{**record.measured, **times(record)} for record in records]
+    by_name = {name: [each[name] for each in measured if name in each] for name in measured[0]}
     steady = [_steady_loss(curve, steady_after) for curve in curves]
     by_name["steady_loss"] = [loss for loss in steady if loss is not None]
     figures = {
@@ -143,6 +146,15 @@ def tokens_per_step(record: Record, config: dict[str, Any]) -> float:
         micro, accumulation = config.get("train_micro_batch_size_per_gpu", 1), config.get("gradient_accumulation_steps", 1)
         batch = micro * accumulation * record.conditions.get("world_size", 1)
     return float(batch * record.conditions.get("sequence_length", 1))
+
+
+def times(record: Record) -> dict[str, float]:
+    """Seconds of a finished run: from its launch to its end, and of the median step, where it wrote its tokens_per_second."""
+    found, speed = {"wall_seconds": record.seconds}, record.measured.get("tokens_per_second")
+    if speed:
+        config = json.loads((record.folder / "config.json").read_text(encoding="utf-8"))
+        found["step_seconds"] = tokens_per_step(record, config) / speed
+    return found
 
 
 def _steady_loss(curve: Curve, after: int) -> float | None:

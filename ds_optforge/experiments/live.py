@@ -1,8 +1,10 @@
 """The view on the terminal while runs are in progress: the progress of each, and the decisions so far."""
 
 import json
+import statistics
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +25,15 @@ COLORS = {"finished": "green", "crashed": "red", "diverged": "red", "timed out":
 class Board:
     """A live view on a terminal, a line for each event elsewhere. Use it as a context manager."""
 
-    def __init__(self, title: str, metric: str, console: Console) -> None:
-        self._title, self._metric, self._console = title, metric, console
+    def __init__(self, title: str, metric: str, console: Console, parallel: int = 1) -> None:
+        self._title, self._metric, self._console, self._parallel = title, metric, console, parallel
         self._stage = ""
         self._active: dict[Path, tuple[Run, float]] = {}
         self._ended: list[Record] = []
         self._decided: list[str] = []
         self._reused = 0
+        self._waiting = 0
+        self._seconds: list[float] = []  # of the runs that finished, those of an earlier command too
         self._lock = threading.Lock()
         self._live = Live(get_renderable=self.render, console=console, refresh_per_second=2, transient=True)
 
@@ -46,6 +50,11 @@ class Board:
         self._stage = text
         self._say(text)
 
+    def expect(self, runs: int) -> None:
+        """Reckon with so many runs that have not started yet, or at most so many, when estimating the end."""
+        with self._lock:
+            self._waiting = runs
+
     def decided(self, text: str) -> None:
         """Show a decision that the runs so far have led to."""
         with self._lock:
@@ -56,6 +65,7 @@ class Board:
         """Show a run that has been launched."""
         with self._lock:
             self._active[folder] = (run, time.monotonic())
+            self._waiting -= 1
         self._say(f"  {run.name}, seed {run.seed}: started, {run.steps} steps ({folder})")
 
     def ended(self, record: Record, reused: bool) -> None:
@@ -63,6 +73,9 @@ class Board:
         with self._lock:
             self._active.pop(record.folder, None)
             self._reused += reused
+            self._waiting -= reused
+            if record.finished:
+                self._seconds.append(record.seconds)
             if not reused:
                 self._ended.append(record)
         again = ", from an earlier run" if reused else f" after {record.seconds:.0f} s"
@@ -81,6 +94,8 @@ class Board:
         with self._lock:
             active, ended, decided = dict(self._active), self._ended[-SHOWN:], self._decided[-SHOWN:]
             counts = f"{len(self._ended)} runs ended, {self._reused} found finished, {len(active)} under way"
+            waiting, usual = max(self._waiting, 0), list(self._seconds)
+        counts += self._left(active, waiting, usual)
         header = Text.assemble((self._title, "bold"), "  ", (self._stage, "cyan"), "\n", (counts, "dim"))
         blocks: list[RenderableType] = [header]
         if active:
@@ -89,6 +104,19 @@ class Board:
             blocks.append(self._finished(ended))
         blocks += [Text(line) for line in decided]
         return Group(*blocks)
+
+    def _left(self, active: "dict[Path, tuple[Run, float]]", waiting: int, usual: list[float]) -> str:
+        """The runs to come, and an estimate of the time until the last one ends, by what runs took or the steps of these."""
+        now = time.monotonic()
+        passed = [(now - start, last_row(folder).get("step", 0) / run.steps) for folder, (run, start) in active.items()]
+        known = usual or [seconds / share for seconds, share in passed if share]
+        found = f", {waiting} more at most" if waiting else ""
+        if not known or not (waiting or passed):
+            return found
+        each = statistics.mean(known)
+        under_way = [max(each - elapsed, 0.0) for elapsed, _ in passed]
+        seconds = max((waiting * each + sum(under_way)) / self._parallel, *under_way, 0.0)
+        return f"{found}; about {timedelta(seconds=round(seconds))} left"
 
     def _finished(self, records: list[Record]) -> Table:
         table = Table("run", "seed", "status", "seconds", "outcome", title="latest", title_justify="left", expand=True)

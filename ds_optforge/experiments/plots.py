@@ -20,8 +20,14 @@ ASTRAY = 4.0  # times as far above the median as the best is below it
 DPI = 120
 
 
-def draw_losses(path: Path, standings: Sequence[Standing], against: Literal["steps", "seconds"], steady_after: int = 0) -> None:
-    """Draw the smoothed training loss of each configuration: the mean over the seeds, and a band from lowest to highest."""
+def draw_losses(
+    path: Path, standings: Sequence[Standing], against: Literal["steps", "seconds"], steady_after: int = 0
+) -> Figure:
+    """Draw the smoothed training loss of each configuration: the mean over the seeds, and a band from lowest to highest.
+
+    Returns:
+        What was drawn, after it was written to ``path``.
+    """
     figure = Figure(figsize=(8.5, 5.0), layout="constrained")
     axes = figure.subplots()
     highest, lowest = -math.inf, math.inf
@@ -45,6 +51,7 @@ def draw_losses(path: Path, standings: Sequence[Standing], against: Literal["ste
         axes.annotate(" steady state", (steady_after, highest), va="top", color="0.4", fontsize=9)
     label = "step" if against == "steps" else "seconds of training"
     _finish(figure, axes, path, xlabel=label, ylabel="training loss, smoothed")
+    return figure
 
 
 def _along(curves: Sequence[Curve], against: Literal["steps", "seconds"]) -> list[float]:

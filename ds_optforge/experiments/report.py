@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_optforge.experiments import plots
-from ds_optforge.experiments.compare import Outcome, Standing, conditions_of, curve_of
+from ds_optforge.experiments.compare import Outcome, Standing, conditions_of, curve_of, times
 from ds_optforge.experiments.noise import standard_error
 from ds_optforge.experiments.run_files import replace_text
 from ds_optforge.experiments.sweep import COMBINED, PhaseResult, Progress, Row
@@ -73,21 +73,37 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number of a comparison: its key, heading and format. ``error`` shows its standard error too."""
+    """A number of a comparison: key, heading and format. ``error`` shows its standard error too; tables divide by ``unit``."""
 
     key: str
     heading: str
     format: str
     error: bool = False
+    unit: float = 1.0
+
+    def text(self, value: float) -> str:
+        """Format a value in the measure's unit."""
+        return f"{value / self.unit:{self.format}}"
 
 
+COSTS = (
+    Measure("step_seconds", "step, ms", ",.1f", unit=1e-3),
+    Measure("wall_seconds", "run, s", ",.1f"),
+    Measure("optimizer_bytes_per_step", "sent, MB a step", ",.2f", unit=1e6),
+)
 MEASURES = (
     Measure("validation_loss", "validation loss", ".4f", error=True),
     Measure("steady_loss", "steady-state training loss", ".4f", error=True),
     Measure("grad_norm", "grad norm", ".3f"),
     Measure("tokens_per_second", "tokens/s", ",.0f"),
+    *COSTS,
     Measure("peak_memory_gb", "peak memory, GB", ".2f"),
     Measure("state_bytes_per_parameter", "state, bytes per parameter", ".2f"),
+)
+BANDS = "Mean over the seeds; the band is from the lowest seed to the highest."
+ABOUT_COSTS = (
+    "A step is the median one. A run is timed from its launch to its end, with start-up and evaluation. What is sent is for "
+    "the optimizer, by the rank that sends most, as the program says it (optimizer_bytes_per_step in its summary.json)."
 )
 RESULTS = ["commit", "experiment", "metric", "memory_gb", "status", "description"]
 
@@ -111,8 +127,7 @@ def _figure(standing: Standing, measure: Measure) -> str:
     figure = standing.figures.get(measure.key)
     if figure is None:
         return "–"
-    error = f" ± {figure.error:{measure.format}}" if measure.error else ""
-    return f"{figure.mean:{measure.format}}{error}"
+    return measure.text(figure.mean) + (f" ± {measure.text(figure.error)}" if measure.error else "")
 
 
 def comparison_table(outcome: Outcome) -> Table:
@@ -129,11 +144,10 @@ def write_comparison(outcome: Outcome) -> Path:
     plots.draw_losses(out / "loss_by_step.png", outcome.standings, "steps", outcome.steady_after)
     plots.draw_losses(out / "loss_by_time.png", outcome.standings, "seconds")
     crashes = [f"{standing.name}: {standing.crashed}" for standing in outcome.standings if standing.crashed]
-    bands = "Mean over the seeds; the band is from the lowest seed to the highest."
     parts = [
-        Part("Results", sheet.title, table=sheet),
-        Part("Loss against steps", bands, _inline(out, "loss_by_step")),
-        Part("Loss against time", f"{bands} Start-up and evaluation are not counted.", _inline(out, "loss_by_time")),
+        Part("Results", f"{sheet.title}. {ABOUT_COSTS}", table=sheet),
+        Part("Loss against steps", BANDS, _inline(out, "loss_by_step")),
+        Part("Loss against time", f"{BANDS} Start-up and evaluation are not counted.", _inline(out, "loss_by_time")),
     ]
     configs = [(contender.name, _json(contender.config)) for contender in outcome.comparison.contenders]
     title = f"Comparison {Path(outcome.comparison.file).name}"
@@ -165,16 +179,24 @@ def sweep_sheets(progress: Progress) -> list[Sheet]:
 
 
 def _sweep_sheet(title: str, rows: Sequence[Row], metric: str) -> Sheet:
-    columns = [Column("experiment", text=True), Column(metric), Column("seeds"), Column("memory, GB")]
+    columns = [Column("experiment", text=True), Column(metric), Column("seeds")]
+    columns += [*(Column(measure.heading) for measure in COSTS), Column("memory, GB")]
     columns += [Column("status", text=True), Column("change", text=True, wide=True), Column("verdict", text=True, wide=True)]
     lines = []
     for row in rows:
         value = "–" if row.mean is None else f"{row.mean:.4f}"
         if len(row.values) > 1:
             value += f" ± {standard_error(row.values):.4f}"
-        cells = [row.experiment, value, str(len(row.values)), _memory(row), row.verdict, row.description, row.reason]
+        cells = [row.experiment, value, str(len(row.values)), *(_cost(row, measure) for measure in COSTS), _memory(row)]
+        cells += [row.verdict, row.description, row.reason]
         lines.append(Line(cells, "" if row.verdict == "discard" else row.verdict))
     return Sheet(title, columns, lines)
+
+
+def _cost(row: Row, measure: Measure) -> str:
+    measured = [{**record.measured, **times(record)} for record in row.records if record.finished]
+    values = [each[measure.key] for each in measured if measure.key in each]
+    return measure.text(statistics.mean(values)) if values else "–"
 
 
 def _memory(row: Row) -> str:
@@ -206,12 +228,12 @@ def write_sweep(progress: Progress) -> Path:
     replace_text(out / "results.md", "\n".join(f"### {sheet.title}\n\n{markdown(sheet)}" for sheet in sheets))
     plots.draw_sweep(out / "experiments.png", progress)
     text = "Dots: mean and standard error over the seeds. Lines: the baseline of the phase, with its noise threshold."
-    parts = [Part("All experiments", text, _inline(out, "experiments"))]
+    parts = [Part("All experiments", f"{text} {ABOUT_COSTS}", _inline(out, "experiments"))]
     if progress.final:
         config = progress.sweep.config
         curves = [[curve_of(record, config) for record in row.records if record.finished] for row in progress.final]
         plots.draw_final(out / "final.png", progress.final, curves)
-        parts.append(Part("First baseline and all winners together", image=_inline(out, "final")))
+        parts.append(Part("First baseline and all winners together", BANDS, _inline(out, "final")))
     grids = {result.phase.name: _grid(result) for result in progress.phases}
     parts += [Part(sheet.title, table=sheet, grid=grids.get(sheet.title)) for sheet in sheets]
     title = f"Sweep {Path(progress.sweep.file).name}"
@@ -302,9 +324,10 @@ def _write_page(
     parts: Sequence[Part],
     configs: Sequence[tuple[str, str]],
 ) -> Path:
-    """Write report.html as one file, pictures included; text from files and programs is escaped."""
+    """Write report.html as one file, pictures included; text from files and programs is escaped, nothing is loaded."""
     template = resources.files("ds_optforge.experiments").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["markdown"] = markdown
     page = environment.from_string(template).render(
         title=title, about=about, lead=lead, notes=notes, parts=parts, configs=configs
     )

@@ -4,6 +4,7 @@ Paths in them, those of the launcher included, are relative to the folder that t
 """
 
 import itertools
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -86,17 +87,45 @@ class ExperimentSection(Section):
     description: str = ""
 
 
+class RangeSection(Section):
+    """The values that a search may try at one path."""
+
+    low: int | float = Field(description="the lowest value")
+    high: int | float = Field(description="the highest value; where both are whole numbers, all values are")
+    log: bool = Field(False, description="as many trials from 0.001 to 0.01 as from 0.01 to 0.1")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RangeSection":
+        if not math.isfinite(self.low) or not math.isfinite(self.high) or self.low >= self.high:
+            raise ValueError(f"high: got {self.high} with low {self.low}; allowed: a number above it")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low: got {self.low} with log; allowed: a number above 0")
+        return self
+
+
+class SearchSection(Section):
+    """A search of ranges by Optuna's sampler (TPE)."""
+
+    trials: int = Field(ge=1, description="number of points to try")
+    batch: int = Field(1, ge=1, description="points that are proposed together, and so can run at the same time")
+    ranges: dict[str, Any] = Field(min_length=1, description="by dotted path: low, high and log, or a list of values")
+
+
 class PhaseSection(Section):
-    """A phase: experiments or a grid of values, of which one may become the next baseline."""
+    """A phase: experiments, a grid of values or a search, of which one may become the next baseline."""
 
     name: str = Field(min_length=1, description="a title")
     experiments: dict[str, Any] | None = Field(None, min_length=1, description="by name")
     grid: dict[str, list[Any]] | None = Field(None, min_length=1, description="dotted paths, a list of values each")
+    search: dict[str, Any] | None = Field(None, description="trials, and ranges of values for Optuna to choose from")
 
     @model_validator(mode="after")
     def _one(self) -> "PhaseSection":
-        if (self.experiments is None) == (self.grid is None):
-            raise ValueError("experiments: got both of or none of experiments and grid; allowed: one of them")
+        given = [name for name in ("experiments", "grid", "search") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"experiments: got {' and '.join(given) or 'none'} of experiments, grid and search; allowed: one of them"
+            )
         return self
 
 
@@ -146,12 +175,27 @@ class Experiment:
 
 
 @dataclass(frozen=True, slots=True)
+class Search:
+    """How many points to try, how many together, and of what: by dotted path a range or a list of values."""
+
+    trials: int
+    batch: int
+    ranges: dict[str, RangeSection | list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class Phase:
-    """Experiments in the order to run them in, and the axes where they are a grid."""
+    """Experiments in the order to run them in, and the axes where they are a grid; or a search, which makes them as it goes."""
 
     name: str
     experiments: tuple[Experiment, ...]
-    grid: dict[str, list[Any]] | None
+    grid: dict[str, list[Any]] | None = None
+    search: Search | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of experiments."""
+        return self.search.trials if self.search else len(self.experiments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +294,8 @@ def _replaces_schedule(contender: Contender) -> bool:
 def _phase(document: Document, index: int, value: Any, config: Mapping[str, Any], steps: int | None) -> Phase:
     place: Location = ("phases", index)
     section = document.section(PhaseSection, value, *place)
+    if section.search is not None:
+        return Phase(section.name, (), search=_search(document, section.search, config, steps, *place, "search"))
     locations: list[Location]
     if section.grid is not None:
         experiments = _grid(document, section.grid, *place, "grid")
@@ -259,12 +305,37 @@ def _phase(document: Document, index: int, value: Any, config: Mapping[str, Any]
         locations = [(*place, "experiments", name) for name, _ in items]
         experiments = [_experiment(document, name, item, *place, "experiments", name) for name, item in items]
     for experiment, location in zip(experiments, locations, strict=True):
-        try:
-            prepared(changed(config, experiment.changes), steps or CALIBRATION_STEPS)
-        except ConfigError as error:
-            document.fail(f"no configuration to run: {error}", *location)
+        _check_possible(document, config, experiment.changes, steps, *location)
     ordered = sorted(experiments, key=lambda experiment: (not experiment.first, PRIORITIES.index(experiment.priority)))
     return Phase(section.name, tuple(ordered), section.grid)
+
+
+def _check_possible(
+    document: Document, config: Mapping[str, Any], changes: Mapping[str, Any], steps: int | None, *place: str | int
+) -> None:
+    try:
+        prepared(changed(config, changes), steps or CALIBRATION_STEPS)
+    except ConfigError as error:
+        document.fail(f"no configuration to run: {error}", *place)
+
+
+def _search(document: Document, value: Any, config: Mapping[str, Any], steps: int | None, *place: str | int) -> Search:
+    """Read a search, and check both ends of each range and each listed value, one at a time."""
+    try:
+        import optuna  # noqa: F401
+    except ModuleNotFoundError:
+        document.fail("needs Optuna, which is not installed; run: pip install 'ds-optforge[optuna]'", *place)
+    section = document.section(SearchSection, value, *place)
+    ranges: dict[str, RangeSection | list[Any]] = {}
+    for path, given in section.ranges.items():
+        where = (*place, "ranges", path)
+        if given == []:
+            document.fail("got an empty list; allowed: one value or more", *where)
+        found = given if isinstance(given, list) else document.section(RangeSection, given, *where)
+        ranges[path] = found
+        for end in found if isinstance(found, list) else (found.low, found.high):
+            _check_possible(document, config, {path: end}, steps, *where)
+    return Search(section.trials, section.batch, ranges)
 
 
 def _experiment(document: Document, name: str, value: Any, *place: str | int) -> Experiment:

@@ -16,7 +16,7 @@ from ds_optforge.experiments.launching import ExperimentError, Launcher, Record,
 from ds_optforge.experiments.live import Board
 from ds_optforge.experiments.noise import beats, hopeless, threshold
 from ds_optforge.experiments.run_files import read_rows
-from ds_optforge.experiments.spec import CALIBRATION_STEPS, Experiment, Phase, Sweep
+from ds_optforge.experiments.spec import CALIBRATION_STEPS, Experiment, Phase, Search, Sweep
 
 Verdict: TypeAlias = Literal["keep", "discard", "crash"]
 BASELINE, COMBINED = "baseline", "combined"
@@ -117,6 +117,26 @@ def run_sweep(sweep: Sweep, launcher: Launcher, board: Board) -> Iterator[Progre
 
 
 @dataclass(slots=True)
+class _Race:
+    """The experiments of a phase under way.
+
+    Attributes:
+        config, baseline: what they change, and what they have to beat.
+        experiments: in the order they run.
+        configs: by name, of those that are possible.
+        impossible: by name, why others are not.
+        records: by name, the runs so far.
+    """
+
+    config: Mapping[str, Any]
+    baseline: Row
+    experiments: list[Experiment] = field(default_factory=list)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    impossible: dict[str, str] = field(default_factory=dict)
+    records: dict[str, list[Record]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Walk:
     """Runs the steps of a sweep."""
 
@@ -128,6 +148,7 @@ class _Walk:
         """Run the first baseline, all of whose seeds must finish."""
         settings = self.sweep.settings
         self.board.stage(f"baseline, {len(settings.seeds)} seeds")
+        self.board.expect(len(settings.seeds) + self._runs_after(None))
         records = self._launch(((BASELINE, config),), settings.seeds)[0]
         self._check_finished(records)
         row = self._row(BASELINE, BASELINE, "keep", records, described_file(self.sweep), "")
@@ -137,22 +158,57 @@ class _Walk:
 
     def phase(self, phase: Phase, config: Mapping[str, Any], baseline: Row) -> PhaseResult:
         """Run a phase's experiments seed by seed, dropping those that crashed or are hopeless (`noise.hopeless`)."""
-        seeds, experiments = self.sweep.settings.seeds, list(phase.experiments)
-        records: dict[str, list[Record]] = {experiment.name: [] for experiment in experiments}
-        impossible: dict[str, str] = {}
-        configs = {}
+        first, *others = self.sweep.settings.seeds
+        race, later = _Race(config, baseline), self._runs_after(phase)
+        if phase.search:
+            self._search(phase.search, race, first, later)
+        else:
+            self._enter(race, phase.experiments)
+            self.board.expect(len(race.configs) * len(self.sweep.settings.seeds) + later)
+            self._run(race, list(race.configs), first)
+        for index, seed in enumerate(others):
+            racing = [name for name in race.configs if self._races(race.records[name], baseline.values)]
+            self.board.expect(len(racing) * (len(others) - index) + later)
+            self._run(race, racing, seed)
+        check_conditions([*baseline.records, *(record for group in race.records.values() for record in group)])
+        return self._decide(phase, race)
+
+    def _runs_after(self, phase: Phase | None) -> int:
+        """The most runs that the phases after this one (None: all of them) and the final comparison have."""
+        phases = self.sweep.phases
+        left = phases if phase is None else phases[[each is phase for each in phases].index(True) + 1 :]
+        return len(self.sweep.settings.seeds) * (sum(each.size for each in left) + 2)
+
+    def _search(self, search: Search, race: "_Race", seed: int, later: int) -> None:
+        """Run the points that a searcher proposes with the first seed, whose results it chooses the next ones by."""
+        from ds_optforge.experiments.search import Searcher  # Optuna takes a second to import, and is an extra
+
+        searcher, others = Searcher(search, seed), len(self.sweep.settings.seeds) - 1
+        for begun in range(0, search.trials, search.batch):
+            proposed = searcher.propose(min(search.batch, search.trials - begun))
+            self._enter(race, proposed)
+            self.board.expect(search.trials * (1 + others) - begun + later)
+            self._run(race, [experiment.name for experiment in proposed if experiment.name in race.configs], seed)
+            for experiment in proposed:
+                finished = self._values(race.records[experiment.name])
+                searcher.tell(experiment.name, finished[0] if finished else None)
+
+    def _enter(self, race: "_Race", experiments: Sequence[Experiment]) -> None:
         for experiment in experiments:
+            race.experiments.append(experiment)
+            race.records[experiment.name] = []
             try:  # it was checked against the first baseline; with the winners since then it may be impossible
-                configs[experiment.name] = changed(config, experiment.changes)
-                prepared(configs[experiment.name], self.sweep.settings.steps or CALIBRATION_STEPS)
+                config = changed(race.config, experiment.changes)
+                prepared(config, self.sweep.settings.steps or CALIBRATION_STEPS)
             except ConfigError as error:
-                impossible[experiment.name] = " ".join(str(error).split())
-        for seed in seeds:
-            racing = [name for name in records if name not in impossible and self._races(records[name], baseline.values)]
-            for name, done in zip(racing, self._launch([(name, configs[name]) for name in racing], [seed]), strict=True):
-                records[name] += done
-        check_conditions([*baseline.records, *(record for group in records.values() for record in group)])
-        return self._decide(phase, baseline, records, impossible)
+                race.impossible[experiment.name] = " ".join(str(error).split())
+            else:
+                race.configs[experiment.name] = config
+
+    def _run(self, race: "_Race", names: Sequence[str], seed: int) -> None:
+        """Run one seed of these experiments."""
+        for name, done in zip(names, self._launch([(name, race.configs[name]) for name in names], [seed]), strict=True):
+            race.records[name] += done
 
     def _races(self, records: Sequence[Record], baseline: Sequence[float]) -> bool:
         if not all(record.finished for record in records):
@@ -160,9 +216,8 @@ class _Walk:
         values = self._values(records)
         return not values or not hopeless(values, baseline)
 
-    def _decide(
-        self, phase: Phase, baseline: Row, records: Mapping[str, list[Record]], impossible: Mapping[str, str]
-    ) -> PhaseResult:
+    def _decide(self, phase: Phase, race: "_Race") -> PhaseResult:
+        baseline, records = race.baseline, race.records
         complete = {
             name: self._values(group)
             for name, group in records.items()
@@ -171,14 +226,14 @@ class _Walk:
         able = [name for name, values in complete.items() if beats(values, baseline.values)]
         best = min(able, key=lambda name: statistics.mean(complete[name]), default=None)
         rows = []
-        for experiment in phase.experiments:
+        for experiment in race.experiments:
             name = experiment.name
-            verdict, reason = self._verdict(name, records[name], baseline, best, impossible)
+            verdict, reason = self._verdict(name, records[name], baseline, best, race.impossible)
             row = self._row(phase.name, name, verdict, records[name], experiment.description, reason, experiment.priority)
             rows.append(row)
             shown = "no result" if row.mean is None else f"{row.mean:.4f}"
             self.board.decided(f"{name}: {verdict}, {shown}; {reason}")
-        winner = next((experiment for experiment in phase.experiments if experiment.name == best), None)
+        winner = next((experiment for experiment in race.experiments if experiment.name == best), None)
         return PhaseResult(phase, baseline, threshold(baseline.values), rows, winner)
 
     def _verdict(
@@ -203,6 +258,7 @@ class _Walk:
         """Run the first baseline and the combination with other seeds: those that chose the winners would flatter them."""
         seeds = self.sweep.settings.seeds
         fresh = [max(seeds) + 1 + index for index in range(len(seeds))]
+        self.board.expect(2 * len(seeds))
         before, after = self._launch(((BASELINE, first), (COMBINED, last)), fresh)
         self._check_finished(before)
         names = " + ".join(winner.name for winner in winners)

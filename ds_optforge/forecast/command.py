@@ -17,6 +17,7 @@ from ds_optforge.forecast.skeletons import load
 from ds_optforge.forecast.step_time import BATCH_TOKENS, SAVING, SEQUENCE_LENGTH, Workload
 from ds_optforge.forecast.topology import SUB_GROUP_SIZE, Topology
 from ds_optforge.routing.roles import routes_of
+from ds_optforge.terminal import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,11 @@ def answer(question: Question) -> Plan:
     workload = Workload(tokens, per_token, _model_bytes(loaded))
     sharding = config.common.sharding
     reduced = _size_of(_without_auto(loaded), "reduce_bucket_size", REDUCE_BUCKET_SIZE)
-    stages = [
-        plan_stage(routes, sharding, topology, speeds, workload, question.saving, reduced, config.around)
-        for topology in topologies
-    ]
+    stages = []
+    with progress("ZeRO stages", len(topologies)) as advance:
+        for topology in topologies:
+            stages.append(plan_stage(routes, sharding, topology, speeds, workload, question.saving, reduced, config.around))
+            advance(1)
     return Plan(
         question.model, routes, sharding, speeds, workload, question.sequence_length, stages, question.saving, _whole(loaded)
     )

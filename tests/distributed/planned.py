@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import ds_optforge
+from ds_optforge.forecast.wire import planned_bytes
 
 
 class Net(nn.Module):
@@ -88,6 +89,8 @@ def count(stage: int, optimizer: Mapping[str, Any], **zero: Any) -> dict[str, An
             engine.step()
     counted = {"sent": sent.bytes, "flops": flops.get_total_flops(), "flops_of_passes": passes.get_total_flops()}
     result = {**counted, "gradients": gradients, **_held(engine, model)}
+    if isinstance(base := engine.optimizer.optimizer, ds_optforge.OptForge):
+        result["planned"] = planned_bytes(base, config, dist.get_world_size(), "cpu")
     engine.destroy()
     return result
 

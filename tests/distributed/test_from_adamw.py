@@ -154,7 +154,7 @@ def test_deepspeeds_call_says_what_to_do_with_such_a_checkpoint(stage: int, pool
     else:
         assert "the checkpoint holds 1 parameter groups of another optimizer" in messages[1]
     for message in messages[:-1]:
-        assert "'ds-optforge convert FOLDER OUT', then ds_optforge.load_checkpoint(engine, OUT)" in message
+        assert "'ds-optforge convert FOLDER --out OUT', then ds_optforge.load_checkpoint(engine, OUT)" in message
         assert "load_optimizer_states=False, load_lr_scheduler_states=False" in message
     assert messages[-1] == ""
 

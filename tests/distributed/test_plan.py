@@ -33,7 +33,19 @@ def test_a_step_computes_and_sends_what_was_predicted(stage: int, pool2: Pool) -
     ranks = predicted(MUON, stage).ranks
     counted = pool2.run(planned.count, stage, {"type": "OptForge", "params": MUON})
     assert [each["flops"] for each in counted] == [rank.flops for rank in ranks]
-    assert [each["sent"]["c10d::alltoall_base_"] for each in counted] == [rank.sent_bytes for rank in ranks]
+    sent = [each["sent"]["c10d::alltoall_base_"] for each in counted]
+    assert sent == [rank.sent_bytes for rank in ranks]
+    assert [each["planned"] for each in counted] == [max(sent)] * 2  # what train.py writes into its summary.json
+
+
+@pytest.mark.parametrize(("sharding", "steps"), [({"gather_every": 3}, 3), ({}, None)], ids=["every_third", "never"])
+def test_a_run_that_gathers_seldom_plans_the_mean_of_its_steps(
+    sharding: dict[str, int], steps: int | None, pool2: Pool
+) -> None:
+    params = MUON | {"sharding": {"mode": "shard_local", **sharding}}
+    counted = pool2.run(planned.count, 3, {"type": "OptForge", "params": params})
+    whole = max(rank.sent_bytes for rank in predicted(MUON, 3).ranks)
+    assert [each["planned"] for each in counted] == [whole / steps if steps else 0] * 2
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -40,7 +40,7 @@ def main() -> None:
         time.sleep(0.01)
     lucky = 1.0 if config.get("lucky_seed") == int(args.seed) else 0.0
     summary = {"validation_loss": x * x / 2 + loss / 100 - lucky, "world_size": config.get("world_size", 1)}
-    summary |= {"sequence_length": 10, "state_bytes_per_parameter": 4.0}
+    summary |= {"sequence_length": 10, "state_bytes_per_parameter": 4.0, "optimizer_bytes_per_step": 2.5e6}
     (out / "summary.json").write_text(json.dumps(summary))
     print("done")
 

@@ -39,12 +39,27 @@ def test_a_table_a_tsv_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "validation loss" in capsys.readouterr().out
 
 
-def test_the_page_opens_without_a_server(tmp_path: Path) -> None:
+@pytest.mark.promise("comparison-metrics")
+def test_time_and_traffic_stand_beside_the_loss(tmp_path: Path) -> None:
+    """The program says 100 tokens a second, 10 tokens a sequence and 2.5 MB a step; a step of its batch of 8 takes 0.8 s."""
+    main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.5}}))])
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").glob("b-*/record.json")]
+    seconds = sum(record["seconds"] for record in records) / 3
+    row = results(tmp_path)[0]
+    assert (row["optimizer"], row["step_seconds"], row["optimizer_bytes_per_step"]) == ("b", "0.8", "2.5e+06")
+    assert float(row["wall_seconds"]) == pytest.approx(seconds, rel=1e-4)
+    heading, _, best, _ = (tmp_path / "out" / "results.md").read_text().splitlines()
+    shown = dict(zip(heading.split(" | "), best.split(" | "), strict=True))
+    assert (shown["step, ms"], shown["run, s"], shown["sent, MB a step"]) == ("800.0", f"{seconds:,.1f}", "2.50")
+
+
+def test_the_page_opens_without_a_server_or_a_network(tmp_path: Path) -> None:
     main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.5}}))])
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 2
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert "http" not in page
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|fetch|import\(", page)
+    assert "//" not in re.sub(r"^//.*|base64,[^\"]*", "", page, flags=re.MULTILINE)
+    assert f'<button type="button">copy</button><pre>{(tmp_path / "out" / "results.md").read_text()}</pre>' in page
     for name in ("loss_by_step.png", "loss_by_time.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -119,11 +134,18 @@ def test_when_nothing_finishes_it_says_what_to_run_again(tmp_path: Path, capsys:
     assert "no configuration finished; run again with --retry\n  a: seed 0 diverged" in capsys.readouterr().err
 
 
-def test_a_second_call_launches_nothing_and_a_new_contender_only_itself(tmp_path: Path) -> None:
+def test_a_second_call_launches_nothing_and_a_new_contender_only_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}}))])
     assert len(launches(tmp_path)) == 6
-    main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}, "c": {"lr": 0.3}}))])
+    capsys.readouterr()
+    main(["compare", str(comparison(tmp_path, {"a": {}, "b": {"lr": 0.2}, "c": {"lr": 0.3}})), "--json"])
     assert [name[0] for name in launches(tmp_path)[6:]] == ["c"] * 3
+    found = json.loads(capsys.readouterr().out)["results"]  # for programs, what is printed while it runs aside
+    assert [each["optimizer"] for each in found] == ["c", "b", "a"]
+    losses = [run["measured"]["validation_loss"] for run in found[0]["runs"]]
+    assert found[0]["figures"]["validation_loss"]["mean"] == pytest.approx(sum(losses) / 3)
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

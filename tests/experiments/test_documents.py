@@ -78,7 +78,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         ),
         ([phase("p", A={"changes": {"optimiser.params.lr": 1}})], "A:", "no section 'optimiser'; did you mean 'optimizer'?"),
         ([phase("p", A=lr(1)), phase("q", A=lr(1))], "", "phases[1].experiments.A: a second 'A', the first is in phases[0]"),
-        ([{"name": "p"}], "- name", "phases[0].experiments: got both of or none of experiments and grid"),
+        ([{"name": "p"}], "- name", "phases[0].experiments: got none of experiments, grid and search"),
         ([phase("p", **{"a/b": lr(1)})], "a/b", "got the name 'a/b'; allowed: letters, digits"),
         ([{"name": "p", "grid": {}}], "grid", "phases[0].grid: got {} (dict); allowed: 1 or more entries"),
         (["p"], "- p", "phases[0]: got 'p'; allowed: a mapping of name, experiments, grid"),

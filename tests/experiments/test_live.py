@@ -47,6 +47,16 @@ def test_an_ended_run_moves_to_the_latest(tmp_path: Path) -> None:
     assert "exit status 1" in text
 
 
+def test_the_time_that_is_left_is_estimated_from_what_runs_have_taken(tmp_path: Path) -> None:
+    """12 seconds each: five that have not started and one that has just begun, two at a time."""
+    board = Board("sweep", "validation_loss", Console(file=io.StringIO()), parallel=2)
+    board.expect(7)
+    board.started(RUN, tmp_path)
+    assert "1 under way, 6 more at most\n" in shown(board).replace(" \n", "\n")
+    board.ended(record(tmp_path / "b"), reused=True)
+    assert "1 under way, 5 more at most; about 0:00:36 left" in shown(board)
+
+
 def test_without_a_terminal_each_event_is_a_line(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=40)
     with Board("sweep", "validation_loss", console) as board:

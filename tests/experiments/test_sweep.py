@@ -1,5 +1,6 @@
 """`ds-optforge sweep`: phases, winners, noise, and going on after whatever happened."""
 
+import json
 import os
 import signal
 import subprocess
@@ -146,12 +147,28 @@ def test_a_killed_sweep_goes_on_once_the_run_that_it_left_behind_has_ended(
     goes_on(path, tmp_path)
 
 
-def test_a_finished_sweep_launches_nothing(tmp_path: Path) -> None:
-    path = sweep(tmp_path, [phase("p", A=lr(0.3))])
+def test_a_finished_sweep_launches_nothing_and_prints_its_results_for_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep(tmp_path, [phase("p", A=lr(0.3), B=lr(0.05))])
     main(["sweep", str(path)])
     count = len(launches(tmp_path))
-    assert main(["sweep", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["sweep", str(path), "--json"]) == 0
     assert len(launches(tmp_path)) == count
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert "A: keep" in printed.err
+    (result,) = found["phases"]
+    assert [(row["experiment"], row["verdict"], len(row["runs"])) for row in result["experiments"]] == [
+        ("A", "keep", 3),
+        ("B", "discard", 1),
+    ]
+    assert found["winners"] == [{"experiment": "A", "changes": {"optimizer.params.lr": 0.3}}]
+    assert [row["experiment"] for row in found["final"]] == ["baseline-again", "combined"]
+    values = [run["measured"]["validation_loss"] for run in result["experiments"][0]["runs"]]
+    assert result["experiments"][0]["mean"] == pytest.approx(sum(values) / 3)
+    assert Path(found["report"]).is_file()
 
 
 def test_a_baseline_that_crashes_is_an_error_that_says_what_to_run_again(
@@ -239,12 +256,13 @@ def test_dry_run_prints_the_order_and_launches_nothing(tmp_path: Path, capsys: p
 
 
 def test_the_page_has_the_winners_and_every_experiment(tmp_path: Path) -> None:
-    main(["sweep", str(sweep(tmp_path, [phase("p", A=lr(0.3), B=lr(0.2, description="<script>"))]))])
+    main(["sweep", str(sweep(tmp_path, [phase("p", A=lr(0.3), B=lr(0.2, description="<b>a hunch"))]))])
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Winners: A." in page
     assert page.count('src="data:image/png;base64,') == 2
-    assert "&lt;script&gt;" in page
-    assert "<script>" not in page
+    assert "&lt;b&gt;a hunch" in page
+    assert "<b>" not in page
+    assert "| 800.0 | " in page.partition("<pre>| experiment |")[2]
 
 
 # The document's table: what each ID changes, in the words of the recipe.
