@@ -45,7 +45,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(patched: Path) -> dict[str, Any]:
     """What ranks that import the copy do."""
     path = os.pathsep.join(filter(None, [str(patched), str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "tests.distributed.upstream"]
+    command = [sys.executable, "-c", "from tests.distributed.upstream import main; main()"]  # ranks import what they run
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -104,5 +104,4 @@ class TestRegistry:
 def test_the_test_of_clipping_fails_where_the_update_is_clipped(stage: int, patched: Path, pools: Pools) -> None:
     """Patch 4, which adds nothing but this test."""
     path = patched / "tests" / "unit" / "ops" / "muon" / "test_muon_clipping.py"
-    failures = pools[2].run(upstream.clipping, str(path), stage, timeout_s=LIMIT)
-    assert [failure != "" for failure in failures] == 2 * [stage > 0]
+    assert pools[2].run(upstream.clipping, str(path), stage, timeout_s=LIMIT) == 2 * [stage == 0]
