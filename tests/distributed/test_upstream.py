@@ -1,4 +1,7 @@
-"""The patches of docs/upstream: what is wrong in the installed DeepSpeed, and that a patched copy of it is right."""
+"""The patches of docs/upstream: what is wrong in the installed DeepSpeed, and that a patched copy of it is right.
+
+The copy needs ranks of its own, so that its tests are slow ones: they change when a patch does.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +69,12 @@ class TestUniversalCheckpoints:
         error = pools[1].run(ranks.universal_error, str(tmp_path / "saved"), str(tmp_path / "universal"))
         assert error == ["KeyError: 'exp_avg'"]
 
+    @pytest.mark.slow
     def test_with_the_patch_a_run_goes_on_from_two_ranks_on_one(self, found: dict[str, Any]) -> None:
         assert found["sgd_on_zero_2"] < 1e-5
         assert found["muon_on_zero_3"] < 1e-5
 
+    @pytest.mark.slow
     def test_with_the_patch_what_cannot_be_cut_is_refused_by_name(self, found: dict[str, Any]) -> None:
         """On ZeRO-2 the built-in Muon has the momentum of whole matrices, also of those that a rank holds a part of."""
         expected = r"ValueError: The optimizer state 'momentum_buffer' has \d+ values for \d+ weights"
@@ -85,6 +90,7 @@ class TestAttributes:
         lost = ["experts.w1", "experts.w2", "experts.w3", "router.gate.weight"]
         assert pools[2].run(upstream.unmarked_after_autoep)[0] == lost
 
+    @pytest.mark.slow
     def test_with_the_patch_they_stay(self, found: dict[str, Any]) -> None:
         assert found["after_autotp"] == {"mark": "a caller's", "heads": 4}
         assert found["unmarked_after_autoep"] == []
@@ -96,6 +102,7 @@ class TestRegistry:
     def test_the_installed_release_has_none(self, pools: Pools) -> None:
         assert pools[2].run(upstream.named_in_json)[0] == "Signs is not a supported DeepSpeed Optimizer"
 
+    @pytest.mark.slow
     def test_with_the_patch_a_registered_one_trains(self, found: dict[str, Any]) -> None:
         assert found["named_in_json"][-1] < found["named_in_json"][0]
 
