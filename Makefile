@@ -5,6 +5,7 @@
 # make bench   all benchmarks behind docs/performance.md, into runs/benchmarks (wants a quiet machine, and root)
 # make evidence   AdamW, tuned, against what `ds-optforge init` makes of it: the tables of docs/from_adamw.md, in half an hour
 # make choosing   every rule at its best rate, on two small models: the tables of docs/choosing.md, in an hour
+# make incumbent   what README says of DeepSpeed's built-in Muon, as tests on two ranks
 # make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
 # make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
 # make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
@@ -18,7 +19,7 @@ PYTHON ?= python3
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: train test quick docs bench evidence choosing bench-gpu test-gpu soak test-versions venv clean
+.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak test-versions venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -53,6 +54,9 @@ evidence: venv
 
 choosing: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/choosing.py --parallel 2
+
+incumbent: venv
+	$(IN_VENV) OMP_NUM_THREADS=1 pytest benchmarks/incumbent
 
 # With another environment than .venv, whose torch may be for CPUs alone: make bench-gpu GPU_ENV=/path/of/it
 GPU_ENV ?= $(CURDIR)/.venv

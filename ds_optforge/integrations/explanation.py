@@ -97,7 +97,7 @@ def table_of(rows: Sequence[Row], warnings: Sequence[str]) -> str:
         rule = row.route.settings.rule
         numel[rule] = numel.get(rule, 0) + row.count * row.route.numel
     table.caption = ", ".join(f"{rule}: {count:,} params" for rule, count in numel.items())
-    console = Console(width=_WIDTH)
+    console = Console(width=_WIDTH, force_jupyter=False)  # there it would print an empty output of its own
     with console.capture() as capture:
         console.print(table)
         for line in (*_uncut(rows), *(f"warning: {warning}" for warning in warnings)):

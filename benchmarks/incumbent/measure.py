@@ -1,9 +1,9 @@
 """Compare Muon of ds_optforge with DeepSpeed's built-in Muon: loss, bytes and time of a step.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/incumbent.py [--steps 100] [--out DIR]
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/incumbent/measure.py [--steps 100] [--clipping 1.0] [--out DIR]
 
-All candidates train the same byte GPT on the same batches with the same learning rates and gradient_clipping 1.0, in one
-run, taking turns of ten steps, so that a change of the machine's speed meets all of them. Bytes are those that the loopback
+All candidates train the same byte GPT on the same batches with the same learning rates and gradient_clipping, in one run,
+taking turns of ten steps, so that a change of the machine's speed meets all of them. Bytes are those that the loopback
 interface counted in a step, AdamW's subtracted; times are medians. Prints a table; writes incumbent.json.
 """
 
@@ -44,6 +44,7 @@ def main() -> None:
     """Measure all candidates on ZeRO-2, then on ZeRO-3, and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--clipping", type=float, default=1.0, help="gradient_clipping, which divides the built-in's update")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args()
@@ -72,14 +73,14 @@ def optimizers(stage: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return found
 
 
-def build(stage: int, optimizer: dict[str, Any], zero: dict[str, Any], model: str) -> Any:
+def build(stage: int, optimizer: dict[str, Any], zero: dict[str, Any], args: argparse.Namespace) -> Any:
     """Build an engine on the byte GPT, with the same weights for every candidate."""
     torch.manual_seed(0)
-    net = build_model(model, LENGTH)
+    net = build_model(args.model, LENGTH)
     ds_optforge.register(net)
     config = {
         "train_batch_size": BATCH,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": args.clipping,
         "zero_optimization": {"stage": stage, **zero},
         "optimizer": optimizer,
     }
@@ -88,9 +89,7 @@ def build(stage: int, optimizer: dict[str, Any], zero: dict[str, Any], model: st
 
 def measure(stage: int, corpus: Corpus, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train all candidates in turns; return a row for each."""
-    candidates = [
-        Candidate(name, build(stage, optimizer, zero, args.model)) for name, (optimizer, zero) in optimizers(stage).items()
-    ]
+    candidates = [Candidate(name, build(stage, optimizer, zero, args)) for name, (optimizer, zero) in optimizers(stage).items()]
     for first in range(0, args.steps, TURN):
         for candidate in candidates:
             for step in range(first, min(first + TURN, args.steps)):
@@ -146,7 +145,7 @@ def loopback_bytes() -> int:
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print the table and write the numbers."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread(s) a rank, {comm.get_world_size()} ranks"
-    title = f"{args.model} GPT, {args.steps} steps, clipping 1.0; {machine}"
+    title = f"{args.model} GPT, {args.steps} steps, clipping {args.clipping}; {machine}"
     table = Table("stage", "optimizer", "loss", "MB a step over AdamW", "ms a step", "ms over AdamW", title=title)
     for row in rows:
         cells = [row["loss"], row["megabytes"], row["milliseconds"], row["overhead_ms"]]
