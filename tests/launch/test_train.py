@@ -70,6 +70,7 @@ def test_the_summary_says_what_ran_and_how_it_ended(runs: dict[str, Run], config
     assert summary["config"]["scheduler"]["params"]["total_num_steps"] == STEPS
     assert set(summary["versions"]) == {"python", "torch", "deepspeed", "ds_optforge"}
     assert summary["seconds"] > 0
+    assert (summary["optimizer_bytes_per_step"] > 0) == (config == "muon_zero3")  # elsewhere no matrix is cut
 
 
 @pytest.mark.parametrize("config", COMMANDS)
