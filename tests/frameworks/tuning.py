@@ -1,0 +1,62 @@
+"""What the tests of frameworks around the HF Trainer share: the DeepSpeed file, `ds-optforge init`, and what a run has left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ds_optforge.checkpoint.convert import read
+from ds_optforge.checkpoint.export import export
+from ds_optforge.cli import main
+from tests.frameworks.environments import launch
+from tests.oracles import EXACT
+
+STEPS, SAVED = 8, 4
+ROLES = {"matrix.muon", "embedding.adamw", "unembedding.adamw", "scalar.adamw"}
+
+
+def prepared(framework: str, folder: Path, stage: int, given: dict[str, Any] | None = None) -> str:
+    """Make a folder with a tiny model, data and ds.json; and train.yaml, which ``ds-optforge init`` reads. What it leaves to do.
+
+    ds_muon.json, which init writes, then has float32 everywhere, so that runs can be compared.
+    """
+    folder.mkdir(exist_ok=True)
+    launch(framework, "python -m tests.frameworks.tiny .", folder)
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3},
+    }
+    (folder / "ds.json").write_text(json.dumps(config))
+    if given is None:
+        return ""
+    (folder / "train.yaml").write_text(yaml.safe_dump(given))
+    out = folder / "ds_muon.json"
+    assert main(["init", "--from", str(folder / "train.yaml"), "--out", str(out)]) == 0
+    made = json.loads(out.read_text())
+    params = made["optimizer"]["params"]
+    params["orthogonalization"] |= EXACT["orthogonalization"]
+    params["sharding"] = EXACT["sharding"]
+    out.write_text(json.dumps(made))
+    return out.with_name(out.name + ".reasons.md").read_text().partition("## To do")[2]
+
+
+def trained(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(parameter groups by name, weights by name) of a checkpoint of the Trainer, whose optimizer has to be OptForge."""
+    _, manifest = read(checkpoint)
+    out = checkpoint.with_name(checkpoint.name + "-exported")
+    export(checkpoint, out)
+    return {name: sorted(group["members"]) for name, group in manifest["groups"].items()}, load_file(out / "model.safetensors")
+
+
+def losses(checkpoint: Path) -> list[float]:
+    """Of the Trainer's log."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
