@@ -98,7 +98,7 @@ def train(stage: int, out: str, snippets: list[str], arguments: dict[str, Any]) 
     # Lightning's own sampler shuffles.
     ranks = {"num_replicas": int(os.environ["WORLD_SIZE"]), "rank": int(os.environ["RANK"])}
     loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, shuffle=False, **ranks))
-    names: dict[str, Any] = {"model": models.build(), "loader": loader}
+    names: dict[str, Any] = {"model": models.build(), "loader": loader, "last": arguments.pop("last", None)}
     watch = Watch()
     for name in snippets:
         text = code[name].replace("deepspeed_stage_3", f"deepspeed_stage_{stage}")

@@ -52,7 +52,8 @@ def main() -> None:
     }
     text = blocks("ray")["train"].replace("num_workers=8, use_gpu=True", f"num_workers={options.workers}")
     exec(text, names)
-    print("RESULT", json.dumps(names["result"].metrics))
+    result = names["result"]
+    print("RESULT", json.dumps({**result.metrics, "checkpoint": result.checkpoint.path}))
 
 
 if __name__ == "__main__":

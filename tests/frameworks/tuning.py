@@ -17,6 +17,9 @@ from tests.frameworks.environments import launch
 from tests.oracles import EXACT
 
 STEPS, SAVED = 8, 4
+# Of frameworks that leave the process group to Accelerate, which counts one process on a CPU unless it is told the backend.
+GLOO = 'from accelerate import PartialState\n\nPartialState(backend="gloo")\n'
+ACCELERATOR = {"use_configured_state": True, "dispatch_batches": False}
 ROLES = {"matrix.muon", "embedding.adamw", "unembedding.adamw", "scalar.adamw"}
 
 
