@@ -1,6 +1,6 @@
 """What the ranks of tests/frameworks/test_lightning.py run in the environment of Lightning: its Trainer and DeepSpeedStrategy.
 
-    torchrun --nproc-per-node 2 -m tests.frameworks.lightning_run STAGE OUT [--snippets NAME ...] [--arguments JSON]
+torchrun --nproc-per-node 2 -m tests.frameworks.lightning_run STAGE OUT [--snippets NAME ...] [--arguments JSON]
 """
 
 from __future__ import annotations
@@ -103,10 +103,14 @@ def train(stage: int, out: str, snippets: list[str], arguments: dict[str, Any]) 
     for name in snippets:
         text = code[name].replace("deepspeed_stage_3", f"deepspeed_stage_{stage}")
         # A CPU in the place of GPUs, and something that watches.
-        text = text.replace("devices=8", "devices=2, **arguments").replace("trainer.fit(", "trainer.callbacks.append(watch)\ntrainer.fit(")
+        text = text.replace("devices=8", "devices=2, **arguments").replace(
+            "trainer.fit(", "trainer.callbacks.append(watch)\ntrainer.fit("
+        )
         names |= {"watch": watch, "arguments": {"accelerator": CPU(), "use_distributed_sampler": False, **QUIET, **arguments}}
         exec(text, names)
         if name == "module":
+            if "portable" in snippets:  # the length of the whole run
+                exec(text.replace("self.trainer.estimated_stepping_batches", str(3 * EPOCH)), names)
             names["MUON"] = {**names["MUON"], **EXACT, "adamw": {"lr": 3e-3, "eps": 1e-5}}
     if names["trainer"].global_rank == 0:
         torch.save(watch.found, out)

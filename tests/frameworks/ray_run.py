@@ -1,6 +1,6 @@
 """What tests/frameworks/test_ray.py runs in the environment of Ray: its TorchTrainer, with workers on the CPU.
 
-    python -m tests.frameworks.ray_run STAGE WORKERS STEPS FOLDER [--dies-at STEP]
+python -m tests.frameworks.ray_run STAGE WORKERS STEPS FOLDER [--dies-at STEP]
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,7 +19,11 @@ from tests.distributed import cases
 from tests.frameworks.environments import blocks
 from tests.oracles import EXACT
 
-SCHEDULE = {"type": "OptForgeSchedule", "params": {"name": "linear", "warmup_num_steps": 2, "total_num_steps": 12}}
+STEPS = 12
+SCHEDULE: dict[str, Any] = {
+    "type": "OptForgeSchedule",
+    "params": {"name": "linear", "warmup_num_steps": 2, "total_num_steps": STEPS},
+}
 
 
 def share(step: int, folder: str, dies_at: int | None) -> tuple[Tensor, ...]:
@@ -34,7 +37,9 @@ def share(step: int, folder: str, dies_at: int | None) -> tuple[Tensor, ...]:
 
 
 def main() -> None:
-    """Run the page's lines; print the metrics of the last report."""
+    """Run the page's lines; print the metrics of the last report, and the checkpoint."""
+    import ray  # which the environment of the tests lacks
+
     parser = argparse.ArgumentParser()
     parser.add_argument("stage", type=int)
     parser.add_argument("workers", type=int)

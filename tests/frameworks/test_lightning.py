@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ds_optforge
+from ds_optforge.checkpoint.convert import convert
 from tests import models
 from tests.distributed.test_parity import assert_same
 from tests.frameworks.environments import launch
@@ -42,10 +43,24 @@ def run(stage: int, folder: Path, *snippets: str, **arguments: Any) -> dict[str,
     return dict(torch.load(folder / "found.pt"))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_the_pages_lines_train_as_one_process_does(stage: int, tmp_path: Path) -> None:
     found = run(stage, tmp_path, "module", "fit")
     assert found["optimizer"] == "OptForge"
     assert found["wrapper"] == ("DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer")
     assert_same(found["parameters"], plain())
     assert found["losses"][-1] < found["losses"][0]
+
+
+def test_it_resumes_bit_for_bit_and_from_a_portable_checkpoint_on_another_stage(tmp_path: Path) -> None:
+    """From the end of the second of three epochs, whose checkpoint `convert` takes."""
+    whole = run(2, tmp_path, "module", "resume")
+    assert_same(whole["parameters"], plain())
+    checkpoint = tmp_path / "checkpoints" / "epoch=1.ckpt"
+    resumed = run(2, tmp_path, "module", "resume", last=str(checkpoint))
+    assert resumed["losses"] == whole["losses"][2 * EPOCH :]
+    assert all(torch.equal(resumed["parameters"][name], found) for name, found in whole["parameters"].items())
+    convert(checkpoint, tmp_path / "portable")
+    moved = run(3, tmp_path, "module", "portable")
+    assert moved["rates"] == whole["rates"][2 * EPOCH :]
+    assert_same(moved["parameters"], plain())

@@ -1,6 +1,6 @@
 """Writes what the frameworks around the HF Trainer read: a Llama of one layer, its tokenizer and a data set.
 
-    python -m tests.frameworks.tiny FOLDER
+python -m tests.frameworks.tiny FOLDER
 """
 
 import json

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ds_optforge.checkpoint.convert import read
 from ds_optforge.checkpoint.export import export
+from ds_optforge.checkpoint.files import Checkpoint
+from ds_optforge.checkpoint.logical import weight_name
 from ds_optforge.cli import main
 from tests.frameworks.environments import launch
 from tests.oracles import EXACT
@@ -24,12 +26,13 @@ ROLES = {"matrix.muon", "embedding.adamw", "unembedding.adamw", "scalar.adamw"}
 
 
 def prepared(framework: str, folder: Path, stage: int, given: dict[str, Any] | None = None) -> str:
-    """Make a folder with a tiny model, data and ds.json; and train.yaml, which ``ds-optforge init`` reads. What it leaves to do.
+    """Make a folder with a tiny model, data and ds.json; and train.yaml, which init reads. Return what that leaves to do.
 
     ds_muon.json, which init writes, then has float32 everywhere, so that runs can be compared.
     """
     folder.mkdir(exist_ok=True)
-    launch(framework, "python -m tests.frameworks.tiny .", folder)
+    if not (folder / "model").exists():
+        launch(framework, "python -m tests.frameworks.tiny .", folder)
     config = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -59,7 +62,20 @@ def trained(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {name: sorted(group["members"]) for name, group in manifest["groups"].items()}, load_file(out / "model.safetensors")
 
 
+def trained_portable(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of a portable checkpoint of a model that is not transformers'."""
+    found = Checkpoint(checkpoint)
+    shapes = found.manifest["shapes"]
+    weights = {name: found.whole(weight_name(name)).view(shape) for name, shape in shapes.items()}
+    return {name: sorted(group["members"]) for name, group in found.manifest["groups"].items()}, weights
+
+
 def losses(checkpoint: Path) -> list[float]:
     """Of the Trainer's log."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def logged(checkpoint: Path) -> set[str]:
+    """What the first record of training in the Trainer's log has."""
+    return set(json.loads((checkpoint / "trainer_state.json").read_text())["log_history"][0])
