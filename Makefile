@@ -9,6 +9,7 @@
 # make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
 # make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
 # make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
+# make test-frameworks   the recipes of docs/frameworks/ inside Lightning, Ray Train and others, each in an environment of its own
 # make venv    only the set-up that both begin with
 # make clean   remove what the targets above made, the results of training aside
 
@@ -19,7 +20,7 @@ PYTHON ?= python3
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak test-versions venv clean
+.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak test-versions test-frameworks venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -74,6 +75,9 @@ soak: venv
 test-versions: venv
 	$(IN_VENV) python tests/versions.py
 
+test-frameworks: venv
+	$(IN_VENV) pytest -m frameworks tests/frameworks
+
 # A build of an operator that was interrupted leaves a lock, for which all later ones would wait.
 venv: .venv/installed
 	@rm -f .venv/torch_extensions/*/lock
@@ -87,5 +91,5 @@ venv: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .versions build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .versions .frameworks build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,8 +8,6 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-# A link to a file of the repository, which the site does not have.
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
 _INTO_DOCS = re.compile(r"\]\(docs/")
 _OF_THE_ROOT = re.compile(r"\[([^\]]+)\]\((?!docs/)[\w.]+\)")  # CONTRIBUTING.md, say
 
@@ -23,5 +21,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Leave the text of links to files of the repository."""
-    return _OUTSIDE.sub(r"\1", markdown)
+    """Leave the text of links to files of the repository, which the site does not have: they lead up and out of the pages."""
+    up = page.file.src_uri.count("/") + 1
+    return re.sub(rf"\[([^\]]+)\]\((?:\.\./){{{up}}}[^)]+\)", r"\1", markdown)

@@ -72,6 +72,7 @@ WITH_RANKS = (
     "tests/distributed/",
     "tests/launch/",
     "tests/experiments/",
+    "tests/frameworks/",
     "tests/gpu/",
     "tests/testing/",
     "tests/test_benchmarks.py",

@@ -77,7 +77,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
-    assert pages - {"404"} == {path.stem for path in (ROOT / "docs").glob("*.md")} | {"changelog"}
-    for page in (tmp_path / "site").glob("*.html"):
+    made, docs = tmp_path / "site", ROOT / "docs"
+    pages = {path.relative_to(made).with_suffix("") for path in made.rglob("*.html")}
+    assert pages - {Path("404")} == {path.relative_to(docs).with_suffix("") for path in docs.rglob("*.md")} | {
+        Path("changelog")
+    }
+    for page in made.rglob("*.html"):
         assert LOADED.findall(page.read_text(encoding="utf-8")) == [], page.name

@@ -4,6 +4,7 @@ It reads checkpoints of OptForge, whose state says where everything lies (`OptFo
 built-in Muon under DeepSpeed, and of torch.optim.Muon (`incumbents`). A tensor is in memory only while it is written.
 """
 
+import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from ds_optforge.terminal import progress
 from ds_optforge.zero.engine import COUNTERS
 from ds_optforge.zero.partition import Per
 from ds_optforge.zero.placement import Placement
+
+logger = logging.getLogger("ds_optforge")
 
 
 def convert(source: Path, out: Path) -> None:
@@ -85,9 +88,20 @@ def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
         "counters": {key: model[key] for key in COUNTERS},
         "loss_scale": checkpoint.loss_scale,
         "scheduler": scheduler,
-        "client_state": plain(checkpoint.client_state, f"{checkpoint.folder}: the client_state"),
+        "client_state": _plain_entries(checkpoint.client_state, checkpoint.folder),
         "written_by": {"converted_from": "engine.save_checkpoint", "world_size": sum(len(stage.shards) for stage in stages)},
     }
+
+
+def _plain_entries(client_state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Leave out the entries that a manifest cannot hold, with a warning for each: nobody can save the checkpoint again."""
+    found = {}
+    for key, value in client_state.items():
+        try:
+            found |= plain({key: value}, f"{folder}: '{key}' of the client_state")
+        except CheckpointError as error:
+            logger.warning("%s; it is left out", error)
+    return found
 
 
 def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:

@@ -122,7 +122,7 @@ def refused_early(params: dict[str, Any], folder: str) -> None:
 
 
 def run_page(snippet: str, config: dict[str, Any], folder: str) -> list[float]:
-    """The losses of the lines of docs/finetuning.md."""
+    """The losses of the lines of docs/frameworks/trl.md."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     names: dict[str, Any] = {"ds_optforge": ds_optforge, "SFTTrainer": SFTTrainer, "model": model("sft"), "lora": lora("sft")}

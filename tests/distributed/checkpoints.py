@@ -112,6 +112,14 @@ def save_both(config: dict[str, Any], folder: str, **model_options: Any) -> None
     engine.destroy()
 
 
+def save_engine(config: dict[str, Any], folder: str, client_state: dict[str, Any]) -> None:
+    """After one step, by DeepSpeed."""
+    engine = build_engine(config, {})
+    run_steps(engine, 0, 1)
+    engine.save_checkpoint(folder, client_state=client_state)
+    engine.destroy()
+
+
 def save_and_average(config: dict[str, Any], folder: str) -> dict[str, torch.Tensor]:
     """A checkpoint, and the weights to evaluate with at that moment."""
     engine = build_engine(config, {})

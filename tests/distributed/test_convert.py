@@ -51,6 +51,18 @@ def assert_equal(folder: Path) -> None:
     assert manifests[0]["counters"].items() <= manifests[1]["counters"].items()
 
 
+def test_what_a_manifest_cannot_hold_of_the_client_state_is_left_out_with_a_warning(
+    pools: Pools, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Lightning's checkpoints have it: a tensor in the state of its callbacks."""
+    odd = {"epoch": 3, "callbacks": {"keep": {"kth_value": torch.tensor(1.0)}}}
+    pools[2].run(checkpoints.save_engine, cases.engine_config(2, cases.MUON), str(tmp_path / "engine"), odd)
+    convert(tmp_path / "engine", tmp_path / "converted")
+    assert checkpoints.Checkpoint(tmp_path / "converted").manifest["client_state"] == {"epoch": 3}
+    (warning,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "'callbacks' of the client_state cannot be saved: Object of type Tensor" in warning
+
+
 def test_an_average_is_converted(pools: Pools, tmp_path: Path) -> None:
     config = cases.engine_config(3, {**cases.MUON, "average": {"kind": "tail", "start": 3}})
     pools[2].run(checkpoints.save_both, config, str(tmp_path), **ODD)

@@ -133,7 +133,8 @@ def test_a_trained_adapter_is_saved_as_peft_saves_it(stage: int, pools: Pools, t
 @pytest.mark.parametrize("name", ["train", "switch"])
 def test_the_pages_snippets_train(name: str, pools: Pools, tmp_path: Path) -> None:
     """In a folder with the configuration that `ds-optforge configs` writes."""
-    assert PAGE.count("```python") == len(SNIPPETS) == 4  # that of TRL is run in test_trl.py
+    assert PAGE.count("```python") == len(SNIPPETS) == 3
+    assert f"```python\n{SNIPPETS['train']}```" in (ROOT / "docs" / "frameworks" / "peft.md").read_text(encoding="utf-8")
     path = shipped_configs.write("muon_lora_zero2", tmp_path)
     snippet = SNIPPETS[name].replace(path.name, str(path))
     for losses in pools[2].run(adapters.run_page, snippet, name == "switch"):

@@ -54,7 +54,7 @@ def test_adapters_that_trl_makes_are_orthogonalized(kind: str, pools: Pools, tmp
 
 
 def test_the_pages_lines_train(pools: Pools, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "frameworks" / "trl.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"<!-- snippet: trl -->\n```python\n(.*?)```", page, re.DOTALL)
     config = cases.engine_config(2, MUON, train_batch_size=4)
     del config["optimizer"]

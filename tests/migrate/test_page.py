@@ -8,8 +8,10 @@ import pytest
 
 from ds_optforge.cli import main
 from ds_optforge.migrate.kinds import KINDS
+from tests.migrate.conftest import Init
 
-PAGE = (Path(__file__).parents[2] / "docs" / "from_adamw.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "from_adamw.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- (\w+) -->\n```\w+\n(.*?)```", PAGE, re.DOTALL))
 
 
@@ -30,3 +32,10 @@ def test_every_kind_of_file_has_a_row() -> None:
     assert len(rows) == len(KINDS)
     for kind in KINDS:
         assert any(kind.name in row for row in rows), kind.name
+
+
+@pytest.mark.parametrize("framework", ["axolotl", "llama_factory"])
+def test_the_pages_of_frameworks_have_the_code_that_is_printed(framework: str, init: Init) -> None:
+    init.given(f"{framework}.yaml")
+    (printed,) = re.findall(r"```python\n.*?```", init.to_do, re.DOTALL)
+    assert printed in (DOCS / "frameworks" / f"{framework}.md").read_text(encoding="utf-8")
