@@ -1,21 +1,35 @@
 """The files that a training run leaves in its folder, as train.py, compare and sweep write and read them."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from ds_optforge.reading import DATA_BYTES, json_value, text
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Read the rows of metrics.jsonl up to the first incomplete one (still being written, or cut off); none without a file."""
     path = folder / "metrics.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in text(path, DATA_BYTES).splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            rows.append(json_value(line))
         except ValueError:
             break
     return [row for row in rows if isinstance(row, dict)]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read summary.json.
+
+    Raises:
+        OSError: there is none that can be read.
+        ValueError: it holds no object.
+    """
+    found = json_value(text(folder / "summary.json"))
+    if not isinstance(found, dict):
+        raise ValueError(f"got a {type(found).__name__}; allowed: an object")
+    return found
 
 
 def replace_text(path: Path, text: str) -> None:
