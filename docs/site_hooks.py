@@ -1,4 +1,4 @@
-"""What the documentation site needs beside the pages: the changelog, what is said of security, and links that leave the pages as text.
+"""What the documentation site needs beside the pages: pages from the root, and links that leave the pages as text.
 
 mkdocs.yml names this file; mkdocs calls the functions by their names.
 """

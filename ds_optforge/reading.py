@@ -99,7 +99,7 @@ def yaml_node(loader: Any) -> Any:
 
 
 def yaml_value(loader: Any, node: Any) -> Any:
-    """Return what a node says that `yaml_node` returned; None for None. Raises ValueError where a tag and a value do not fit."""
+    """Return what a node of `yaml_node` says; None for None. Raises ValueError where a tag and a value do not fit."""
     try:
         return None if node is None else loader.construct_document(node)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML lets these through

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from ds_optforge.checkpoint.chunks import flat_chunk
 from ds_optforge.checkpoint.convert import convert
 from ds_optforge.checkpoint.export import export
 from ds_optforge.checkpoint.files import Checkpoint, write
-from ds_optforge.checkpoint.chunks import flat_chunk
 from ds_optforge.checkpoint.manifest import MANIFEST, sha256_of, write_manifest
 from ds_optforge.config.deepspeed import load_config
 from ds_optforge.experiments.documents import Document

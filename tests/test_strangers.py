@@ -4,6 +4,7 @@
 `tests/data/checkpoints` and `tests/data/init`.
 """
 
+import contextlib
 import copy
 import json
 import struct
@@ -114,7 +115,7 @@ EDITS = st.lists(
         st.sampled_from(["replace", "remove", "double"]),
         st.floats(0, 1),
         st.floats(0, 0.2),
-        st.sampled_from(list(b'{}[]:,"-!&*<>0x\n \xff\x00') + [0x7F]),
+        st.sampled_from(list(b'{}[]:,"-!&*<>0x\n \xff\x00')),
     ),
     min_size=1,
     max_size=4,
@@ -132,10 +133,12 @@ def edited(content: bytes, edits: list[tuple[str, float, float, int]]) -> bytes:
 
 def refused_by_name(path: Path, read: Callable[[], object]) -> None:
     """Whatever it holds: it is read, or the error is ours and names the path."""
+    message = str(path)
     try:
         read()
     except (ConfigError, CheckpointError) as error:
-        assert str(path) in str(error), error
+        message = str(error)
+    assert str(path) in message
 
 
 SOURCES = sorted(path for path in (DATA / "init").iterdir() if path.is_file())
@@ -187,10 +190,8 @@ def test_what_runs_leave_behind(tmp_path_factory: pytest.TempPathFactory, value:
     refused_by_name(folder, lambda: read_record(folder))
     assert isinstance(last_row(folder), dict)
     assert all(isinstance(found, dict) for found in read_rows(folder))
-    try:
+    with contextlib.suppress(ValueError):  # which `measure` and `judged` catch
         assert isinstance(read_summary(folder), dict)
-    except ValueError:
-        pass  # which `measure` and `judged` catch
 
 
 # ------------------------------------------------------------------------------------------------- changed checkpoints

@@ -135,7 +135,7 @@ def _placement(checkpoint: EngineCheckpoint, saved: Mapping[str, Any]) -> Placem
     placement, limit = Placement.from_plain(saved), checkpoint.nbytes
     for index, (name, cut) in enumerate(zip(placement.layout.names, placement.layout.cuts, strict=True)):
         numel = placement.numel(index)
-        within = 0 <= cut.base and cut.base + numel <= placement.layout.world_size * cut.size and cut.size > 0
+        within = cut.base >= 0 and cut.base + numel <= placement.layout.world_size * cut.size and cut.size > 0
         if numel and not (0 < numel <= limit and within):
             raise CheckpointError(
                 f"{checkpoint.folder}: says that '{name}' has {numel} elements, and {cut.size} of them on a rank, in files of "

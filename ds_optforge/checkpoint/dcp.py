@@ -3,7 +3,6 @@
 Importing torch.distributed.checkpoint takes long, so that module imports this one when it first writes or reads.
 """
 
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ds_optforge.checkpoint.chunks import Chunk, Request, files_of
-from ds_optforge.checkpoint.manifest import MANIFEST, incomplete, sha256_of, sync_folder, write_manifest
+from ds_optforge.checkpoint.manifest import MANIFEST, WriterLock, incomplete, sha256_of, sync_folder, write_manifest
 from ds_optforge.errors import CheckpointError
 from ds_optforge.reading import json_value
 
@@ -113,12 +112,11 @@ class _Writer(HuggingFaceStorageWriter):
         """Make the temporary folder and share out the files; runs on the coordinator alone, before any rank writes.
 
         Raises:
-            FileExistsError: the checkpoint exists.
+            FileExistsError: the checkpoint exists, or another job is writing it (InUse).
         """
         if self._folder.exists():
             raise FileExistsError(f"{self._folder} is there already; a checkpoint is never overwritten")
-        shutil.rmtree(self._temporary)  # of a save that was killed; prepare_local_plan has made it in any case
-        self._temporary.mkdir()
+        self._lock = WriterLock(self._temporary)  # prepare_local_plan has made the folder
         self.fqn_to_index_mapping = _share_out(plans)
         return super().prepare_global_plan(plans)
 
@@ -152,6 +150,7 @@ class _Writer(HuggingFaceStorageWriter):
         write_manifest(self._temporary / MANIFEST, {**self._manifest, "files": dict(sorted(listed.items()))})
         sync_folder(self._temporary)
         self._temporary.rename(self._folder)
+        self._lock.release(self._folder)
         sync_folder(self._folder.parent)
 
 

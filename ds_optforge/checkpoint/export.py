@@ -171,7 +171,7 @@ def _beside(source: Path, config: Path | None) -> dict[str, bytes]:
 
 
 def _copied(path: Path, given: bool) -> bytes:
-    """The content of a file to copy. Links are followed in a folder that the user has ``given``: Hugging Face's cache has them."""
+    """The content of a file to copy. Links are followed in a ``given`` folder: Hugging Face's cache has them."""
     try:
         return reading.content(path if given else reading.inside(path.parent, path.name), reading.DATA_BYTES)
     except (OSError, ValueError) as error:

@@ -1,8 +1,10 @@
 """The manifest of a portable checkpoint, its checksums, and the folder that it lies in."""
 
+import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ MANIFEST = "checkpoint.json"
 INCOMPLETE = ".incomplete"  # what a save in progress, or one that was killed, is called
 VERSION = 1
 
+_LOCK = "writer.lock"
 _READ_BYTES = 2**22
 _DIMENSIONS = 64  # torch has tensors of no more
 
@@ -54,6 +57,38 @@ class _Manifest(_Entry):
     loss_scale: dict[str, float] = Field(description="numbers by name")
     scheduler: dict[str, Any] | None = Field(description="the state of a scheduler, or null")
     client_state: dict[str, Any] = Field(description="an object")
+
+
+class InUse(FileExistsError):
+    """Another job is writing the same checkpoint."""
+
+
+class WriterLock:
+    """Held by the process that writes a checkpoint, for as long as that process lives and no longer."""
+
+    def __init__(self, temporary: Path) -> None:
+        """Take the lock of a folder that a checkpoint is written into, and remove what a killed job left there.
+
+        Raises:
+            InUse: another job has it.
+        """
+        path = temporary / _LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._close = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"{temporary}: another job is writing it now; allowed: a folder for each job") from None
+        except OSError:  # a file system without locks
+            pass
+        for left in temporary.iterdir():
+            if left != path:
+                left.unlink()
+
+    def release(self, folder: Path) -> None:
+        """Give the lock back once the checkpoint is in ``folder``. After the rename: before it, another job would begin."""
+        (folder / _LOCK).unlink()
+        self._close()
 
 
 def incomplete(folder: Path) -> Path:

@@ -46,7 +46,7 @@ def load(path: Path) -> Any:
 
 
 def _refuse_packed(path: Path) -> None:
-    """Raise ValueError for records that are larger than the file, and for a pickle with calls that torch.save does not write."""
+    """Raise ValueError for records larger than the file, and for a pickle with calls that torch.save does not write."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if packed := [record for record in records if record.compress_type != zipfile.ZIP_STORED]:

@@ -123,9 +123,7 @@ class Pool:
     which the ranks are forked; None for one each, which differ in the order of sets, but take 250 MB each.
     """
 
-    def __init__(
-        self, size: int, log_directory: Path, python: str = sys.executable, nurseries: int | None = None
-    ) -> None:
+    def __init__(self, size: int, log_directory: Path, python: str = sys.executable, nurseries: int | None = None) -> None:
         self.size = size
         self._nurseries = nurseries or size
         self._python = python
