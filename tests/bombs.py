@@ -7,6 +7,7 @@ reader that users would call, within a limit of memory, and prints a line of JSO
 import json
 import pickle
 import resource
+import shutil
 import struct
 import sys
 import zipfile
@@ -124,7 +125,7 @@ def of_text(path: Path) -> Iterator[tuple[str, Read]]:
 
 def of_documents(folder: Path) -> Iterator[tuple[str, Read]]:
     for path in sorted(CORPUS.iterdir()):
-        yield from of_text(path)
+        yield from of_text(Path(shutil.copy(path, folder)))
     huge = sparse(folder / "huge.json")
     yield from of_text(huge)
     yield "a model", lambda: load_model(str(huge))
@@ -199,7 +200,7 @@ def of_engines(folder: Path) -> Iterator[tuple[str, Read]]:
     yield converted("states: a link", folder / "states linked")
     yield converted("states: packed", packed(folder / "packed"))
     yield converted("states: bytearray", engine(folder / "bytearray", Call(bytearray, TERABYTE)))
-    yield converted("states: Tensor", engine(folder / "tensor", Call(torch.Tensor, TERABYTE)))
+    yield converted("states: Tensor", engine(folder / "tensor", Call(torch.Tensor, 2**26)))
     yield converted("states: repeated", engine(folder / "repeated", {"module": {"a": torch.zeros(1).expand(TERABYTE)}}))
     shape = Call(torch._utils._rebuild_tensor_v2, torch.zeros(2).storage(), 0, (TERABYTE,), (1,), False, {})
     yield converted("states: a shape", engine(folder / "shape", {"module": {"a": shape}}))

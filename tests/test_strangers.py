@@ -32,7 +32,7 @@ from ds_optforge.experiments.live import last_row
 from ds_optforge.experiments.run_files import read_rows, read_summary
 from ds_optforge.migrate import kinds
 from tests.bombs import CORPUS, nested, with_files
-from tests.test_config_fuzz import JSON, change, places
+from tests.test_config_fuzz import JSON, change
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -58,7 +58,7 @@ def test_a_file_that_means_harm_is_an_error_that_names_it_in_bounded_memory(refu
     assert len(refusals) > 2 * len(list(CORPUS.iterdir()))
     for refused in refusals:
         assert refused["error"] in ALLOWED, refused
-        assert "bombs" in refused["message"], refused  # the folder, in which each has a file of its own, or the corpus
+        assert "/bombs" in refused["message"], refused  # the folder that all of them are in
 
 
 # What the message says, for those that something else than their kind of harm might stop.
@@ -85,7 +85,7 @@ def test_a_file_that_means_harm_is_an_error_that_names_it_in_bounded_memory(refu
         ("states: a link", "leads out of"),
         ("states: packed", "its record 'archive/data.pkl' is compressed"),
         ("states: bytearray", "names '__builtin__.bytearray'"),
-        ("states: Tensor", "names 'torch.Tensor'"),
+        ("states: Tensor", "has tensors of 268435456 bytes in a file of"),
         ("states: repeated", "has a tensor of shape [1099511627776] with 4 bytes of values"),
         ("states: elements", "says that 'a' has 1099511627776 elements"),
         ("states: ranks", "says that 'a' has 1099511627776 elements"),
@@ -221,19 +221,29 @@ def replaced(path: Path, content: bytes) -> None:
 
 
 VALUES = JSON | st.sampled_from([torch.zeros(3), torch.zeros(0), torch.zeros((), dtype=torch.int8), 2**62, -1, [0], {}])
+WAYS = st.lists(st.integers(0, 99), min_size=1, max_size=8)
 CHANGES = st.lists(
-    st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "remove", "add"]), st.text(max_size=3), VALUES),
+    st.tuples(WAYS, st.sampled_from(["replace", "remove", "add"]), st.text(max_size=3), VALUES),
     min_size=1,
     max_size=2,
 )
 
 
-def changed(content: Any, changes: list[tuple[int, str, str, Any]]) -> Any:
+def changed(content: Any, changes: list[tuple[list[int], str, str, Any]]) -> Any:
     content = copy.deepcopy(content)
-    for number, how, key, value in changes:
-        found = sorted(places(content), key=str)
-        change(content, found[number % len(found)], how, key, value)
+    for numbers, how, key, value in changes:
+        change(content, tuple(place(content, numbers)), how, key, value)
     return content
+
+
+def place(content: Any, numbers: list[int]) -> Iterator[str | int]:
+    """The way down to a value, as deep as there are numbers, each of which chooses one of what is there."""
+    for number in numbers:
+        keys = list(content) if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+        if not keys:
+            return
+        yield (key := keys[number % len(keys)])
+        content = content[key]
 
 
 @FUZZ
@@ -271,7 +281,7 @@ def engines(saved: Path) -> Iterator[Path]:
         yield from (saved / name / stage / "engine" / "global_step5" for stage in ("zero0", "zero2", "zero3"))
 
 
-@settings(FUZZ, max_examples=120)
+@FUZZ
 @given(st.integers(0, 5), st.integers(0, 3), CHANGES)
 def test_a_changed_engine_checkpoint(saved: Path, tmp_path_factory: Any, which: int, file: int, changes: Any) -> None:
     folder = tmp_path_factory.mktemp("changed")
@@ -302,4 +312,4 @@ def test_undamaged_ones_are_read(saved: Path, tmp_path: Path) -> None:
     for source in (ROOT / "ds_configs").glob("*.json"):
         check(load_config(source), filled=False)
     (tmp_path / "file.yaml").write_bytes(DOCUMENT)
-    assert Document.read(tmp_path / "file.yaml").content["runs"]["adamw"]["lr"] == 0.5
+    assert Document.read(tmp_path / "file.yaml").content["runs"]["adamw"]["lr"] == 0.001  # the first of what is merged

@@ -8,7 +8,7 @@ their values. What torch.save writes of a model and its optimizer has none of th
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from ds_optforge.reading import DATA_BYTES
 from ds_optforge.zero.engine import safe_classes
 
 # What torch.save names in a pickle of plain values, tensors and DeepSpeed's classes. Torch itself allows a few more, of which
-# bytearray(n) and torch.Tensor(n) take memory by a number in the file.
+# bytearray(n) fills memory by a number in the file.
 _NAMED = re.compile(
-    r"collections (OrderedDict|Counter)|(__builtin__|builtins) (set|complex|getattr)|_codecs encode|torch (?!\w*Tensor$)\w+"
-    r"|torch\._utils _rebuild_(tensor_v2|parameter|parameter_with_state)|torch\.nn\.parameter Parameter|deepspeed\..*"
+    r"collections (OrderedDict|Counter)|(__builtin__|builtins) (set|complex|getattr)|_codecs encode"
+    r"|torch (Tensor|(?!\w*Tensor$)\w+)|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter|parameter_with_state)|deepspeed\..*"
 )
 
 
@@ -37,8 +38,7 @@ def load(path: Path) -> Any:
         _refuse_packed(path)
         with safe_classes():
             found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for tensor in tensors_in(found):
-            _refuse_repeated(tensor)
+        _refuse_larger(list(_tensors(found)), path.stat().st_size)
     except Exception as error:  # torch lets any through that a damaged pickle makes Python raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path}: cannot be read: {reason}") from None
@@ -59,27 +59,34 @@ def _refuse_packed(path: Path) -> None:
                 raise ValueError(f"names {str(named).replace(' ', '.')!r}; allowed: tensors, plain values, DeepSpeed's classes")
 
 
-def tensors_in(content: Any) -> Iterator[Tensor]:
+def _tensors(content: Any) -> Iterator[Tensor]:
     """Yield every tensor inside dicts, lists, tuples and attributes, once."""
     seen: set[int] = set()
     left = [content]
     while left:
         value = left.pop()
-        if isinstance(value, Tensor | str | int | float | None) or id(value) in seen:
-            if isinstance(value, Tensor):
-                yield value
+        if isinstance(value, str | int | float | None) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Mapping):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
             left += value.values()
         elif isinstance(value, list | tuple | set):
             left += value
         left += getattr(value, "__dict__", {}).values()
 
 
-def _refuse_repeated(tensor: Tensor) -> None:
-    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise ValueError(f"has a tensor of shape {list(tensor.shape)} with {tensor.untyped_storage().nbytes()} bytes of values")
+def _refuse_larger(tensors: Sequence[Tensor], limit: int) -> None:
+    """Raise ValueError for tensors that repeat their values, and for values that are not those of a file of ``limit`` bytes."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        held = tensor.untyped_storage()
+        storages[held.data_ptr()] = held.nbytes()
+        if tensor.numel() * tensor.itemsize > held.nbytes():
+            raise ValueError(f"has a tensor of shape {list(tensor.shape)} with {held.nbytes()} bytes of values")
+    if sum(storages.values()) > limit:
+        raise ValueError(f"has tensors of {sum(storages.values())} bytes in a file of {limit} bytes")
 
 
 def address(tensor: Tensor) -> tuple[int, int]:

@@ -4,14 +4,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ds_optforge.reading import DATA_BYTES, json_value, text
+from ds_optforge.errors import ConfigError
+from ds_optforge.reading import DATA_BYTES, content, json_value, text
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read the rows of metrics.jsonl up to the first incomplete one (still being written, or cut off); none without a file."""
+    """Read the rows of metrics.jsonl up to the first incomplete one (still being written, or cut off); none without a file.
+
+    Raises:
+        ConfigError: the file is too large.
+    """
     path = folder / "metrics.jsonl"
+    try:
+        lines = content(path, DATA_BYTES).splitlines() if path.is_file() else ()
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; allowed: what a run has written") from None
     rows = []
-    for line in text(path, DATA_BYTES).splitlines() if path.is_file() else ():
+    for line in lines:
         try:
             rows.append(json_value(line))
         except ValueError:
