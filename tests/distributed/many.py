@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import ds_optforge
 from ds_optforge.checkpoint.live import LiveEngine
-from tests.distributed.cases import full_parameters
+from tests.distributed.cases import disagree, full_parameters
 from tests.models import batch
 
 BATCH = 32
@@ -40,6 +40,19 @@ class TinyNet(nn.Module):
 def build() -> TinyNet:
     torch.manual_seed(0)
     return TinyNet()
+
+
+def train_and_disagree(configs: dict[int, dict[str, Any]]) -> tuple[dict[int, dict[str, Any]], str]:
+    """What `train` returns of each configuration, and the error of the first step of ranks that have other layouts.
+
+    One job: cleaning up behind a job takes many ranks longer than all of this.
+    """
+    trained = {stage: train(config) for stage, config in configs.items()}
+    try:
+        disagree(stage=2, train_batch_size=BATCH)
+    except ds_optforge.LayoutError as error:
+        return trained, str(error)
+    return trained, ""
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
