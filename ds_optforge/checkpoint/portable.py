@@ -91,7 +91,8 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
     with _agreeing() as problems:
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
-        problems += [] if problems else misfits(checkpoint)
+    with _agreeing() as problems:  # of files that some rank has found to be sound
+        problems += misfits(checkpoint)
         problems += [] if problems else [*_differences(live, checkpoint, strict), *_for_other_matrices(live, checkpoint)]
         resumptions = [] if problems else _resumptions(live, checkpoint)
         problems += _lost_lookaheads(live, checkpoint, resumptions)

@@ -13,6 +13,8 @@ from tests.launch.commands import Process, on_this_machine
 
 STEPS, EVERY = 24, 4
 TORCHRUN = "torchrun --nproc-per-node=2 -m"
+# torchrun's own store outlives the ranks, and has the addresses of those that died (pytorch#135712), unless it is not shared.
+RESTARTING = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --max-restarts=3 --nproc-per-node=2 -m"
 DEEPSPEED = "deepspeed --num_gpus 2 --module"
 
 
@@ -62,7 +64,7 @@ def test_a_run_that_is_stopped_and_killed_ends_as_if_nothing_had_happened(
     os.utime(oldest, (2**31, 2**31))  # of a host whose clock is years ahead: the newest is the one of the most steps
 
     faults = "exchange.py:collect:1,optimizer.py:step:16,step_00000016"
-    finished = interrupted.launch("torchrun --max-restarts=3 --nproc-per-node=2 -m", DIE_IN=faults)
+    finished = interrupted.launch(RESTARTING, DIE_IN=faults)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("failed (exitcode: -9) local_rank: 1") == 3
     assert interrupted.losses == uninterrupted.losses
@@ -84,7 +86,7 @@ def test_deepspeeds_launcher_ends_when_a_rank_is_killed_and_one_rank_goes_on(
     assert killed.returncode != 0
     assert "--local_rank=1" in killed.stderr + killed.stdout
     assert "exits with return code = -9" in killed.stderr + killed.stdout
-    assert "rank 0: not written" in killed.stderr
+    assert "step_00000008: not written" in killed.stderr
     assert job.checkpoints == [EVERY]
 
     alone = on_this_machine(f"python train.py {job.small}")
