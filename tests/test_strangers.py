@@ -21,9 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_optforge import CheckpointError, ConfigError
+from ds_optforge.checkpoint.chunks import flat_chunk
 from ds_optforge.checkpoint.convert import convert
 from ds_optforge.checkpoint.export import export
+from ds_optforge.checkpoint.files import Checkpoint, write
 from ds_optforge.checkpoint.manifest import MANIFEST, plain, write_manifest
+from ds_optforge.checkpoint.random_states import saved_random_states
 from ds_optforge.checkpoint.torch_files import load
 from ds_optforge.config.deepspeed import check, load_config
 from ds_optforge.experiments.documents import Document
@@ -31,7 +34,7 @@ from ds_optforge.experiments.launching import read_record
 from ds_optforge.experiments.live import last_row
 from ds_optforge.experiments.run_files import read_rows, read_summary
 from ds_optforge.migrate import kinds
-from tests.bombs import CORPUS, nested, with_files
+from tests.bombs import CORPUS, EMPTY, nested, with_files
 from tests.test_config_fuzz import JSON, change
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +109,12 @@ def test_what_could_not_be_read_again_is_not_saved() -> None:
         plain(itself, "client_state")
     generator = 2**127 + 1  # numpy's generators have numbers of 128 bits
     assert plain({"state": generator}, "client_state") == {"state": generator}
+
+
+def test_random_states_are_tried_out_before_anything_changes(tmp_path: Path) -> None:
+    write(tmp_path / "saved", [flat_chunk("random/0/numpy", 3, 0, torch.tensor(list(b"[1]"), dtype=torch.uint8))], EMPTY)
+    with pytest.raises(CheckpointError, match="saved: random/0 is no random state"):
+        saved_random_states(Checkpoint(tmp_path / "saved"), 0)
 
 
 # ------------------------------------------------------------------------------------------------- damaged text
