@@ -78,6 +78,6 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
-    assert pages - {"404"} == {path.stem for path in (ROOT / "docs").glob("*.md")} | {"changelog"}
+    assert pages - {"404"} == {path.stem for path in (ROOT / "docs").glob("*.md")} | {"changelog", "security"}
     for page in (tmp_path / "site").glob("*.html"):
         assert LOADED.findall(page.read_text(encoding="utf-8")) == [], page.name

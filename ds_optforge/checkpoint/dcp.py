@@ -112,7 +112,8 @@ class _Writer(HuggingFaceStorageWriter):
         """Make the temporary folder and share out the files; runs on the coordinator alone, before any rank writes.
 
         Raises:
-            FileExistsError: the checkpoint exists, or another job is writing it (InUse).
+            FileExistsError: the checkpoint exists.
+            BlockingIOError: another job is writing it.
         """
         if self._folder.exists():
             raise FileExistsError(f"{self._folder} is there already; a checkpoint is never overwritten")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ds_optforge import reading
 from ds_optforge.checkpoint.chunks import Chunk, Request, files_of
-from ds_optforge.checkpoint.manifest import InUse, digest_of, incomplete, read_manifest, sha256_of, sync_folder
+from ds_optforge.checkpoint.manifest import digest_of, incomplete, read_manifest, sha256_of, sync_folder
 from ds_optforge.errors import CheckpointError
 
 
@@ -153,7 +153,7 @@ def _reporting(folder: Path) -> Iterator[None]:
         yield
     except (CheckpointException, OSError, RuntimeError) as error:
         failures = error.failures if isinstance(error, CheckpointException) else {}
-        others = any(isinstance(cause, InUse) for cause, _ in failures.values())  # not ours to remove
+        others = any(isinstance(cause, BlockingIOError) for cause, _ in failures.values())  # not ours to remove
         if not others and (not dist.is_initialized() or dist.get_rank() == 0):
             shutil.rmtree(incomplete(folder), ignore_errors=True)
         reasons = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in sorted(failures.items())]

@@ -59,10 +59,6 @@ class _Manifest(_Entry):
     client_state: dict[str, Any] = Field(description="an object")
 
 
-class InUse(FileExistsError):
-    """Another job is writing the same checkpoint."""
-
-
 class WriterLock:
     """Held by the process that writes a checkpoint, for as long as that process lives and no longer."""
 
@@ -70,7 +66,7 @@ class WriterLock:
         """Take the lock of a folder that a checkpoint is written into, and remove what a killed job left there.
 
         Raises:
-            InUse: another job has it.
+            BlockingIOError: another job has it.
         """
         path = temporary / _LOCK
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -78,7 +74,7 @@ class WriterLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InUse(f"{temporary}: another job is writing it now; allowed: a folder for each job") from None
+            raise BlockingIOError(f"{temporary}: another job is writing it now; allowed: a folder for each job") from None
         except OSError:  # a file system without locks
             pass
         for left in temporary.iterdir():
