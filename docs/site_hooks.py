@@ -1,4 +1,4 @@
-"""What the documentation site needs beside the pages: the changelog, and links that leave the pages as text.
+"""What the documentation site needs beside the pages: pages from the root, and links that leave the pages as text.
 
 mkdocs.yml names this file; mkdocs calls the functions by their names.
 """
@@ -13,10 +13,11 @@ _OF_THE_ROOT = re.compile(r"\[([^\]]+)\]\((?!docs/)[\w.]+\)")  # CONTRIBUTING.md
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add CHANGELOG.md of the repository's root as a page."""
-    with open("CHANGELOG.md", encoding="utf-8") as file:
-        content = _OF_THE_ROOT.sub(r"\1", file.read())
-    files.append(File.generated(config, "changelog.md", content=_INTO_DOCS.sub("](", content)))
+    """Add CHANGELOG.md and SECURITY.md of the repository's root as pages."""
+    for name in ("CHANGELOG.md", "SECURITY.md"):
+        with open(name, encoding="utf-8") as file:
+            content = _OF_THE_ROOT.sub(r"\1", file.read())
+        files.append(File.generated(config, name.lower(), content=_INTO_DOCS.sub("](", content)))
     return files
 
 

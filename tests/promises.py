@@ -119,6 +119,10 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "shard-local-error": "Orthogonalizing only the rows that a rank holds is compared with orthogonalizing whole "
         "matrices, in tests and in docs/performance.md.",
     },
+    "Files from strangers": {
+        "files-from-strangers": "No configuration and no checkpoint runs code, leads out of its folder or takes more memory "
+        "than in proportion to its size: what would is an error that names the file (SECURITY.md).",
+    },
     "Launching": {
         "deepspeed-launcher": "`deepspeed --num_gpus N train.py --ds_config ds_configs/muon_zero2.json` trains.",
         "accelerate-launch": "`accelerate launch` gives the losses that the deepspeed launcher gives.",

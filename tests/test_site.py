@@ -80,7 +80,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     made, docs = tmp_path / "site", ROOT / "docs"
     pages = {path.relative_to(made).with_suffix("") for path in made.rglob("*.html")}
     assert pages - {Path("404")} == {path.relative_to(docs).with_suffix("") for path in docs.rglob("*.md")} | {
-        Path("changelog")
+        Path("changelog"),
+        Path("security"),
     }
     for page in made.rglob("*.html"):
         assert LOADED.findall(page.read_text(encoding="utf-8")) == [], page.name

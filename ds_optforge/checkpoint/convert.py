@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from ds_optforge.checkpoint import files, incumbents
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, open_checkpoint
+from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, open_checkpoint
 from ds_optforge.checkpoint.logical import absmax_of, add_members, block_cuts, chunks_of, owned_chunks, weight_name
 from ds_optforge.checkpoint.manifest import plain
 from ds_optforge.checkpoint.positions import POSITION
+from ds_optforge.checkpoint.torch_files import address
 from ds_optforge.errors import CheckpointError
 from ds_optforge.step.groups import GROUP
 from ds_optforge.terminal import progress
@@ -57,6 +59,24 @@ def read(source: Path) -> tuple[list[Chunk], dict[str, Any]]:
     Raises:
         CheckpointError: the source cannot be read, or is incomplete.
     """
+    with understood(source):
+        return _read(source)
+
+
+@contextmanager
+def understood(source: Path) -> Iterator[None]:
+    """Raise CheckpointError for what is not there, or is of another kind, in files that could be read."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # of any kind, by what somebody wrote or a disk lost
+        raise CheckpointError(
+            f"{source}: holds something else than what was saved ({type(error).__name__}: {error}); allowed: undamaged files"
+        ) from None
+
+
+def _read(source: Path) -> tuple[list[Chunk], dict[str, Any]]:
     if source.is_file():
         found, manifest = incumbents.from_torch(source)
     else:
@@ -95,7 +115,7 @@ def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
 
 def _plain_entries(client_state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Leave out the entries that a manifest cannot hold, with a warning for each: nobody can save the checkpoint again."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in client_state.items():
         try:
             found |= plain({key: value}, f"{folder}: '{key}' of the client_state")
@@ -112,7 +132,7 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
         if not optimizer["optforge"]:
             raise CheckpointError(f"{checkpoint.folder}: was saved before its run took a step; allowed: after one")
         for stepped in optimizer["optforge"]:
-            placement = Placement.from_plain(stepped["placement"])
+            placement = _placement(checkpoint, stepped["placement"])
             names = placement.layout.names
             tensors = [slices[i] for i in stepped["tensors"]] if slices else [module[name] for name in names]
             states = [optimizer["state"][i] for i in stepped["tensors"]]
@@ -122,6 +142,20 @@ def _read_optforge(checkpoint: EngineCheckpoint, found: Found) -> None:
             found.copies += chunks_of(placement, tensors, states, (), (), set(names).difference(copies))
             if shard == 0:
                 _describe(stepped, placement, states[0], optimizer["param_groups"], found, known)
+
+
+def _placement(checkpoint: EngineCheckpoint, saved: Mapping[str, Any]) -> Placement:
+    """Raises CheckpointError for cuts over more ranks, and for parameters of more elements, than the files can be of."""
+    placement, limit = Placement.from_plain(saved), checkpoint.nbytes
+    for index, (name, cut) in enumerate(zip(placement.layout.names, placement.layout.cuts, strict=True)):
+        numel = placement.numel(index)
+        within = cut.base >= 0 and cut.base + numel <= placement.layout.world_size * cut.size and cut.size > 0
+        if numel and not (0 < numel <= limit and within):
+            raise CheckpointError(
+                f"{checkpoint.folder}: says that '{name}' has {numel} elements, and {cut.size} of them on a rank, in files of "
+                f"{limit} bytes; is a file missing or damaged?"
+            )
+    return placement
 
 
 def _statistics(stepped: Mapping[str, Any]) -> list[tuple[str, Per]]:
@@ -186,7 +220,8 @@ def _whole(chunks: Iterable[Chunk], source: Path) -> Iterator[Chunk]:
     for name, by_start in found.items():
         first = next(iter(by_start.values()))
         numel = sum(chunk.shape[0] for chunk in by_start.values())
-        if numel != first.size[0]:
+        starts = [0, *accumulate(by_start[start].shape[0] for start in sorted(by_start))]
+        if starts != [*sorted(by_start), first.size[0]]:
             raise CheckpointError(f"{source}: holds {numel} of the {first.size[0]} elements of '{name}': is a file missing?")
         yield Chunk(name, first.size, (0,), first.size, first.dtype, _Assembled(tuple(by_start.values())))
 

@@ -3,7 +3,6 @@
 Importing torch.distributed.checkpoint takes long, so that module imports this one when it first writes or reads.
 """
 
-import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -33,7 +33,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ds_optforge.checkpoint.chunks import Chunk, Request, files_of
-from ds_optforge.checkpoint.manifest import MANIFEST, incomplete, sha256_of, sync_folder, write_manifest
+from ds_optforge.checkpoint.manifest import MANIFEST, WriterLock, incomplete, sha256_of, sync_folder, write_manifest
+from ds_optforge.errors import CheckpointError
+from ds_optforge.reading import json_value
+
+_OFFSETS = "DCP_SHARDING_INFO"  # DCP's entry in the header of a file: where each of its chunks begins in its tensor
 
 
 def write(folder: Path, chunks: Sequence[Chunk], manifest: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -116,11 +120,11 @@ class _Writer(HuggingFaceStorageWriter):
 
         Raises:
             FileExistsError: the checkpoint exists.
+            BlockingIOError: another job is writing it.
         """
         if self._folder.exists():
             raise FileExistsError(f"{self._folder} is there already; a checkpoint is never overwritten")
-        shutil.rmtree(self._temporary)  # of a save that was killed; prepare_local_plan has made it in any case
-        self._temporary.mkdir()
+        self._lock = WriterLock(self._temporary)  # prepare_local_plan has made the folder
         self.fqn_to_index_mapping = _share_out(plans)
         return super().prepare_global_plan(plans)
 
@@ -158,6 +162,7 @@ class _Writer(HuggingFaceStorageWriter):
         write_manifest(self._temporary / MANIFEST, {**self._manifest, "files": dict(sorted(listed.items()))})
         sync_folder(self._temporary)
         self._temporary.rename(self._folder)
+        self._lock.release(self._folder)
         sync_folder(self._folder.parent)
 
 
@@ -196,8 +201,20 @@ class Reader(HuggingFaceStorageReader):
 
     @cached_property
     def headers(self) -> Metadata:
-        """Names, shapes, data types and chunks of all tensors."""
-        return super().read_metadata()
+        """Names, shapes, data types and chunks of all tensors.
+
+        Raises:
+            CheckpointError: a header that cannot be read, or a tensor that is not whole, or is in a file twice.
+        """
+        for path in sorted(Path(self.path).glob("*.safetensors")):
+            _check_header(path)
+        try:
+            found = super().read_metadata()
+        except (LookupError, TypeError, ValueError) as error:  # a data type that torch lacks, two chunks in one place
+            raise CheckpointError(f"{self.path}: the headers cannot be read ({type(error).__name__}: {error})") from None
+        for name, stored in found.state_dict_metadata.items():
+            _refuse_gaps(Path(self.path), name, stored)
+        return found
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the headers, as DCP asks for them."""
@@ -206,6 +223,27 @@ class Reader(HuggingFaceStorageReader):
     def fill(self, requests: Sequence[Request]) -> None:
         """Read every request's range into its values. Names and ranges must be those of the checkpoint."""
         load({}, storage_reader=self, planner=_LoadPlanner(requests), no_dist=True)
+
+
+def _check_header(path: Path) -> None:
+    """Read the header of a file as DCP will. Raises CheckpointError where that would fail, or say nonsense."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            offsets = json_value(file.metadata()[_OFFSETS])
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                (numel,), (start,) = file.get_slice(name).get_shape(), offsets[name]["saved_offsets"]
+                if type(start) is not int or not 0 <= start < 2**63 - numel:
+                    raise ValueError(f"'{name}' begins at element {start!r}")
+    except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _refuse_gaps(folder: Path, name: str, stored: Any) -> None:
+    """Raise CheckpointError for a tensor whose chunks do not follow each other: memory is allocated by its size alone."""
+    chunks = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks)
+    ends = [0, *(start + numel for start, numel in chunks)]
+    if [start for start, _ in chunks] != ends[:-1] or ends[-1] != stored.size[0]:
+        raise CheckpointError(f"{folder}: the files hold some elements of '{name}' twice, or not at all")
 
 
 class _LoadPlanner(DefaultLoadPlanner):

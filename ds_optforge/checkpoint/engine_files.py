@@ -1,25 +1,23 @@
-"""The files of ``engine.save_checkpoint``, read without running code from them.
+"""The files of ``engine.save_checkpoint``: which they are, and what is in them."""
 
-Files are opened with ``weights_only`` and mapped, not read, so that a tensor is in memory only while it is used.
-"""
-
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ds_optforge import reading
 from ds_optforge.checkpoint.chunks import Chunk
 from ds_optforge.checkpoint.layer_files import base_state, stages
+from ds_optforge.checkpoint.torch_files import load
 from ds_optforge.errors import CheckpointError
-from ds_optforge.zero.engine import LOSS_SCALE, safe_classes
+from ds_optforge.zero.engine import LOSS_SCALE
 
 _MODEL_FILES, _OPTIMIZER_FILES, _LAYER_FILES = "*_model_states.pt", "*_optim_states.pt", "layer_*-model_states.pt"
 _TENSOR_RANK = re.compile(r"mp_rank_0*[1-9]")  # another than the first
+_TAG_BYTES = 4096  # of the file that names a folder
 _SLICES = ("single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_groups", "fp32_groups_flat")
 
 # The entries of a file of model states that are DeepSpeed's; the rest is the user's.
@@ -75,6 +73,11 @@ class EngineCheckpoint:
         return first
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all files in the folder: no parameter has more elements."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    @property
     def client_state(self) -> dict[str, Any]:
         """What the user gave to engine.save_checkpoint, which lies beside DeepSpeed's own entries."""
         return {key: value for key, value in self.model.items() if key not in _OF_DEEPSPEED}
@@ -108,8 +111,7 @@ def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
         CheckpointError: the folder holds no such checkpoint, or experts of a DeepSpeed MoE layer, or a file that cannot be
             read without running code from it, or not all files of a pipeline.
     """
-    latest = folder / "latest"
-    inside = folder / latest.read_text().strip() if latest.is_file() else folder
+    inside = _tagged(folder)
     if experts := sorted(inside.glob("layer_*_expert_*")):
         raise CheckpointError(f"{experts[0]}: holds an expert of a DeepSpeed MoE layer; allowed: models without them")
     models, shards = (_opened(inside.glob(pattern)) for pattern in (_MODEL_FILES, _OPTIMIZER_FILES))
@@ -130,10 +132,26 @@ def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
     return [EngineCheckpoint(inside, of_ranks, states)]
 
 
+def _tagged(folder: Path) -> Path:
+    """The folder that ``latest`` names, or the one that was given."""
+    latest = folder / "latest"
+    try:
+        return reading.inside(folder, reading.text(latest, _TAG_BYTES).strip()) if latest.is_file() else folder
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{latest}: {error}; allowed: the name of a folder beside it") from None
+
+
 def _opened(paths: Iterable[Path]) -> dict[Path, Any]:
     """The content of files, sorted by the numbers in their names."""
     found = sorted(paths, key=lambda path: [int(word) for word in re.split(r"[_-]", path.stem) if word.isdigit()])
-    return {path: load(path) for path in found}
+    return {path: load(_of_folder(path)) for path in found}
+
+
+def _of_folder(path: Path) -> Path:
+    try:
+        return reading.inside(path.parent, path.name)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; allowed: files of the folder itself") from None
 
 
 def _refuse_autoep(path: Path, model: Mapping[str, Any]) -> None:
@@ -144,21 +162,3 @@ def _refuse_autoep(path: Path, model: Mapping[str, Any]) -> None:
             f"{path}: holds one of {ranks} ranks' experts (expert_parallel.autoep_size); allowed: models whose ranks hold all "
             "experts (autoep_size 1)"
         )
-
-
-def load(path: Path) -> Any:
-    """Open a file of torch.save, mapped into memory, without running code from it.
-
-    Raises:
-        CheckpointError: the file cannot be read, or only by running code from it.
-    """
-    try:
-        with safe_classes():
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def address(tensor: Tensor) -> tuple[int, int]:
-    """A key that is equal for tensors in the same memory, as tied weights of a file are."""
-    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ds_optforge import reading
 from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.chunks import Chunk
-from ds_optforge.checkpoint.convert import counted_on_a_bar, read
+from ds_optforge.checkpoint.convert import counted_on_a_bar, read, understood
 from ds_optforge.checkpoint.files import Checkpoint
-from ds_optforge.checkpoint.logical import buffer_name, weight_name
+from ds_optforge.checkpoint.logical import buffer_name, misfits, weight_name
 from ds_optforge.checkpoint.manifest import MANIFEST
 from ds_optforge.errors import CheckpointError
 from ds_optforge.rules.around import SCALARS, evaluated
@@ -64,17 +65,18 @@ def export(source: Path, out: Path, dtype: torch.dtype | None = None, config: Pa
     """
     if out.exists():
         raise CheckpointError(f"{out} is there already; allowed: a new folder")
-    beside = _beside(source, config)
-    found: Source = _opened(source) if (source / MANIFEST).is_file() else _Converted(*read(source))
-    chunks = list(_weights(source, found, dtype))
-    _set_dtype(beside, {chunk.dtype for chunk in chunks if isinstance(chunk.values, _Weight) and chunk.values.rule})
-    with counted_on_a_bar(chunks, "export") as counted:
-        files.write_weights(out, counted, beside)
+    with understood(source):
+        beside = _beside(source, config)
+        found: Source = _opened(source) if (source / MANIFEST).is_file() else _Converted(*read(source))
+        chunks = list(_weights(source, found, dtype))
+        _set_dtype(beside, {chunk.dtype for chunk in chunks if isinstance(chunk.values, _Weight) and chunk.values.rule})
+        with counted_on_a_bar(chunks, "export") as counted:
+            files.write_weights(out, counted, beside)
 
 
 def _opened(source: Path) -> Checkpoint:
     checkpoint = Checkpoint(source)
-    if problems := checkpoint.damage():
+    if problems := checkpoint.damage() or list(misfits(checkpoint)):
         raise CheckpointError("\n".join(problems))
     return checkpoint
 
@@ -160,7 +162,7 @@ def _beside(source: Path, config: Path | None) -> dict[str, bytes]:
     for folder in folders:
         if (folder / CONFIG).is_file():
             paths = {path.name: path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}
-            return {name: path.read_bytes() for name, path in sorted(paths.items())}
+            return {name: _copied(path, given=config is not None) for name, path in sorted(paths.items())}
     if config is not None:
         raise CheckpointError(f"{config}: has no {CONFIG}; allowed: the folder of a Hugging Face model")
     looked = " or ".join(map(str, folders))
@@ -168,9 +170,27 @@ def _beside(source: Path, config: Path | None) -> dict[str, bytes]:
     return {}
 
 
+def _copied(path: Path, given: bool) -> bytes:
+    """The content of a file to copy. Links are followed in a ``given`` folder: Hugging Face's cache has them."""
+    try:
+        return reading.content(path if given else reading.inside(path.parent, path.name), reading.DATA_BYTES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; allowed: --config with the folder of a Hugging Face model") from None
+
+
 def _set_dtype(beside: dict[str, bytes], dtypes: set[torch.dtype]) -> None:
     """Name in config.json what the trained parameters are written in, to which from_pretrained casts all of them."""
     if CONFIG in beside and len(dtypes) == 1:
-        config = json.loads(beside[CONFIG])
+        config = _object(beside[CONFIG])
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtypes.pop()).removeprefix("torch.")
         beside[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _object(written: bytes) -> dict[str, Any]:
+    try:
+        config = reading.json_value(written)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG}: not JSON ({error}); allowed: a model's {CONFIG}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{CONFIG}: got a {type(config).__name__}; allowed: an object")
+    return config

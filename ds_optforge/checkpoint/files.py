@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ds_optforge import reading
 from ds_optforge.checkpoint.chunks import Chunk, Request, files_of
 from ds_optforge.checkpoint.manifest import digest_of, incomplete, read_manifest, sha256_of, sync_folder
 from ds_optforge.errors import CheckpointError
@@ -151,11 +152,20 @@ def _reporting(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError, RuntimeError) as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            shutil.rmtree(incomplete(folder), ignore_errors=True)
         failures = error.failures if isinstance(error, CheckpointException) else {}
+        others = any(isinstance(cause, BlockingIOError) for cause, _ in failures.values())  # not ours to remove
+        if not others and (not dist.is_initialized() or dist.get_rank() == 0):
+            shutil.rmtree(incomplete(folder), ignore_errors=True)
         reasons = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in sorted(failures.items())]
         raise CheckpointError(f"{folder}: not written. " + ("; ".join(reasons) or str(error))) from error
+
+
+def _outside(folder: Path, name: str) -> str:
+    """Why a name of the manifest is not that of a file in its folder; "" where it is."""
+    try:
+        return "" if reading.inside(folder, name).parent == folder else f"lies in another folder than {folder}"
+    except ValueError as error:
+        return str(error)
 
 
 class Checkpoint:
@@ -184,7 +194,9 @@ class Checkpoint:
             problems += [f"{self.folder / name}: is no part of the checkpoint" for name in sorted(strange)]
         for name, expected in list(self.manifest["files"].items())[share::shares]:
             path = self.folder / name
-            if not path.is_file():
+            if outside := _outside(self.folder, name):
+                problems.append(f"{path}: {outside}; allowed: a file of the folder itself")
+            elif not path.is_file():
                 problems.append(f"{path}: missing")
             elif (found := path.stat().st_size) != expected["bytes"]:
                 problems.append(f"{path}: got {found} bytes; written: {expected['bytes']}")
@@ -199,12 +211,27 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, torch.dtype]]:
-        """Number of elements and dtype of each logical tensor, by name."""
+        """Number of elements and dtype of each logical tensor, by name.
+
+        Raises:
+            CheckpointError: files of which the headers cannot be read, or say something else than `write` does.
+        """
         stored = self._reader.headers.state_dict_metadata
         return {name: (entry.size.numel(), entry.properties.dtype) for name, entry in stored.items()}  # type: ignore[union-attr]
 
     def read(self, requests: Sequence[Request]) -> None:
-        """Read every request's range into its values, in this process alone. Names and ranges must be those of `tensors`."""
+        """Read every request's range into its values, in this process alone.
+
+        Raises:
+            CheckpointError: a name or a range that is not one of `tensors`.
+        """
+        for request in requests:
+            numel, _ = self.tensors.get(request.name, (0, None))
+            if not 0 <= request.start <= numel - request.values.numel():
+                raise CheckpointError(
+                    f"{self.folder}: '{request.name}' has {numel} elements; needed: {request.values.numel()} from "
+                    f"{request.start} on"
+                )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group takes part
             self._reader.fill(requests)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.chunks import flat_chunk
-from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address, load
+from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found
 from ds_optforge.checkpoint.logical import buffer_name, chunks_of, weight_name
+from ds_optforge.checkpoint.torch_files import address, load
 from ds_optforge.checkpoint.unsharded import MOMENTS, read_unsharded
 from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.partition import Cut, Matrix, PartitionLayout, cuts_of_parameters

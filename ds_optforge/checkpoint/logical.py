@@ -5,6 +5,7 @@ buffer, a statistic of all its matrices, or the codes of 8-bit blocks with their
 first matrix of a parameter is ``optimizer/NAME/FACTOR.0``: each is whole in one rank's file.
 """
 
+import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -56,6 +57,14 @@ def logical_group(name: str) -> str:
 def weight_name(parameter: str) -> str:
     """The name of a parameter's logical tensor."""
     return f"model/{parameter}"
+
+
+def misfits(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a line for each weight whose tensor is not there, or has not as many elements as its shape."""
+    for name, shape in checkpoint.manifest["shapes"].items():
+        needed, (found, _) = math.prod(shape), checkpoint.tensors.get(weight_name(name), (0, None))
+        if found != needed:
+            yield f"{checkpoint.folder}: '{name}' has {found} elements; allowed: {needed}, of the shape {shape}"
 
 
 def buffer_name(parameter: str, buffer: str) -> str:

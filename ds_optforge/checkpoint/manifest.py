@@ -1,20 +1,90 @@
 """The manifest of a portable checkpoint, its checksums, and the folder that it lies in."""
 
+import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from ds_optforge.errors import CheckpointError
+from pydantic import ConfigDict, Field
+
+from ds_optforge import reading
+from ds_optforge.errors import CheckpointError, ConfigError
+from ds_optforge.validation import Section, validate
 
 MANIFEST = "checkpoint.json"
 INCOMPLETE = ".incomplete"  # what a save in progress, or one that was killed, is called
 VERSION = 1
 
+_LOCK = "writer.lock"
 _READ_BYTES = 2**22
+_DIMENSIONS = 64  # torch has tensors of no more
+
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Entry(Section):
+    """An object of the manifest: a later version may add keys to it."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _File(_Entry):
+    bytes: Count = Field(description="the size of the file")
+    sha256: str = Field(description="the SHA-256 of the file")
+
+
+class _Group(_Entry):
+    rule: str = Field(description="the name of a rule")
+    step: Count = Field(description="the steps that were taken")
+    scalars: dict[str, float] = Field(description="numbers of the state, by name")
+    hyperparameters: dict[str, Any] = Field(description="values of the parameter group, by name")
+    members: list[str] = Field(description="names of parameters")
+
+
+class _Manifest(_Entry):
+    """What every manifest has, whichever data belong to it."""
+
+    files: dict[str, _File] = Field(description="files by name")
+    shapes: dict[str, Annotated[list[Count], Field(max_length=_DIMENSIONS)]] = Field(description="shapes by name")
+    groups: dict[str, _Group] = Field(description="parameter groups by name")
+    block_cuts: dict[str, list[Count]] = Field(description="cuts by name")
+    counters: dict[str, Count] = Field(description="counts by name")
+    loss_scale: dict[str, float] = Field(description="numbers by name")
+    scheduler: dict[str, Any] | None = Field(description="the state of a scheduler, or null")
+    client_state: dict[str, Any] = Field(description="an object")
+
+
+class WriterLock:
+    """Held by the process that writes a checkpoint, for as long as that process lives and no longer."""
+
+    def __init__(self, temporary: Path) -> None:
+        """Take the lock of a folder that a checkpoint is written into, and remove what a killed job left there.
+
+        Raises:
+            BlockingIOError: another job has it.
+        """
+        path = temporary / _LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._close = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{temporary}: another job is writing it now; allowed: a folder for each job") from None
+        except OSError:  # a file system without locks
+            pass
+        for left in temporary.iterdir():
+            if left != path:
+                left.unlink()
+
+    def release(self, folder: Path) -> None:
+        """Give the lock back once the checkpoint is in ``folder``. After the rename: before it, another job would begin."""
+        (folder / _LOCK).unlink()
+        self._close()
 
 
 def incomplete(folder: Path) -> Path:
@@ -47,8 +117,11 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
 def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write plain data, with the version of the format and a checksum of itself."""
     manifest = {"version": VERSION, **json.loads(json.dumps(manifest))}
-    with path.open("w") as file:
-        json.dump({**manifest, "sha256": digest_of(manifest)}, file, indent=1)
+    written = json.dumps({**manifest, "sha256": digest_of(manifest)}, indent=1).encode()
+    if len(written) > reading.DATA_BYTES:
+        raise OSError(f"{path}: would have {len(written)} bytes; allowed: {reading.DATA_BYTES} (is the client_state so large?)")
+    with path.open("wb") as file:
+        file.write(written)
         file.flush()
         os.fsync(file.fileno())
 
@@ -66,7 +139,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: has no {MANIFEST}{hint}; allowed: a folder that save_checkpoint or 'ds-optforge convert' wrote"
         )
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = reading.json_value(reading.content(path, reading.DATA_BYTES))
         written = manifest.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
@@ -74,6 +147,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged: its checksum is not that of what was written")
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path}: got version {manifest.get('version')}; this ds_optforge reads version {VERSION}")
+    try:
+        validate(_Manifest, manifest, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     found: dict[str, Any] = manifest
     return found
 
@@ -81,12 +158,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def plain(value: Any, what: str) -> Any:
     """Return plain data as JSON gives it back. Raises CheckpointError for values that it would change or refuse."""
     allowed = "allowed: numbers, strings, lists, and dicts with strings as keys"
+    try:
+        found = reading.json_value(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} cannot be saved: {error}; {allowed}") from None
     if odd := list(_odd_keys(value)):
         raise CheckpointError(f"{what} cannot be saved: got the key {odd[0]!r}; {allowed}")
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{what} cannot be saved: {error}; {allowed}") from None
+    return found
 
 
 def _odd_keys(value: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from ds_optforge.checkpoint import files
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.incumbents import FOREIGN
 from ds_optforge.checkpoint.live import LiveEngine, Stepped, rank
-from ds_optforge.checkpoint.logical import Loading, State, absmax_of, logical_group
+from ds_optforge.checkpoint.logical import Loading, State, absmax_of, logical_group, misfits
 from ds_optforge.checkpoint.positions import problem_of, set_position
 from ds_optforge.checkpoint.random_states import saved_random_states, set_random_states
 from ds_optforge.checkpoint.resumption import Lacking, Resumption, averages_of, resumption_of
@@ -91,6 +91,8 @@ def load_checkpoint(engine: Any, folder: str | Path, strict: bool = True) -> dic
     with _agreeing() as problems:
         checkpoint = Checkpoint(Path(folder))
         problems += checkpoint.damage(rank(), dist.get_world_size() if dist.is_initialized() else 1)
+    with _agreeing() as problems:  # of files that some rank has found to be sound
+        problems += misfits(checkpoint)
         problems += [] if problems else [*_differences(live, checkpoint, strict), *_for_other_matrices(live, checkpoint)]
         resumptions = [] if problems else _resumptions(live, checkpoint)
         problems += _lost_lookaheads(live, checkpoint, resumptions)

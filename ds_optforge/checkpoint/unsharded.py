@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ds_optforge.checkpoint.chunks import Chunk, flat_chunk
-from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found, address
+from ds_optforge.checkpoint.engine_files import EngineCheckpoint, Found
 from ds_optforge.checkpoint.logical import buffer_name, weight_name
+from ds_optforge.checkpoint.torch_files import address
 from ds_optforge.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, beside the step

@@ -1,6 +1,5 @@
 """Reads a DeepSpeed configuration, and refuses what OptForge cannot train with."""
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from ds_optforge.config.refused import problems_of, setting
 from ds_optforge.config.schedule import schedule_config
 from ds_optforge.config.sections import ROLES
 from ds_optforge.errors import ConfigError
+from ds_optforge.reading import json_value, text
 
 logger = logging.getLogger("ds_optforge")
 
@@ -44,7 +44,7 @@ def load_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return dict(config)
     try:
-        loaded = json.loads(Path(config).read_text())
+        loaded = json_value(text(Path(config)))
     except OSError as error:
         raise ConfigError(f"{config}: {error.strerror}; allowed: a DeepSpeed configuration file") from None
     except ValueError as error:

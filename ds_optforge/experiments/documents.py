@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ds_optforge import reading
 from ds_optforge.errors import ConfigError
 from ds_optforge.validation import problem
 
@@ -45,21 +46,23 @@ class Document:
             ConfigError: the file cannot be read, is not YAML, is no mapping, or gives a key twice.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = reading.text(path)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); allowed: a YAML file") from None
-        loader = _Loader(text)
         try:
-            node = loader.get_single_node()
+            loader = _Loader(text)
+            node = reading.yaml_node(loader)
             if not isinstance(node, yaml.MappingNode):
                 raise ConfigError(f"{path}:1: got {_kind(node)}; allowed: a mapping of fields")
             lines: dict[Location, int] = {}
-            _walk(node, (), lines, str(path), ())
-            content: dict[str, Any] = loader.construct_document(node)
+            _walk(node, (), lines, str(path))
+            content: dict[str, Any] = reading.yaml_value(loader, node)
         except yaml.YAMLError as error:
             raise ConfigError(_syntax(path, error)) from None
-        finally:
-            loader.dispose()
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}; allowed: a YAML file") from None
         return cls(str(path), content, lines)
 
     def at(self, *location: str | int) -> str:
@@ -94,16 +97,13 @@ class Document:
         raise ConfigError(f"{self.at(*location)}: {message}") from None
 
 
-def _walk(node: yaml.Node, location: Location, lines: dict[Location, int], file: str, inside: tuple[int, ...]) -> None:
-    """Note the line of every value; refuse mistakes that PyYAML accepts: a key given twice, an alias that contains itself."""
-    if id(node) in inside:
-        raise ConfigError(f"{file}:{node.start_mark.line + 1}: {_field(location)}: an alias that contains itself")
-    inside = (*inside, id(node))
+def _walk(node: yaml.Node, location: Location, lines: dict[Location, int], file: str) -> None:
+    """Note the line of every value; refuse a key that is given twice, which PyYAML accepts."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             place = (*location, index)
             lines[place] = item.start_mark.line + 1
-            _walk(item, place, lines, file, inside)
+            _walk(item, place, lines, file)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             line = key.start_mark.line + 1
@@ -115,7 +115,7 @@ def _walk(node: yaml.Node, location: Location, lines: dict[Location, int], file:
             if place in lines:
                 raise ConfigError(f"{file}:{line}: {_field(place)}: given twice, first on line {lines[place]}; allowed: once")
             lines[place] = line
-            _walk(value, place, lines, file, inside)
+            _walk(value, place, lines, file)
 
 
 def _field(location: Location) -> str:

@@ -26,9 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+from pydantic import TypeAdapter
+
 from ds_optforge.errors import ConfigError
-from ds_optforge.experiments.run_files import read_rows, replace_text
+from ds_optforge.experiments.run_files import read_rows, read_summary, replace_text
 from ds_optforge.experiments.spec import PLACEHOLDER
+from ds_optforge.reading import json_value, text
 
 Status: TypeAlias = Literal["finished", "crashed", "diverged", "timed out"]
 RECORD = "record.json"
@@ -81,6 +84,9 @@ class Record:
     def finished(self) -> bool:
         """True where the run ended well, with finite losses."""
         return self.status == "finished"
+
+
+_RECORD = TypeAdapter(Record)
 
 
 class Watcher(Protocol):
@@ -266,7 +272,7 @@ def measure(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     Both are empty where summary.json cannot be read.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_summary(folder)
     except (OSError, ValueError):
         return {}, {}
     measured = {key: float(value) for key, value in summary.items() if _is_number(value) and key not in _CONDITIONS}
@@ -292,7 +298,7 @@ def _is_number(value: Any) -> bool:
 def judged(folder: Path) -> tuple[Status, str]:
     """Judge a run that exited with 0: finished, crashed without results, or diverged; and the reason."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_summary(folder)
     except (OSError, ValueError) as error:
         return "crashed", f"it exited with 0 and left no summary.json that can be read ({error})"
     rows = read_rows(folder)
@@ -318,9 +324,10 @@ def read_record(folder: Path) -> Record:
         ConfigError: no version of this module wrote it.
     """
     try:
-        return Record(**json.loads((folder / RECORD).read_text()), folder=folder)
+        return _RECORD.validate_python({**json_value(text(folder / RECORD)), "folder": folder})
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / RECORD}: not a record ({error}); remove {folder} to run it again") from None
+        found = " ".join(str(error).split())
+        raise ConfigError(f"{folder / RECORD}: not a record ({found}); remove {folder} to run it again") from None
 
 
 def current_commit() -> str:
@@ -335,7 +342,7 @@ def current_commit() -> str:
 
 def last_line(log: Path) -> str:
     """The last line of a log that names an error, else its last line, without the control codes of a terminal."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    said = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
+    lines = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip()]
     telling = [line for line in lines if re.match(r"(\[rank\d+\]: )?(\w+\.)*\w*(Error|Exception)\b|.*\berror: ", line)]
     return (telling or lines or ["it said nothing"])[-1][:300]

@@ -1,6 +1,5 @@
 """The view on the terminal while runs are in progress: the progress of each, and the decisions so far."""
 
-import json
 import statistics
 import threading
 import time
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_optforge.experiments.launching import Record, Run
+from ds_optforge.reading import json_value
 
 SHOWN = 10  # the latest runs and decisions
 TAIL_BYTES = 4096  # of metrics.jsonl: more than its last row
@@ -153,7 +153,7 @@ def last_row(folder: Path) -> dict[str, Any]:
         with open(folder / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]  # what follows the last line end is still being written
-        row = json.loads(lines[-1])
+        row = json_value(lines[-1])
     except (OSError, ValueError, IndexError):
         return {}
     return row if isinstance(row, dict) else {}

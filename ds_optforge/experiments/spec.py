@@ -27,6 +27,7 @@ PLACEHOLDER = re.compile(r"\{(\w*)\}")
 PRIORITIES = ("high", "medium", "low")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")  # of an experiment: it becomes the name of a folder
 CALIBRATION_STEPS = 20
+GRID_POINTS = 10_000  # of one phase: more are a slip, or somebody's joke
 
 
 def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -349,6 +350,8 @@ def _grid(document: Document, grid: Mapping[str, list[Any]], *place: str | int) 
     for path, values in grid.items():
         if not values:
             document.fail("got an empty list; allowed: one value or more", *place, path)
+    if (points := math.prod(map(len, grid.values()))) > GRID_POINTS:
+        document.fail(f"got {points} experiments; allowed: {GRID_POINTS}", *place)
     experiments = []
     for point in itertools.product(*grid.values()):
         changes = dict(zip(grid, point, strict=True))

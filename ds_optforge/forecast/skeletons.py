@@ -9,8 +9,10 @@ from torch import nn
 
 from ds_optforge.errors import ConfigError
 from ds_optforge.forecast.catalog import EMBEDDINGS, HEAD, MODEL_SHAPES
+from ds_optforge.reading import json_value, text
 
 _ALLOWED = f"{', '.join(MODEL_SHAPES)}, or the path of a Hugging Face config.json or of its folder"
+_MOST = 4096  # layers, and experts of a layer
 
 
 def skeleton(model: str) -> nn.Module:
@@ -54,12 +56,14 @@ def load(model: str) -> nn.Module:
         near = get_close_matches(model.lower(), MODEL_SHAPES, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise ConfigError(f"model: got {model!r}{hint}; allowed: {_ALLOWED}")
+    _refuse_many_layers(model)
     try:
         import transformers
     except ImportError:
         raise ConfigError(f"{model}: needs transformers; allowed: {_ALLOWED}; pip install 'ds-optforge[hf]'") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        # Else transformers asks on the terminal whether to run the code that a configuration names.
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
             module = _model_of(transformers, config)
     except (OSError, ValueError, KeyError) as error:
@@ -67,6 +71,18 @@ def load(model: str) -> nn.Module:
         raise ConfigError(f"{model}: not the config.json of a model that transformers knows ({reason})") from None
     assert isinstance(module, nn.Module)
     return module
+
+
+def _refuse_many_layers(model: str) -> None:
+    """Raise ConfigError for a file that is no JSON object, or asks for more layers than any model has."""
+    path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
+    try:
+        config = json_value(text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model}: not the config.json of a model that transformers knows ({error})") from None
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, int) and value > _MOST and any(word in key for word in ("layer", "expert", "block", "depth")):
+            raise ConfigError(f"{model}: {key}: got {value}; allowed: {_MOST}")
 
 
 def _model_of(transformers: Any, config: Any) -> Any:

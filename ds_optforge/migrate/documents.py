@@ -1,12 +1,12 @@
 """Reads JSON and YAML files, and single values from them, with errors that name the file and the key."""
 
 import difflib
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_optforge import reading
 from ds_optforge.errors import ConfigError
 from ds_optforge.migrate.source import AUTO, Given
 
@@ -18,11 +18,13 @@ def load(path: Path) -> dict[str, Any]:
         ConfigError: a file that cannot be read, or holds something else; or YAML without PyYAML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = reading.text(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; allowed: a JSON or YAML file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not text; allowed: a JSON or YAML file") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; allowed: a JSON or YAML file") from None
     loaded = _json(path, text) if path.suffix == ".json" or text.lstrip().startswith("{") else _yaml(path, text)
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError(f"{path}: got a {type(loaded).__name__}; allowed: an object with names as keys")
@@ -31,7 +33,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def _json(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return reading.json_value(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON ({error}); allowed: a JSON object, or YAML in a file of another ending") from None
 
@@ -42,8 +44,9 @@ def _yaml(path: Path, text: str) -> Any:
     except ModuleNotFoundError:
         raise ConfigError(f"{path}: YAML needs PyYAML; run: pip install 'ds-optforge[experiments]'") from None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(text)
+        return reading.yaml_value(loader, reading.yaml_node(loader))
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); allowed: a YAML mapping") from None
 
 

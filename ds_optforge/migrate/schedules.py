@@ -1,12 +1,12 @@
 """Learning-rate schedules of DeepSpeed and of the HF Trainer, as "params" of an OptForgeSchedule section."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ds_optforge.errors import ConfigError
 from ds_optforge.migrate.documents import Fields, did_you_mean
 from ds_optforge.migrate.source import AUTO, Given, Reason, Schedule
+from ds_optforge.reading import json_value
 
 _WARMUP = {"warmup_num_steps", "warmup_type", "last_batch_iteration"}
 _KEYS: dict[str, set[str]] = {
@@ -152,7 +152,7 @@ def _arguments(fields: Fields) -> dict[str, Any]:
     """lr_scheduler_kwargs, which may be JSON in a string."""
     found = fields.values.get("lr_scheduler_kwargs")
     try:
-        found = json.loads(found) if isinstance(found, str) else found
+        found = json_value(found) if isinstance(found, str) else found
     except ValueError:
         found = 0
     if found is not None and not isinstance(found, dict):

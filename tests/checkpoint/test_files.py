@@ -11,13 +11,18 @@ from ds_optforge.checkpoint import chunks
 from ds_optforge.checkpoint.chunks import Chunk, Request, files_of, flat_chunk
 from ds_optforge.checkpoint.files import Checkpoint, write
 from ds_optforge.checkpoint.manifest import write_manifest
+from tests.bombs import EMPTY
 
 VALUES = torch.arange(100, dtype=torch.float32)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    write(tmp_path / "saved", [flat_chunk("a", 100, 0, VALUES), flat_chunk("b", 10, 0, VALUES[:10].bfloat16())], {"note": "x"})
+    write(
+        tmp_path / "saved",
+        [flat_chunk("a", 100, 0, VALUES), flat_chunk("b", 10, 0, VALUES[:10].bfloat16())],
+        {**EMPTY, "note": "x"},
+    )
     return tmp_path / "saved"
 
 
@@ -48,6 +53,23 @@ def test_a_value_that_cannot_be_made_is_reported_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"bad: not written.*no such luck"):
         write(tmp_path / "bad", [Chunk("a", (3,), (0,), (3,), torch.float32, fails)], {})
     assert not list(tmp_path.iterdir())
+
+
+def test_two_jobs_that_write_one_checkpoint_are_one_checkpoint_and_one_error(tmp_path: Path) -> None:
+    """The second begins while the first is writing, and takes nothing from it. What a killed job left is no job."""
+    (tmp_path / "saved.incomplete").mkdir()
+    (tmp_path / "saved.incomplete" / "writer.lock").touch()
+    (tmp_path / "saved.incomplete" / "shard-00001-model-00001-of-00001.safetensors").touch()
+
+    def while_the_first_writes() -> torch.Tensor:
+        with pytest.raises(CheckpointError, match=r"saved: not written.*saved\.incomplete: another job is writing it now"):
+            write(tmp_path / "saved", [flat_chunk("a", 3, 0, VALUES[:3])], EMPTY)
+        return VALUES
+
+    write(tmp_path / "saved", [Chunk("a", (100,), (0,), (100,), torch.float32, while_the_first_writes)], EMPTY)
+    assert Checkpoint(tmp_path / "saved").damage() == []
+    assert torch.equal(Checkpoint(tmp_path / "saved").whole("a"), VALUES)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 def test_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,13 +224,13 @@ def load_into_another(saved: dict[str, Any], loading: dict[str, Any], folder: st
     return message, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def disagree(stage: int) -> None:
-    """Rank 1 has the matrix the other way round: the same number of elements, so DeepSpeed notices nothing."""
+def disagree(stage: int, **extra: Any) -> None:
+    """Rank 0 has the matrix the other way round: the same number of elements, so DeepSpeed notices nothing."""
     torch.manual_seed(0)
     rows, cols = (24, 32) if dist.get_rank() == 0 else (32, 24)
     model = nn.Sequential(nn.Linear(cols, cols, bias=False), nn.Linear(cols, rows, bias=False))
     model[0].weight = nn.Parameter(torch.randn(16, 16))
-    engine = ds_optforge.initialize(model=model, config=engine_config(stage, MUON))[0]
+    engine = ds_optforge.initialize(model=model, config=engine_config(stage, MUON, **extra))[0]
     loss = sum(parameter.square().sum() for parameter in engine.module.parameters())
     engine.backward(loss)
     engine.step()

@@ -4,6 +4,8 @@ import errno
 import logging
 import os
 import random
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.zero.engine import loss_scale
 from tests import models
 from tests.distributed.cases import MixtureNet, base_optimizer, build_engine, full_parameters, run_steps
-from tests.processes import die_while_saving
+from tests.processes import at_call, die_while_saving
 
 HALF = 5  # steps before the checkpoint, and after it
 
@@ -206,6 +208,29 @@ def resume_late(config: dict[str, Any], folder: str) -> dict[str, Any]:
     if dist.get_rank() == 1:
         time.sleep(2.0)
     return resume(config, folder)
+
+
+def resume_suspended(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Rank 1 is stopped by SIGSTOP inside the first exchange of a step, for two seconds."""
+    if dist.get_rank() == 1:
+        go_on = ["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"]
+        at_call("exchange.py", "give_back", 1, lambda: (subprocess.Popen(go_on), os.kill(os.getpid(), signal.SIGSTOP)))
+    try:
+        return resume(config, folder)
+    finally:
+        sys.setprofile(None)
+
+
+def save_where_the_disk_is_full(config: dict[str, Any], folder: str) -> None:
+    """The disk that rank 1 writes to."""
+
+    def fail(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(folder) and "w" in str(arguments[1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+    if dist.get_rank() == 1:
+        sys.addaudithook(fail)
+    run_and_save(config, folder)
 
 
 def impatient_engine(config: dict[str, Any]) -> Any:

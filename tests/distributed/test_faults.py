@@ -70,6 +70,25 @@ def test_a_full_disk_is_an_error_and_keeps_the_previous_checkpoint(small_disk: P
     assert pools[2].run(checkpoints.resume, CONFIG, str(small_disk / "first"))[0]["steps"] == checkpoints.HALF
 
 
+def test_a_disk_that_is_full_on_one_host_is_an_error_on_all(saved: Path, pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.save_where_the_disk_is_full, CONFIG, str(tmp_path / "next"))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    for message in failure.value.messages.values():
+        assert "next: not written. rank 1: OSError: [Errno 28] No space left on device" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+@pytest.mark.root
+def test_a_read_only_folder_is_an_error(small_disk: Path, pools: Pools) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(RankFailure) as failure:
+        pools[2].run(checkpoints.run_and_save, CONFIG, str(small_disk / "saved"))
+    assert failure.value.types == {0: "CheckpointError", 1: "CheckpointError"}
+    assert "saved: not written" in failure.value.messages[0]
+    assert "Read-only file system" in failure.value.messages[0]
+
+
 def free_bytes(folder: Path) -> int:
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
@@ -140,6 +159,11 @@ def test_other_groups_are_refused_unless_asked_for(saved: Path, pools: Pools) ->
 def test_a_rank_that_comes_late_changes_nothing(saved: Path, pools: Pools) -> None:
     expected = pools[2].run(checkpoints.resume, CONFIG, str(saved))[0]
     assert pools[2].run(checkpoints.resume_late, CONFIG, str(saved))[0]["losses"] == expected["losses"]
+
+
+def test_a_rank_that_is_suspended_changes_nothing(saved: Path, pools: Pools) -> None:
+    expected = pools[2].run(checkpoints.resume, CONFIG, str(saved))[0]
+    assert pools[2].run(checkpoints.resume_suspended, CONFIG, str(saved))[0]["losses"] == expected["losses"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

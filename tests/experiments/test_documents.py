@@ -26,7 +26,7 @@ def refusal(folder: Path, text: str) -> str:
         ("- a\n", "file.yaml:1: got a list; allowed: a mapping"),
         ("", "file.yaml:1: got an empty file; allowed: a mapping"),
         ("phases:\n  1: a\n", "file.yaml:2: phases: got the key '1'; allowed: text (quote it)"),
-        ("phases: &a\n  - *a\n", "file.yaml:1: phases[0]: an alias that contains itself"),
+        ("phases: &a\n  - *a\n", "file.yaml: has an alias that contains itself (line 1)"),
         (
             HEAD.replace("seeds: [0, 1]", "seeds: [0]") + "steps: 3\n",
             "file.yaml:3: seeds: got [0] (list); allowed: 2 or more entries",

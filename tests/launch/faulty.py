@@ -2,6 +2,9 @@
 
 STOP_AFTER=step_00000008   once that checkpoint is complete, rank 0 asks the launcher to stop, and is asked itself
 DIE_IN=step_00000016       SIGKILL of rank 1 before that checkpoint is complete
+DIE_IN=optimizer.py:step:9 SIGKILL of rank 1 at the ninth call of that function
+
+DIE_IN may have several, with commas between: one for each time that torchrun has started the ranks.
 """
 
 import os
@@ -11,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.processes import die_while_saving
+from tests.processes import at_call, die_while_saving
 
 
 def stop(event: str, arguments: tuple[Any, ...]) -> None:
@@ -23,8 +26,17 @@ def stop(event: str, arguments: tuple[Any, ...]) -> None:
         os.read(told, 1)
 
 
+def die_in(fault: str) -> None:
+    match fault.split(":"):
+        case [file, function, count]:
+            at_call(file, function, int(count), lambda: os.kill(os.getpid(), signal.SIGKILL))
+        case [checkpoint] if checkpoint:
+            die_while_saving(Path(checkpoint))
+
+
 if "STOP_AFTER" in os.environ and os.environ["RANK"] == "0":
     sys.addaudithook(stop)
 if "DIE_IN" in os.environ and os.environ["RANK"] == "1":
-    die_while_saving(Path(os.environ["DIE_IN"]))
+    faults = dict(enumerate(os.environ["DIE_IN"].split(",")))
+    die_in(faults.get(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), ""))
 runpy.run_path("train.py", run_name="__main__")
