@@ -73,6 +73,7 @@ class TestUniversalCheckpoints:
     def test_with_the_patch_a_run_goes_on_from_two_ranks_on_one(self, found: dict[str, Any]) -> None:
         assert found["sgd_on_zero_2"] < 1e-5
         assert found["muon_on_zero_3"] < 1e-5
+        assert found["adamw_on_zero_3"] < 1e-5  # as before
 
     @pytest.mark.slow
     def test_with_the_patch_what_cannot_be_cut_is_refused_by_name(self, found: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ def untested(stage: int, optimizer: dict[str, Any], **zero: Any) -> dict[str, An
 MUON_ON_ZERO_3 = untested(3, BUILT_IN, reduce_scatter=False)
 MUON_ON_ZERO_2 = untested(2, BUILT_IN)
 SGD_ON_ZERO_2 = untested(2, SGD)
+ADAMW_ON_ZERO_3 = configuration(3, {"type": "AdamW", "params": {"lr": 0.003, "torch_adam": True}})
 
 
 def save(config: dict[str, Any], folder: str) -> list[float]:
@@ -150,7 +151,7 @@ def refused(config: dict[str, Any], two: Pool, one: Pool, folder: Path) -> str:
 def main() -> None:
     """Do all of it on ranks of their own."""
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch) / name for name in ("two", "one", "a", "b", "c")]
+        folders = [Path(scratch) / name for name in ("two", "one", "a", "b", "c", "d")]
         for folder in folders:
             folder.mkdir()
         two, one = Pool(2, folders[0]), Pool(1, folders[1])
@@ -158,6 +159,7 @@ def main() -> None:
             "file": lambda: deepspeed.__file__,
             "muon_on_zero_3": lambda: universal(MUON_ON_ZERO_3, two, one, folders[2]),
             "sgd_on_zero_2": lambda: universal(SGD_ON_ZERO_2, two, one, folders[3]),
+            "adamw_on_zero_3": lambda: universal(ADAMW_ON_ZERO_3, two, one, folders[5]),
             "muon_on_zero_2": lambda: refused(MUON_ON_ZERO_2, two, one, folders[4]),
             "after_autotp": lambda: two.run(after_autotp)[0],
             "unmarked_after_autoep": lambda: two.run(unmarked_after_autoep)[0],
