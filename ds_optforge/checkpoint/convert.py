@@ -95,7 +95,7 @@ def _manifest(stages: Sequence[EngineCheckpoint]) -> dict[str, Any]:
 
 def _plain_entries(client_state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Leave out the entries that a manifest cannot hold, with a warning for each: nobody can save the checkpoint again."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in client_state.items():
         try:
             found |= plain({key: value}, f"{folder}: '{key}' of the client_state")
