@@ -36,7 +36,6 @@ ON_CPU = {"accelerator_config": ACCELERATOR, "report_to": "none", "overwrite_cac
 
 def train(folder: Path, stage: int, ranks: int, **changes: Any) -> Path:
     """The last checkpoint of a run that follows what init prints."""
-    (folder / "ds_muon.json").unlink(missing_ok=True)
     to_do = prepared("llamafactory", folder, stage, GIVEN | {"per_device_train_batch_size": 4 // ranks})
     (script,) = re.findall(r"```python\n(.*?)```", to_do, re.DOTALL)
     assert script == blocks("llama_factory")["train_optforge.py"]

@@ -44,14 +44,16 @@ def prepared(framework: str, folder: Path, stage: int, given: dict[str, Any] | N
     if given is None:
         return ""
     (folder / "train.yaml").write_text(yaml.safe_dump(given))
-    out = folder / "ds_muon.json"
+    out, reasons = folder / "ds_muon.json", folder / "ds_muon.json.reasons.md"
+    for made in (out, reasons):
+        made.unlink(missing_ok=True)  # of an earlier run
     assert main(["init", "--from", str(folder / "train.yaml"), "--out", str(out)]) == 0
-    made = json.loads(out.read_text())
-    params = made["optimizer"]["params"]
+    config = json.loads(out.read_text())
+    params = config["optimizer"]["params"]
     params["orthogonalization"] |= EXACT["orthogonalization"]
     params["sharding"] = EXACT["sharding"]
-    out.write_text(json.dumps(made))
-    return out.with_name(out.name + ".reasons.md").read_text().partition("## To do")[2]
+    out.write_text(json.dumps(config))
+    return reasons.read_text().partition("## To do")[2]
 
 
 def trained(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
