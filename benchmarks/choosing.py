@@ -167,8 +167,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     tuning = {}
     for workload in wanted_workloads(args.only):
-        tuning[workload] = read_rates(args.rates, args.rules) if args.rates else tune(bench, workload, args.rules)
-        rows += compared(bench, workload, tuning[workload])
+        if not args.rates:
+            tuning[workload] = tune(bench, workload, args.rules)
+        rows += compared(bench, workload, read_rates(args.rates, args.rules) if args.rates else tuning[workload])
     spent = costs(args.rules, args.quick) if args.only in (None, "costs") else []
     title = "Every rule at its best rate"
     show(title, LOSSES, rows)

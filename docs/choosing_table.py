@@ -22,7 +22,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     return {
         "losses": "\n\n".join(losses(title, results, name) for name, title in workloads.items()) + "\n",
         "costs": costs(results["costs"]),
-        "rates": "\n\n".join(rates(title, results["tuning"][name]) for name, title in workloads.items()) + "\n",
+        "rates": "\n\n".join(rates(workloads[name], found) for name, found in results["tuning"].items()) + "\n",
     }
 
 
