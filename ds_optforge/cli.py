@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from ds_optforge.doctor import examine, report
+    with redirect_stdout(sys.stderr):  # where DeepSpeed warns while it is imported
+        from ds_optforge.doctor import examine, report
 
-    findings = examine(options.training)
+        findings = examine(options.training)
     print(json.dumps([each.plain() for each in findings], indent=2) if options.json else report(findings), end="")
     return int(any(each.verdict == "problem" for each in findings))
 

@@ -194,7 +194,8 @@ class TestPlan:
 
     def test_the_configuration_to_paste_is_one(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pasted = self.printed("llama3-8b --world-size 8 --stage 3", capsys).partition("To paste:")[2]
-        path = write(tmp_path, {**json.loads(pasted), "train_batch_size": 8})
+        assert json.loads(pasted)["train_batch_size"] == 128  # of 4,096 tokens each
+        path = write(tmp_path, json.loads(pasted))
         assert main(["check", path]) == 0
         assert self.printed(f"llama3-8b --world-size 8 --config {path}", capsys).count("Recommended on ZeRO-3") == 1
 

@@ -1,6 +1,8 @@
 """`ds-optforge doctor`: one report of what is installed and whether two ranks train."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -38,6 +40,12 @@ def test_the_report_is_a_table_to_paste() -> None:
         "| versions | torch | 2.13.0 | ok |",
         "| backends | mpirun | not on the path | - |",
     ]
+
+
+def test_json_is_all_that_is_printed() -> None:
+    """DeepSpeed warns on the standard output while it is imported."""
+    done = subprocess.run([sys.executable, "-m", "ds_optforge", "doctor", "--no-run", "--json"], capture_output=True, text=True)
+    assert "versions" in {each["topic"] for each in json.loads(done.stdout)}
 
 
 def test_two_ranks_train_and_nothing_is_a_problem_here(capsys: pytest.CaptureFixture[str]) -> None:

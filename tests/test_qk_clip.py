@@ -73,7 +73,8 @@ class TestWhatItSees:
         found = seen_by(model, tokens, attention_mask=mask)
         tokens[:, 10:] = 7
         alone = seen_by(model, tokens[:, :10])
-        assert all(padded >= short - 1e-6 for padded, short in zip(found, alone, strict=True))
+        # Products of another shape are summed in another order: some units in the last place of float32.
+        assert all(padded >= short * (1 - 1e-6) for padded, short in zip(found, alone, strict=True))
         model.set_attn_implementation("eager" if implementation == "sdpa" else "sdpa")
         assert seen_by(model, tokens, attention_mask=mask) == pytest.approx(found, rel=1e-5)
 

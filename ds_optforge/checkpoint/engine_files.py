@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_optforge import reading
 from ds_optforge.checkpoint.chunks import Chunk
 from ds_optforge.checkpoint.layer_files import base_state, stages
+from ds_optforge.checkpoint.manifest import MANIFEST
 from ds_optforge.checkpoint.torch_files import load
 from ds_optforge.errors import CheckpointError
 from ds_optforge.zero.engine import LOSS_SCALE
@@ -115,6 +116,8 @@ def open_checkpoint(folder: Path) -> list[EngineCheckpoint]:
     if experts := sorted(inside.glob("layer_*_expert_*")):
         raise CheckpointError(f"{experts[0]}: holds an expert of a DeepSpeed MoE layer; allowed: models without them")
     models, shards = (_opened(inside.glob(pattern)) for pattern in (_MODEL_FILES, _OPTIMIZER_FILES))
+    if (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: is a portable checkpoint already, which load_checkpoint and 'export' take as it is")
     if not models:
         raise CheckpointError(
             f"{folder}: has neither a file 'latest' nor {_MODEL_FILES}; allowed: what engine.save_checkpoint wrote"

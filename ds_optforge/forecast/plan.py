@@ -121,9 +121,15 @@ class Plan:
         return next((found for found in self.stages if found.chosen.memory.total < limit), None)
 
     def configuration(self) -> dict[str, Any]:
-        """Return the DeepSpeed configuration with the recommended mode: of the stage that fits, or else of the last one."""
+        """Return the DeepSpeed configuration with the recommended mode: of the stage that fits, or else of the last one.
+
+        By default its batch has the tokens that were planned, to the next sequence on every rank.
+        """
         found = self.fitting or self.stages[-1]
-        config = copy.deepcopy(dict(self.config)) or {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
+        ranks = found.predicted.topology.world_size
+        batch = ranks * -(-self.workload.tokens // (self.sequence_length * ranks))
+        default_config = {"train_batch_size": batch, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
+        config = copy.deepcopy(dict(self.config)) or default_config
         config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": found.stage}
         default = {"type": "OptForge", "params": {"name": "muon", "lr": 0.02, "adamw": {"lr": 3e-4}}}
         params = config.setdefault("optimizer", default)["params"]

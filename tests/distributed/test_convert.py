@@ -76,6 +76,8 @@ def test_a_run_goes_on_from_a_converted_checkpoint(pools: Pools, tmp_path: Path)
     convert(tmp_path / "engine", tmp_path / "portable")
     result = pools[2].run(checkpoints.resume, config, str(tmp_path / "portable"))[0]
     assert result["losses"] == expected["losses"]
+    with pytest.raises(CheckpointError, match="portable: is a portable checkpoint already, which load_checkpoint"):
+        convert(tmp_path / "portable", tmp_path / "again")
 
 
 # ---------------------------------------------------------------------------------------- DeepSpeed's Muon
