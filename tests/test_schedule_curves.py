@@ -138,7 +138,7 @@ def test_the_autoresearch_baseline() -> None:
     ],
 )
 def test_a_ratio_is_a_number_of_steps(part: str, ratio: float, steps: int) -> None:
-    """On a flat curve, where both show: a linear one is the same line with a linear cool-down. A cool-down has a step at least."""
+    """On a flat curve: a linear one is the same line with a linear cool-down and without. A cool-down has a step at least."""
     section = {"name": "constant", "total_num_steps": 50}
     assert curve(**section, **{f"{part}_ratio": ratio}) == curve(**section, **{f"{part}_num_steps": steps})
 

@@ -1,8 +1,8 @@
 """A training program that takes milliseconds: gradient descent on a noisy quadratic, with the contract of train.py.
 
 Keys of its configuration beside the learning rate: "sleep", seconds in every step; "wait_for", a file without which it does not
-end; "child", a process that it leaves behind; "lucky_seed", a seed whose loss is far too good; "start", where it begins in place of 5; "world_size" for the
-summary.
+end; "child", a process that it leaves behind; "lucky_seed", a seed whose loss is far too good; "start", where it begins in
+place of 5; "world_size" for the summary.
 """
 
 import argparse
