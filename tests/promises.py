@@ -13,7 +13,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "allowed.",
         "unread-field": "A field that the chosen optimizer does not read is an error.",
         "one-config": "Optimizer and learning-rate schedule are built from one configuration.",
-        "frozen-parameters": "Parameters that are frozen, or do not hold floating-point numbers, are left out.",
+        "frozen-parameters": "Parameters that are frozen, and so all that hold integers, are left out; trainable "
+        "complex numbers are refused by name.",
         "no-matrix": "Muon for a model that has no matrix for it trains all of it with AdamW, and says so.",
         "client-optimizer": "DeepSpeed finds the optimizers by name in its configuration, and takes them as objects.",
     },
@@ -34,7 +35,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "muon-convolutions": "The filters of a convolution are one matrix, of outputs by all the rest.",
         "adamw-beside-curve": "AdamW's learning rate beside Muon follows the curve of the same schedule.",
         "adamw-beside-rate": "AdamW's learning rate beside Muon has an initial value of its own, Muon's if nothing is said.",
-        "lr-transfer": "The best learning rate stays put as a model grows wider.",
+        "lr-transfer": "With the scales `shape` and `spectral` Muon's best learning rate was measured to stay put, to less "
+        "than a factor of 2, as a model grows eight times as wide (docs/lr_transfer.md); the measurement can be made again.",
         "orthogonalize": "`orthogonalize(G)` can be used on its own.",
     },
     "Parameter groups in the style of KellerJordan/Muon": {
@@ -49,8 +51,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "muon-hyperball-norm": "With Muon Hyperball a matrix keeps the norm with which it started, to float32's rounding.",
         "muown-formula": "Muown follows its authors' code.",
         "soap-muon-formula": "SOAP-Muon follows the code of modded-nanogpt's record 44, without what that record adds.",
-        "owners-state": "What owners keep of whole matrices is on them alone, the same bits on every stage, and goes through "
-        "every kind of checkpoint to other owners.",
+        "owners-state": "What owners keep of whole matrices is on them alone, the same bits on every stage; portable "
+        "checkpoints, and converted ones, move it to other owners; an engine's own are resumed by the same ones, or refused.",
         "normuon-beta2": "NorMuon's `beta2` has an effect.",
         "normuon-rows": "NorMuon keeps one second moment for each output row of a matrix.",
         "normuon-routing": "NorMuon trains the matrices inside a model; AdamW trains embeddings, norms, biases and the head, "
@@ -65,8 +67,8 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "schedule-free-schedule": "A schedule that decays is refused beside Schedule-Free AdamW.",
         "averaged-round-trip": "Putting the averaged weights in and taking them out again leaves the training weights as they "
         "were, bit for bit.",
-        "averaged-evaluation": "train.py, this package's helpers and its Accelerate adapter evaluate and export the averaged "
-        "weights without being asked.",
+        "averaged-evaluation": "train.py, the HF Trainer with `OptForgeCallback` and `export` take the averaged weights "
+        "without being asked; an engine, Accelerate's too, evaluates and exports them within `evaluation_weights`.",
         "averaged-refusal": "A step, or a training checkpoint, while the averaged weights are in is refused.",
     },
     "Around any rule": {
@@ -105,13 +107,14 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "world-size": "One process and any number of ranks train the same parameters.",
         "zero-stages": "ZeRO 1, 2 and 3 train the same parameters.",
         "teams": "Several ranks orthogonalize a large matrix together where ranks would be idle, and it trains as with one.",
-        "tensor-parallel": "A matrix that tensor parallelism has cut is orthogonalized whole, once.",
+        "tensor-parallel": "A matrix that tensor parallelism has cut is orthogonalized whole, by one of the tensor ranks.",
         "tensor-parallel-checkpoint": "A checkpoint resumes on other numbers of tensor ranks, or without tensor parallelism.",
         "pipeline": "The stages of a DeepSpeed PipelineModule train as one process does, whatever roles each holds.",
         "pipeline-checkpoint": "A pipeline's checkpoint resumes bit for bit, and on other numbers of stages and ranks.",
         "accumulation": "Gradient accumulation gives the parameters that the large batch gives.",
         "clipping": "DeepSpeed's `gradient_clipping` limits the norm of the gradient; 0 turns it off.",
-        "offload": "The optimizer can be offloaded to host memory, pinned or not, and trains the same parameters.",
+        "offload": "The optimizer can be offloaded to host memory, and trains the same parameters; so it does with "
+        "`pin_memory`, as far as a CPU can show, which pins nothing.",
         "sharding-modes": "A matrix is gathered and orthogonalized whole, or each rank orthogonalizes the rows that it holds.",
         "rows": "A step may update the rows of each matrix with the largest momentum alone, by error feedback: the others keep "
         "accumulating, and which rows are chosen depends on no rank or stage.",

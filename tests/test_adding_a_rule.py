@@ -81,6 +81,7 @@ print(own_sgd.SGDSettings.rule, torch.equal(own[0].weight, reference[0].weight))
     assert printed.split()[-2:] == ["own_sgd", "True"]
 
 
+@pytest.mark.promise("external-rule")
 def test_its_matrix_rule_is_imported_and_steps_by_a_share_of_the_weight(tmp_path: Path) -> None:
     """Without decay the step's norm is lr times the weight's, by its formula. 1e-5: float32."""
     (tmp_path / "steady_muon.py").write_text(BLOCKS["tests/external_rule/steady_muon.py"])

@@ -138,6 +138,7 @@ def test_a_matrix_without_gradient_counts_its_unchanged_weight() -> None:
     assert not torch.equal(found["0.weight"], before[0])
 
 
+@pytest.mark.promise("average-any-rule")
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_kept_in_float32_whatever_the_model_and_the_state_are(dtype: torch.dtype, state_dtype: str) -> None:

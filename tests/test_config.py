@@ -6,7 +6,10 @@ import pytest
 
 from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.schedule import ScheduleConfig, schedule_config
+from ds_optforge.config.sections import CommonSettings
 from ds_optforge.errors import ConfigError
+from ds_optforge.rules import rule_names
+from ds_optforge.testing.params import settings_of
 
 Section = dict[str, Any]
 
@@ -142,6 +145,24 @@ def test_a_value_of_the_wrong_type(key: str) -> None:
     assert message.startswith(f"{of_path(key)}got {found}; allowed: ")
     assert message.count("\n") == 0
     assert allowed in message.split("allowed: ")[1]
+
+
+@pytest.mark.promise("validated-fields")
+@pytest.mark.parametrize("name", rule_names())
+def test_every_field_of_every_rule_refuses_what_it_cannot_hold(name: str) -> None:
+    """None of them takes any text."""
+    fields = {**settings_of(name).model_fields, **CommonSettings.model_fields}
+    assert len(fields) >= 14
+    for field in fields:
+        assert problem({"name": name, field: "no such"}).startswith(f"optimizer.params.{field}: got 'no such'")
+        assert "allowed: " in problem({"name": name, field: "no such"})
+
+
+@pytest.mark.promise("validated-fields")
+@pytest.mark.parametrize("field", ScheduleConfig.model_fields)
+def test_every_field_of_a_schedule_refuses_what_it_cannot_hold(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^scheduler\.params\.{field}: got 'no such' \(str\); allowed: "):
+        schedule_config({field: "no such"})
 
 
 @pytest.mark.promise("unknown-name")

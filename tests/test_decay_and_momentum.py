@@ -244,7 +244,7 @@ def test_the_recipes_warm_up_is_the_default() -> None:
     assert [found[0], found[150], found[300], found[302]] == pytest.approx([0.85, 0.9, 0.95, 0.95])
 
 
-@pytest.mark.promise("muon-settings", "muon-defaults")
+@pytest.mark.promise("muon-defaults")
 def test_without_a_warm_up_the_momentum_is_constant() -> None:
     assert momenta({"name": "muon"}, steps=3) == pytest.approx([0.95] * 3)
 

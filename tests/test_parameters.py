@@ -70,6 +70,7 @@ class TestRefused:
         ):
             OptForge(groups, **MUON)
 
+    @pytest.mark.promise("frozen-parameters")
     @pytest.mark.parametrize("rule", rule_names())
     def test_a_complex_parameter(self, rule: str) -> None:
         model = nn.Linear(4, 4, dtype=torch.complex64)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_optforge import ConfigError, build_optimizer
 from ds_optforge.config.optimizer import OptimizerConfig
@@ -290,14 +290,19 @@ def test_frozen_parameters_are_not_counted(caplog: pytest.LogCaptureFixture) -> 
 def test_a_model_with_nothing_for_muon_gets_one_warning_and_adamw(
     config: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Whose first step moves every element by the learning rate, against the sign of its gradient."""
     model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4))
     said = LogLines(caplog, model, config)
     assert len(said.warnings) == 1
     assert "no parameter is a matrix for 'muon'" in said.warnings[0]
-    before: Tensor = model[0].weight.detach().clone()
-    model(torch.tensor([1, 2])).square().sum().backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, -3.0)
     said.optimizer.step()
-    assert not torch.equal(model[0].weight, before)
+    rate = config.get("adamw", config)["lr"]
+    for parameter, weight in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), weight + rate)
+        assert said.optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.promise("adamw-beside-rate")

@@ -80,8 +80,9 @@ class TestProperties:
     @holds_for
     @given(sections())
     def test_the_last_step_is_exact(self, section: dict[str, Any]) -> None:
-        config = schedule_config(section)
-        assert curve(**section)[-1] == (config.final_lr_fraction if config.decays else 1.0)
+        """At the floor, but for a constant rate without a cool-down."""
+        falls = section["name"] != "constant" or "cooldown_num_steps" in section
+        assert curve(**section)[-1] == (section["final_lr_fraction"] if falls else 1.0)
 
     @holds_for
     @given(sections())
@@ -129,10 +130,16 @@ def test_the_autoresearch_baseline() -> None:
 
 
 @pytest.mark.promise("schedule-recipe", "schedule-shapes")
-@pytest.mark.parametrize(("ratio", "steps"), [(0.1, 5), (0.5, 25), (0.01, 0)])
-@pytest.mark.parametrize("part", ["warmup", "cooldown"])
+@pytest.mark.parametrize(
+    ("part", "ratio", "steps"),
+    [
+        *(("warmup", ratio, steps) for ratio, steps in ((0.1, 5), (0.5, 25), (0.01, 0))),
+        *(("cooldown", ratio, steps) for ratio, steps in ((0.1, 5), (0.5, 25), (0.01, 1))),
+    ],
+)
 def test_a_ratio_is_a_number_of_steps(part: str, ratio: float, steps: int) -> None:
-    section = {"name": "linear", "total_num_steps": 50}
+    """On a flat curve: a linear one is the same line with a linear cool-down and without. A cool-down has a step at least."""
+    section = {"name": "constant", "total_num_steps": 50}
     assert curve(**section, **{f"{part}_ratio": ratio}) == curve(**section, **{f"{part}_num_steps": steps})
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_optforge
@@ -105,6 +106,16 @@ def autotp_engine(config: dict[str, Any], params: Mapping[str, Any] | None, door
         return deepspeed.initialize(model=model, config=config)[0]
     optimizer = ds_optforge.build_optimizer(model, dict(params))
     return ds_optforge.initialize(model=model, config=without_optimizer(config), optimizer=optimizer)[0]
+
+
+def flops_of_a_step(tensor_ranks: int, stage: int, params: Mapping[str, Any]) -> int:
+    """FLOPs of this rank in an optimizer's step under AutoTP."""
+    engine = autotp_engine(autotp_config(tensor_ranks, stage, params), params)
+    engine.backward(engine(tokens_of(0), labels=tokens_of(0)).loss)
+    with FlopCounterMode(display=False) as counter:
+        engine.step()
+    engine.destroy()
+    return counter.get_total_flops()
 
 
 def without_optimizer(config: Mapping[str, Any]) -> dict[str, Any]:

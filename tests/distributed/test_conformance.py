@@ -27,8 +27,16 @@ def test_conformance_of_other_numbers_of_ranks(rule: str, check: str, ranks: int
 
 
 @pytest.mark.promise("average-any-rule", "ema-nesterov")
-@pytest.mark.parametrize("around", [{"average": {"kind": "ema", "decay": 0.8}}, {"ema_nesterov": {"start": 0}}], ids=list)
-@pytest.mark.parametrize("rule", ["lion", "normuon"])
+@pytest.mark.parametrize(
+    ("rule", "around"),
+    [
+        ("lion", {"average": {"kind": "ema", "decay": 0.8}}),
+        ("normuon", {"average": {"kind": "tail", "start": 2}}),
+        ("lion", {"ema_nesterov": {"start": 0}}),
+        ("normuon", {"ema_nesterov": {"start": 0}}),
+    ],
+    ids=["lion, ema", "normuon, tail", "lion, ema_nesterov", "normuon, ema_nesterov"],
+)
 def test_conformance_with_what_is_around_a_rule(rule: str, around: dict[str, Any], pools: Pools) -> None:
     """On every stage, with and without offload. No rule knows of it: one of each kind stands for all."""
     pools[2].run(run_check, "averages", rule, around, timeout_s=300.0)

@@ -139,6 +139,7 @@ def test_a_portable_checkpoint_of_another_split_is_refused(runs: Any, pools: Poo
         assert "'optimizer/tall/row_basis.0' holds 1296 elements; allowed: 256, of this run's matrix" in message
 
 
+@pytest.mark.promise("owners-state")
 def test_an_engine_checkpoint_of_other_owners_is_refused(runs: Any, pools: Pools) -> None:
     """With bases that hardly ever turn, other matrices cost most."""
     folder = runs(SAVED)[0]

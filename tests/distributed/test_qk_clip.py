@@ -48,10 +48,10 @@ def config(stage: int, params: dict[str, Any] = CLIPPED, **extra: Any) -> dict[s
     return cases.engine_config(stage, params, **{"train_batch_size": 4, **extra})
 
 
-def check(pools: Pools, found: dict[str, Any], family: str, parts: int = 1) -> None:
+def check(pools: Pools, found: dict[str, Any], family: str, parts: int = 1, ranks: int = 2) -> None:
     seen, parameters = one_process(family, parts)
     assert sum(max(values(found)) > 0.8 for found in seen) >= 2, "too few steps clip"
-    for result in pools[2].run(clipped.train, found, family, STEPS):
+    for result in pools[ranks].run(clipped.train, found, family, STEPS):
         assert_same(result["parameters"], parameters)
         for mine, its in zip(result["seen"], seen, strict=True):
             assert (mine["step"], list(mine["max"])) == (its["step"], list(its["max"]))
@@ -71,6 +71,12 @@ def check(pools: Pools, found: dict[str, Any], family: str, parts: int = 1) -> N
 )
 def test_every_stage_equals_one_process(family: str, stage: int, pools: Pools) -> None:
     check(pools, config(stage), family)
+
+
+@pytest.mark.promise("qk-clip-everywhere")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_other_numbers_of_ranks_equal_one_process(ranks: int, pools: Pools) -> None:
+    check(pools, config(3), "llama", ranks=ranks)
 
 
 @pytest.mark.promise("qk-clip-everywhere")

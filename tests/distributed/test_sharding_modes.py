@@ -113,13 +113,25 @@ def test_gathering_in_every_step_of_the_period_is_gather(stage: int, pools: Pool
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("shapes", [False, True])
 def test_normuon_learns_like_gather(shapes: bool, stage: int, gather_every: int | None, pools: Pools) -> None:
-    """Rows that begin on another rank have no statistic here. 10%: a tenth of what these 20 steps learn is 3%."""
+    """Rows that begin on another rank have no statistic here. Of the 1.0 that these 20 steps learn, 0.11 was seen to differ."""
     expected = one_process(params("normuon", mode="gather"), 20, shapes=shapes)[0]
     config = cases.engine_config(stage, params("normuon", gather_every=gather_every))
     results = pools[4].run(cases.train, config, 20, {"shapes": shapes})
     for result in results:
-        assert result["losses"][-1] == pytest.approx(expected[-1], rel=0.1)
+        assert result["losses"][-1] == pytest.approx(expected[-1], abs=0.15)
         assert_same(result["parameters"], results[0]["parameters"], 0.0)
+
+
+@pytest.mark.promise("shard-local-error")
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_an_update_made_of_fragments_is_as_large_as_that_of_a_whole_matrix(name: str, pools: Pools) -> None:
+    """Of an orthogonal one: lr sqrt(max(1, out / in)) sqrt(min(out, in)). (Losses hardly tell 0.7 of it from it.)"""
+    before = dict(models.build().named_parameters())
+    for result in pools[4].run(cases.train, cases.engine_config(3, params(name)), steps=1):
+        for matrix in MATRICES:
+            out, into = before[matrix].shape
+            size = (result["parameters"][matrix] - before[matrix].detach()).norm().item()
+            assert size == pytest.approx(0.02 * max(1, out / into) ** 0.5 * min(out, into) ** 0.5, rel=1e-4), matrix
 
 
 @pytest.mark.quick

@@ -47,6 +47,16 @@ class TestAutoTP:
         record_errors("autotp", stage, muon=errors["normuon"], adamw=errors["control"])
         assert max(errors.values()) < TOLERANCE
 
+    @pytest.mark.promise("tensor-parallel")
+    @pytest.mark.parametrize("stage", [0, 2, 3])
+    def test_each_matrix_is_orthogonalized_by_one_of_the_tensor_ranks(self, stage: int, pools: Pools) -> None:
+        """Five quintic steps of 4 n^2 m + 2 n^3 FLOPs, for n x m with n the shorter side, of whole matrices of two layers."""
+        of_a_layer = [(32, 32), (16, 32), (16, 32), (32, 32), (32, 48), (32, 48), (32, 48)]  # q, k, v, o; gate, up, down
+        params = {**MUON, "orthogonalization": {"dtype": "float32", "method": "standard"}}
+        found = pools[2].run(tensor_parallel.flops_of_a_step, 2, stage, params)
+        assert sum(found) == 2 * sum(5 * (4 * n * n * m + 2 * n**3) for n, m in of_a_layer)
+        assert min(found) > 0.3 * sum(found)
+
     @pytest.mark.parametrize("door", ["register", "object"])
     def test_through_every_door(self, door: str, pools: Pools) -> None:
         for found in pools[2].run(tensor_parallel.autotp, 2, 2, MUON, STEPS, door):

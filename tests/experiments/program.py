@@ -1,7 +1,8 @@
 """A training program that takes milliseconds: gradient descent on a noisy quadratic, with the contract of train.py.
 
 Keys of its configuration beside the learning rate: "sleep", seconds in every step; "wait_for", a file without which it does not
-end; "child", a process that it leaves behind; "lucky_seed", a seed whose loss is far too good; "world_size" for the summary.
+end; "child", a process that it leaves behind; "lucky_seed", a seed whose loss is far too good; "start", where it begins in
+place of 5; "world_size" for the summary.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> None:
         (out / "child").write_text(str(child.pid))
     noise = random.Random(f"{args.seed}")
     lr, batch = config["optimizer"]["params"]["lr"], config["train_batch_size"]
-    x, loss = 5.0, 0.0
+    x, loss = config.get("start", 5.0), 0.0
     with open(out / "metrics.jsonl", "w", buffering=1) as metrics:
         for step in range(1, steps + 1):
             time.sleep(config.get("sleep", 0))

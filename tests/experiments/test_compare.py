@@ -24,6 +24,11 @@ def comparison(folder: Path, contenders: dict[str, dict[str, Any]], **more: Any)
     return write_yaml(folder, common(folder, runs=runs) | more)
 
 
+def later_norms(folder: Path) -> list[float]:
+    """Of a run of 250 steps, in its second half."""
+    return [json.loads(line)["grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()[125:]]
+
+
 @pytest.mark.promise("fair-comparison", "comparison-metrics")
 def test_a_table_a_tsv_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = comparison(tmp_path, {"slow": {"lr": 0.01}, "fast": {"lr": 0.5}}, steps=250)
@@ -33,8 +38,11 @@ def test_a_table_a_tsv_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("fast", "0.5", "3", "keep"),
         ("slow", "0.01", "3", "keep"),
     ]
-    for key in ("grad_norm", "tokens_per_second", "peak_memory_gb", "state_bytes_per_parameter", "steady_loss"):
-        assert all(float(row[key]) >= 0 for row in rows)
+    said = {"tokens_per_second": 100.0, "peak_memory_gb": 0.5, "state_bytes_per_parameter": 4.0}  # by the program
+    for row in rows:
+        assert {key: float(row[key]) for key in said} == said
+        norms = [norm for folder in (tmp_path / "out" / "runs").glob(f"{row['optimizer']}-*") for norm in later_norms(folder)]
+        assert float(row["grad_norm"]) == pytest.approx(sum(norms) / (3 * 125), rel=1e-4)
     assert all(0 < float(row["validation_loss_standard_error"]) < float(rows[-1]["validation_loss"]) for row in rows)
     assert "validation loss" in capsys.readouterr().out
 

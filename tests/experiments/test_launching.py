@@ -109,6 +109,7 @@ def test_nan_is_a_divergence(tmp_path: Path) -> None:
     assert "is nan" in record.reason or "is inf" in record.reason
 
 
+@pytest.mark.promise("sweep-budget")
 def test_a_timed_out_run_is_ended_with_the_processes_that_it_started(tmp_path: Path) -> None:
     (record,), _ = launch(tmp_path, run(steps=1000, sleep=0.1, child=True), timeout=5.0)
     assert record.status == "timed out"

@@ -26,17 +26,25 @@ def status_of(folder: Path) -> dict[str, str]:
     return {row["experiment"]: row["status"] for row in results(folder)}
 
 
+def ran_with(folder: Path, name: str) -> tuple[float, float | None]:
+    """The learning rate of an experiment's run, and where it began."""
+    (content, *_) = [path.read_text() for path in (folder / "out" / "runs").glob(f"{name}-*/config.json")]
+    config = json.loads(content)
+    return config["optimizer"]["params"]["lr"], config.get("start")
+
+
 @pytest.mark.promise("sweep-winner", "sweep-combined")
 def test_a_phases_winner_is_the_next_phases_baseline(tmp_path: Path) -> None:
-    batch = {"changes": {"train_batch_size": 80}}
-    path = sweep(tmp_path, [phase("rate", A=lr(0.2), B=lr(0.3), C=lr(0.05)), phase("batch", D=batch), phase("more", E=lr(0.5))])
+    near = {"changes": {"start": 2.0}}
+    path = sweep(tmp_path, [phase("rate", A=lr(0.2), B=lr(0.3), C=lr(0.05)), phase("place", D=near), phase("more", E=lr(0.5))])
     assert main(["sweep", str(path)]) == 0
     status = status_of(tmp_path)
-    assert [status[name] for name in ("A", "B", "C", "E")] == ["discard", "keep", "discard", "keep"]
+    assert [status[name] for name in "ABCDE"] == ["discard", "keep", "discard", "keep", "keep"]
     rows = {row["experiment"]: row for row in results(tmp_path)}
     assert "better, but not as good as B" in rows["A"]["description"]
-    config = yaml.safe_load(next((tmp_path / "out" / "runs").glob("D-*/config.json")).read_text())
-    assert config["optimizer"]["params"]["lr"] == 0.3
+    assert [ran_with(tmp_path, name) for name in "BDE"] == [(0.3, None), (0.3, 2.0), (0.5, 2.0)]
+    assert ran_with(tmp_path, "combined-seed3") == (0.5, 2.0)  # of D and E, which came after B
+    assert ran_with(tmp_path, "baseline-seed3") == (0.1, None)
     assert rows["combined"]["status"] == "keep"
     assert float(rows["combined"]["metric"]) < float(rows["baseline-again"]["metric"])
 

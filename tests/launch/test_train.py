@@ -86,6 +86,14 @@ def test_launcher_world_size_and_zero_stage_leave_the_curve_alone(runs: dict[str
     assert runs["muon_zero3"].losses == pytest.approx(runs["muon_zero1"].losses, rel=1e-3)
 
 
+@pytest.mark.promise("deepspeed-launcher")
+@pytest.mark.parametrize("config", COMMANDS)
+def test_a_run_has_learned(runs: dict[str, Run], config: str):
+    """From a loss of about 5.55 nats per byte, uniform. The validation loss is that of the weights at the end."""
+    assert runs[config].losses[0] == pytest.approx(math.log(256), abs=0.3)
+    assert runs[config].summary["validation_loss"] < runs[config].losses[0] - 0.1
+
+
 @pytest.mark.promise("muon-counts")
 def test_rank_0_logs_the_routing_once(runs: dict[str, Run]):
     lines = [line for line in runs["muon_zero2"].process.stderr.splitlines() if line.startswith("ds_optforge")]
