@@ -107,6 +107,7 @@ class AdaMuonSettings(OrthogonalSettings):
     rule = "adamuon"
     title = "AdaMuon"
     builds = AdaMuon
+    signs = True
     summary = ("signs, orthogonalized, elements normalised", "Muon with second moments, at AdamW's learning rate and state")
 
     lr: NonNegative = Field(1e-3, description="learning rate, of AdamW's size")

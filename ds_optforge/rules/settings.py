@@ -41,6 +41,8 @@ class RuleSettings(Section):
             are refused with bfloat16 state.
         steady: settings with which gradients that differ by rounding make steps that do, for `ds_optforge.testing`; empty for
             most rules, whose every setting does.
+        signs: whether the step of a whole matrix depends on signs of elements, which rounding may turn where one is almost 0;
+            `ds_optforge.testing` then allows what a turned sign moves.
         summary: what the rule does to a matrix, and when to use it, in a few words each, for the table of all rules.
     """
 
@@ -49,6 +51,7 @@ class RuleSettings(Section):
     builds: ClassVar[type[Rule]]
     decay_rates: ClassVar[tuple[str, ...]]
     steady: ClassVar[Mapping[str, Any]] = {}
+    signs: ClassVar[bool] = False
     summary: ClassVar[tuple[str, str]] = ("", "")
 
     lr: NonNegative = Field(1e-3, le=10, description="learning rate; above 10 it is taken for a slip")
