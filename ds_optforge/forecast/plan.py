@@ -128,8 +128,8 @@ class Plan:
         found = self.fitting or self.stages[-1]
         ranks = found.predicted.topology.world_size
         batch = ranks * -(-self.workload.tokens // (self.sequence_length * ranks))
-        default_config = {"train_batch_size": batch, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
-        config = copy.deepcopy(dict(self.config)) or default_config
+        made: dict[str, Any] = {"train_batch_size": batch, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
+        config = copy.deepcopy(dict(self.config)) or made
         config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": found.stage}
         default = {"type": "OptForge", "params": {"name": "muon", "lr": 0.02, "adamw": {"lr": 3e-4}}}
         params = config.setdefault("optimizer", default)["params"]
