@@ -42,7 +42,7 @@ STEPS = 120
 SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (0, 1)
 FARTHEST = 3  # doublings
 QUICK_STEPS = 12
-WORKLOADS = {"gpt": ("byte GPT", "tiny"), "llama": ("Llama", "llama")}
+WORKLOADS = {"gpt": ("byte GPT", "tiny", 128), "llama": ("Llama", "llama", 64)}  # title, model, bytes in a sample
 WIDTH, LAYERS, ROUNDS = 512, 4, 15
 PLANNED, RANKS = "llama3-8b", 64
 BESIDE = {"adamw": {"lr": 0.003, "betas": [0.9, 0.95]}}  # of embeddings, output, norms and biases beside a matrix rule
@@ -141,9 +141,10 @@ class Bench:
     def compare(self, workload: str, kind: str, rates: Sequence[tuple[str, float]], seeds: Sequence[int]) -> list[list[float]]:
         """Run `ds-optforge compare`; return the validation losses of each (rule, rate), one per seed."""
         command = ["python", "train.py", "--ds_config", "{config}", "--out", "{out}", "--seed", "{seed}", "--steps", "{steps}"]
+        _, model, length = WORKLOADS[workload]
         content = {
             "out": str(self.out / workload),
-            "launcher": [*command, "--model", WORKLOADS[workload][1], *(("--sequence-length", "16") if self.quick else ())],
+            "launcher": [*command, "--model", model, "--sequence-length", str(16 if self.quick else length)],
             "steps": QUICK_STEPS if self.quick else STEPS,
             "seeds": list(seeds),
             "runs": {f"{rule}_{rate:g}": {"config": str(self.config(rule, rate)), "lr": rate} for rule, rate in rates},
