@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -311,7 +311,15 @@ class _Watcher:
         return ConfigError(f"qk_clip: {self._path or 'the model'} ({kind}): got {found}; allowed: {allowed}")
 
 
-@torch.compiler.disable(reason="qk_clip does not work in a compiled forward pass")  # type: ignore[no-untyped-call,untyped-decorator]
+@cache
+def _refusal() -> Callable[[], None]:
+    """`_refuse_compiled`, which torch.compile leaves as it is; made when attention is watched: it loads torch's compiler."""
+    refuse: Callable[[], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+        _refuse_compiled, reason="qk_clip does not work in a compiled forward pass"
+    )
+    return refuse
+
+
 def _refuse_compiled() -> None:
     raise ConfigError(
         "qk_clip: got a forward pass that torch.compile has compiled; allowed: one that is not compiled (what a module attends "
@@ -324,12 +332,13 @@ class _Hook:
 
     def __init__(self, call: Callable[[nn.Module], None] | None = None) -> None:
         self._call = call
+        self._refuse = _refusal()
 
     def __call__(self, module: nn.Module, *values: Any) -> None:
         if self._call is None:
             return
         if torch.is_grad_enabled() and torch.compiler.is_compiling():
-            _refuse_compiled()
+            self._refuse()
         self._call(module)
 
     def __deepcopy__(self, memo: Any) -> "_Hook":

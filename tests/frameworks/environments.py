@@ -71,6 +71,7 @@ def launch(name: str, command: str, folder: Path, **variables: str) -> str:
     scripts = [environment_of(name) / "bin", sysconfig.get_path("scripts")]
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    quiet |= {"PYTHONFAULTHANDLER": "1"}  # a rank that aborts shows where
     path = {"PATH": os.pathsep.join([*map(str, scripts), os.environ.get("PATH", "")]), "PYTHONPATH": str(ROOT)}
     with port_of_a_run() as port:
         for program, option in PORT_OPTIONS.items():

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.distributed.test_parity import assert_same
 from tests.frameworks.environments import blocks, launch
-from tests.frameworks.tuning import ACCELERATOR, GLOO, ROLES, SAVED, STEPS, logged, losses, prepared, trained
+from tests.frameworks.tuning import ACCELERATOR, GLOO, ROLES, SAVED, STEPS, check_same, check_two_ranks, logged, prepared
 
 EXACT = '"orthogonalization": {"dtype": "float32", "scale": "match_rms_adamw"}, "sharding": {"wire_dtype": "float32"}'
 ON_CPU = (
@@ -41,10 +39,7 @@ def test_full_fine_tuning(stage: int, tmp_path: Path) -> None:
     """Two ranks end with the weights of one, on ZeRO-1, and go on from a checkpoint bit for bit."""
     one = train(tmp_path / "one", 1, 1)
     two = train(tmp_path / "two", stage, 2)
-    (groups, weights), (_, expected) = trained(two), trained(one)
-    assert groups.keys() == ROLES
-    assert_same(weights, expected)
-    assert losses(two)[-1] < losses(two)[0]
+    _, weights = check_two_ranks(two, one)
     assert {f"learning_rate/{role}" for role in ROLES} <= logged(two)
     again = train(tmp_path / "two", stage, 2, "again", f"--resume_from_checkpoint out/checkpoint-{SAVED}")
-    assert all(torch.equal(found, weights[name]) for name, found in trained(again)[1].items())
+    check_same(again, weights)

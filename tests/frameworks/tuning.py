@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,12 +17,19 @@ from ds_optforge.checkpoint.export import export
 from ds_optforge.checkpoint.files import Checkpoint
 from ds_optforge.checkpoint.logical import weight_name
 from ds_optforge.cli import main
+from tests.distributed.test_parity import assert_same
 from tests.frameworks.environments import launch
 from tests.oracles import EXACT
 
 STEPS, SAVED = 8, 4
-# Of frameworks that leave the process group to Accelerate, which counts one process on a CPU unless it is told the backend.
-GLOO = 'from accelerate import PartialState\n\nPartialState(backend="gloo")\n'
+# Of frameworks that leave the process group to Accelerate, which counts one process on a CPU unless it is told the backend. Nor
+# does anything close the group, and of a rank that ends with one open gloo's threads may abort.
+GLOO = """import atexit
+
+from accelerate import PartialState
+
+atexit.register(PartialState(backend="gloo").destroy_process_group)
+"""
 ACCELERATOR = {"use_configured_state": True, "dispatch_batches": False}
 ROLES = {"matrix.muon", "embedding.adamw", "unembedding.adamw", "scalar.adamw"}
 
@@ -70,6 +79,22 @@ def trained_portable(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor
     shapes = found.manifest["shapes"]
     weights = {name: found.whole(weight_name(name)).view(shape) for name, shape in shapes.items()}
     return {name: sorted(group["members"]) for name, group in found.manifest["groups"].items()}, weights
+
+
+def check_two_ranks(two: Path, one: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Two ranks ended with the weights of one and with the usual roles, and their loss fell. Return what ``trained`` does."""
+    groups, weights = trained(two)
+    assert groups.keys() == ROLES
+    assert_same(weights, trained(one)[1])
+    assert losses(two)[-1] < losses(two)[0]
+    return groups, weights
+
+
+def check_same(again: Path, weights: Mapping[str, Tensor]) -> None:
+    """A run that went on from a checkpoint has these weights, bit for bit."""
+    found = trained(again)[1]
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def losses(checkpoint: Path) -> list[float]:
