@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        status = 1
     except (ConfigError, CheckpointError) as error:
         print(f"{options.config}:\n{error}" if options.config else error, file=sys.stderr)
         status = 2

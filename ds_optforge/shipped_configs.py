@@ -44,7 +44,7 @@ def _path(name: str) -> Path:
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write a configuration into an existing folder, and return the path of the file.
+    """Write a configuration into a folder, which is made where it is missing, and return the path of the file.
 
     Args:
         name: one of `names`, with or without ".json".
@@ -60,10 +60,11 @@ def write(name: str, folder: Path) -> Path:
         raise ConfigError(f"configuration: got '{name}'; {hint}allowed: {', '.join(names())}")
     path = folder / f"{name}.json"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise ConfigError(f"{path}: is there already; allowed: a folder without a file of that name")
         with path.open("x") as file:
             file.write(_path(name).read_text())
-    except FileExistsError:
-        raise ConfigError(f"{path}: is there already; allowed: a folder without a file of that name") from None
     except OSError as error:
         raise ConfigError(f"--out: got '{folder}' ({error.strerror}); allowed: a folder that can be written to") from None
     return path

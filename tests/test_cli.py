@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +292,14 @@ BAD = {
     "not JSON": ("{", "not JSON"),
     "no object": ([1], "got a list; allowed: a JSON object"),
     "no optimizer": ({}, "optimizer: missing"),
-    "another optimizer": ({"optimizer": {"type": "AdamW"}}, "optimizer.type: got 'AdamW'; allowed: 'OptForge'"),
+    "another optimizer": (
+        {"optimizer": {"type": "AdamW"}},
+        "optimizer.type: got 'AdamW'; allowed: 'OptForge'; `ds-optforge init --from FILE` writes one that continues it",
+    ),
+    "a rule that is almost one": (
+        {"optimizer": {"type": "OptForge", "params": {"name": "mouon"}}},
+        "optimizer.params.name: got 'mouon'; did you mean 'muon'? allowed: adamuon, adamw",
+    ),
     "a bad value": (
         {"optimizer": {"type": "OptForge", "params": {"name": "muon", "lr": "x"}}},
         "optimizer.params.lr: got 'x' (str); allowed: a number",
@@ -480,9 +490,23 @@ class TestConfigs:
         assert f"allowed: {', '.join(path.removesuffix('.json') for path in SHIPPED)}" in said
         assert not list(tmp_path.iterdir())
 
-    def test_a_folder_that_is_not_there(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["configs", "muon_zero2", "--out", str(tmp_path / "none")]) == 2
-        assert f"--out: got '{tmp_path / 'none'}' (No such file or directory)" in capsys.readouterr().err
+    def test_a_folder_that_is_not_there_is_made(self, tmp_path: Path) -> None:
+        assert main(["configs", "muon_zero2", "--out", str(tmp_path / "new" / "folder")]) == 0
+        assert (tmp_path / "new" / "folder" / "muon_zero2.json").exists()
+
+    def test_a_folder_that_cannot_be(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").touch()
+        assert main(["configs", "muon_zero2", "--out", str(tmp_path / "file")]) == 2
+        assert f"--out: got '{tmp_path / 'file'}' (File exists)" in capsys.readouterr().err
+
+    def test_a_reader_that_has_seen_enough_gets_no_traceback(self) -> None:
+        """As when `head` has closed its end of the pipe."""
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-m", "ds_optforge", "configs"]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (1, "")
 
     def test_out_without_a_name(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["configs", "--out", "."]) == 2

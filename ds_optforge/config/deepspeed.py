@@ -19,6 +19,7 @@ logger = logging.getLogger("ds_optforge")
 
 # The sections' types, which are the names of the classes.
 OPTIMIZER, SCHEDULER = "OptForge", "OptForgeSchedule"
+_CONTINUED = ("Adam", "AdamW", "Lion", "Muon")  # by what `ds-optforge init` writes
 
 # Of schedulers that write rates of their own into the groups: the keys of these rates, with their defaults. A list has a rate
 # for each group, a number (other than 0) is written into all of them; None keeps the groups' own rates.
@@ -134,8 +135,14 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _params(config: Mapping[str, Any], key: str, kind: str) -> Mapping[str, Any]:
     section = _section(config, key)
-    if section.get("type") != kind:
-        raise ConfigError(f"{key}.type: got {section.get('type')!r}; allowed: '{kind}'")
+    found = section.get("type")
+    if found != kind:
+        way = (
+            "; `ds-optforge init --from FILE` writes one that continues it"
+            if key == "optimizer" and found in _CONTINUED
+            else ""
+        )
+        raise ConfigError(f"{key}.type: got {found!r}; allowed: '{kind}'{way}")
     params = section.get("params", {})
     if not isinstance(params, Mapping):
         raise ConfigError(f"{key}.params: got {params!r}; allowed: an object")

@@ -1,6 +1,7 @@
 """The "params" of an OptForge section, validated, and resolved for one parameter at a time."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from ds_optforge.config.sections import ROLES, CommonSettings, Override, Role
@@ -174,5 +175,7 @@ def _settings_of(name: Any, path: str) -> type[RuleSettings]:
     """Return the settings class of a rule. Raises ConfigError for a name that nothing offers."""
     found = rule_settings(name)
     if found is None:
-        raise ConfigError(f"{path}.name: got {name!r}; allowed: {_names()}")
+        close = get_close_matches(str(name), rule_names(), n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ConfigError(f"{path}.name: got {name!r}; {hint}allowed: {_names()}")
     return found
