@@ -22,14 +22,15 @@ from tests.oracles import EXACT
 STEPS = 4
 MUON = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "adamw": {"lr": 1e-3, "eps": 1e-5}, **EXACT}
 CLIPPED: dict[str, Any] = {**MUON, "qk_clip": {"tau": 0.8}}
+OF_ROWS: dict[str, Any] = {**CLIPPED, "nesterov": False, "sharding": {**EXACT["sharding"], "rows": 0.5}}
 STANDING = {"name": "muon", "lr": 0.0, "adamw": {"lr": 0.0}, "qk_clip": {"tau": 0.8}}
 
 
 @cache
-def one_process(family: str, parts: int = 1) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def one_process(family: str, parts: int = 1, of_rows: bool = False) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Plain PyTorch: logits seen, and parameters."""
     model = attentions.FAMILIES[family]()
-    optimizer = build_optimizer(model, CLIPPED)
+    optimizer = build_optimizer(model, OF_ROWS if of_rows else CLIPPED)
     seen = []
     for step in range(STEPS):
         for micro in torch.chunk(attentions.batch(step, 4 * parts), parts):
@@ -49,7 +50,7 @@ def config(stage: int, params: dict[str, Any] = CLIPPED, **extra: Any) -> dict[s
 
 
 def check(pools: Pools, found: dict[str, Any], family: str, parts: int = 1, ranks: int = 2) -> None:
-    seen, parameters = one_process(family, parts)
+    seen, parameters = one_process(family, parts, found["optimizer"]["params"] == OF_ROWS)
     assert sum(max(values(found)) > 0.8 for found in seen) >= 2, "too few steps clip"
     for result in pools[ranks].run(clipped.train, found, family, STEPS):
         assert_same(result["parameters"], parameters)
@@ -85,6 +86,11 @@ def test_micro_batches_and_offload(stage: int, pools: Pools) -> None:
     zero = {"offload_optimizer": {"device": "cpu"}}
     accumulating = config(stage, train_batch_size=8, gradient_accumulation_steps=2, zero_optimization=zero)
     check(pools, accumulating, "llama", parts=2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_row_of_a_head_is_clipped_where_a_share_of_the_rows_is_stepped(stage: int, pools: Pools) -> None:
+    check(pools, config(stage, OF_ROWS), "llama")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
