@@ -1,8 +1,8 @@
 """Write compatibility.md: what OptForge can be combined with, stage by stage, from the markers of the tests.
 
-    python docs/compatibility_table.py                 # the verdicts, beside the errors that are on record
-    pytest -m compatibility --junitxml report.xml      # measures the errors
-    python docs/compatibility_table.py report.xml      # puts them on record in data/compatibility.json
+    python docs/compatibility_table.py                                      # the verdicts, beside the errors that are on record
+    pytest -m 'compatibility and not frameworks' --junitxml report.xml      # measures the errors
+    python docs/compatibility_table.py report.xml                           # puts them on record in data/compatibility.json
 
 Rows are in tests/compatibility.py. tests/test_compatibility.py fails when the committed page is stale.
 """
@@ -44,7 +44,7 @@ What OptForge can be combined with, by ZeRO stage; the last column is CPU offloa
 - An empty cell: DeepSpeed does not have the combination, or no test has tried it.
 
 Written by `python docs/compatibility_table.py` from tests/compatibility.py and the markers of the tests; the numbers are of
-`pytest -m compatibility --junitxml report.xml && python docs/compatibility_table.py report.xml`.
+`pytest -m 'compatibility and not frameworks' --junitxml report.xml && python docs/compatibility_table.py report.xml`.
 """
 
 Cell = tuple[str, int | str]  # row, column

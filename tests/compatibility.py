@@ -22,6 +22,11 @@ BY_SUBJECT: dict[str, dict[str, str]] = {
         "accelerate": "Accelerate",
         "trainer": "Hugging Face Trainer",
         "peft": "PEFT: LoRA, DoRA, LoRA of embeddings, QLoRA (bitsandbytes' 4 bits)",
+        "trl": "TRL: SFT, DPO and Reward with adapters",
+        "lightning": "Lightning, DeepSpeedStrategy (`make test-frameworks`)",
+        "ray": "Ray Train (`make test-frameworks`)",
+        "llama_factory": "LLaMA-Factory (`make test-frameworks`)",
+        "swift": "ms-swift (`make test-frameworks`)",
     },
     "Parallelism": {
         "data": "Data parallelism, 1 to 4 ranks",

@@ -31,6 +31,7 @@ def trained(found: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.promise("trl-adapters")
+@pytest.mark.compatibility("trl", stages=(2, 3), verdict="exact")
 @pytest.mark.parametrize("kind", aligners.KINDS)
 def test_adapters_that_trl_makes_are_orthogonalized(kind: str, pools: Pools, tmp_path: Path) -> None:
     """By a TrainerOptimizer without DeepSpeed, and by a file on ZeRO-2 and 3 with a callback that registers the model.

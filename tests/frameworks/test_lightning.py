@@ -43,6 +43,7 @@ def run(stage: int, folder: Path, *snippets: str, **arguments: Any) -> dict[str,
     return dict(torch.load(folder / "found.pt"))
 
 
+@pytest.mark.compatibility("lightning", verdict="exact")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_pages_lines_train_as_one_process_does(stage: int, tmp_path: Path) -> None:
     found = run(stage, tmp_path, "module", "fit")
@@ -52,6 +53,7 @@ def test_the_pages_lines_train_as_one_process_does(stage: int, tmp_path: Path) -
     assert found["losses"][-1] < found["losses"][0]
 
 
+@pytest.mark.compatibility("lightning", stages=(2, 3), verdict="exact")
 def test_it_resumes_bit_for_bit_and_from_a_portable_checkpoint_on_another_stage(tmp_path: Path) -> None:
     """From the end of the second of three epochs, whose checkpoint `convert` takes."""
     whole = run(2, tmp_path, "module", "resume")

@@ -48,6 +48,7 @@ def train(folder: Path, stage: int, ranks: int, **changes: Any) -> Path:
     return folder / settings["output_dir"] / f"checkpoint-{STEPS}"
 
 
+@pytest.mark.compatibility("llama_factory", verdict="exact")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_full_fine_tuning(stage: int, tmp_path: Path) -> None:
     """Two ranks end with the weights of one, on ZeRO-1, and go on from a checkpoint bit for bit."""

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed import cases
 from tests.distributed.test_parity import assert_same, one_process
 from tests.frameworks.environments import launch
@@ -22,6 +24,7 @@ def run(stage: int, workers: int, steps: int, folder: Path, *options: str) -> An
     return json.loads(result)
 
 
+@pytest.mark.compatibility("ray", stages=(2, 3), verdict="exact")
 def test_workers_of_which_one_dies_and_others_after_them(tmp_path: Path) -> None:
     """Two workers on ZeRO-2, the second of which dies in step 6, end after 8 steps; one on ZeRO-3 goes on from there."""
     first = run(2, 2, 8, tmp_path, "--dies-at", "5")

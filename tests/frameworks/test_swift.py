@@ -34,6 +34,7 @@ def train(folder: Path, stage: int, ranks: int, out: str = "out", more: str = ""
     return folder / out / f"checkpoint-{STEPS}"
 
 
+@pytest.mark.compatibility("swift", verdict="exact")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_full_fine_tuning(stage: int, tmp_path: Path) -> None:
     """Two ranks end with the weights of one, on ZeRO-1, and go on from a checkpoint bit for bit."""
