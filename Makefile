@@ -49,6 +49,7 @@ bench: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/modes.py
 	$(IN_VENV) OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/rows.py
 	$(IN_VENV) python benchmarks/wire.py
+	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/qk_clip.py
 
 evidence: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python benchmarks/from_adamw.py --parallel 2

@@ -70,6 +70,14 @@ def test_telemetry(tmp_path: Path) -> None:
     assert all(row["cpu_long_iteration_ms"] > row["cpu_iteration_ms"] for row in rows.values())
 
 
+def test_qk_clip(tmp_path: Path) -> None:
+    finished = on_this_machine(f"python benchmarks/qk_clip.py --quick --out {shlex.quote(str(tmp_path))}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    rows = json.loads((tmp_path / "qk_clip.json").read_text())["rows"]
+    assert [(row["kind"], row["every"]) for row in rows] == [("clips", 1), ("clips", 10), ("watches", 1), ("watches", 10)]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
 class TestGpu:
     """benchmarks/gpu.py, so that it works the first time."""
 
