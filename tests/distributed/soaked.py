@@ -1,4 +1,4 @@
-"""What the ranks of `tests/soak.py` run: a tiny model of one family, from its newest checkpoint on, with a fault on one of them.
+"""What the ranks of `tests/soak.py` run: a tiny model of one family, from its newest checkpoint on, with a fault on a rank.
 
 A family is a model that portable checkpoints carry from each of its places to each other one; `PLACES` has them.
 """
