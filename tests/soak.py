@@ -46,15 +46,15 @@ LIMIT_S = 600.0  # of one launch: a hang is an error
 GRACE_S = 5.0  # for the ranks that are left after a kill; then they are ended, as launchers do
 # Another order of sums is a difference of 1e-7, which training amplifies; CONTRIBUTING.md says how it was chosen.
 TOLERANCE = 1e-3
-# Where a fault may be: the kind, the function at a call of which it comes, and how often that is called in a segment.
+# Where a fault may be: the kind, the function at a call of which it comes, and the last call that is drawn.
 FAULTS = {
-    "kill in a step": ("kill", "ds_optforge/optimizer.py", "step", 3 * LENGTH),  # ZeRO calls it group by group
-    "kill in an exchange": ("kill", "exchange.py", "collect", 3 * LENGTH),
-    "kill in a save": ("kill", "dcp.py", "write_data", LENGTH // EVERY),
-    "kill before the rename": ("kill", "dcp.py", "finish", LENGTH // EVERY),  # which is rank 0's
+    "kill in a step": ("kill", "ds_optforge/optimizer.py", "step", LENGTH),  # ZeRO calls it group by group
+    "kill in an exchange": ("kill", "exchange.py", "collect", LENGTH),
+    "kill in a save": ("kill", "dcp.py", "write_data", LENGTH // EVERY // 2),
+    "kill before the rename": ("kill", "dcp.py", "finish", LENGTH // EVERY // 2),  # which is rank 0's
     "kill in a load": ("kill", "portable.py", "_restore", 1),
-    "stop": ("stop", "runtime/engine.py", "_take_model_step", LENGTH),
-    "pause": ("pause", "runtime/engine.py", "_take_model_step", LENGTH),
+    "stop": ("stop", "runtime/engine.py", "_take_model_step", LENGTH // 2),
+    "pause": ("pause", "runtime/engine.py", "_take_model_step", LENGTH // 2),
 }
 
 
