@@ -3,9 +3,9 @@
 import ctypes
 import gc
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,29 @@ import torch.distributed as dist
 import ds_optforge
 from tests.distributed import cases, clipped
 
-
-@dataclass(frozen=True)
-class Held:
-    """What a process holds after garbage has been collected: bytes of memory, open files, threads, tensors, any objects."""
-
-    memory: int
-    files: int
-    threads: int
-    tensors: int
-    objects: int
+HELD = ("memory", "files", "threads", "tensors", "objects")  # memory in bytes
+SETTLED_S = 0.5  # for the threads of a save and of its process group, which end a moment after it
+SAMPLES = 12
 
 
-def held() -> Held:
-    """Of this process. Memory that is free, but still the process's own, is given back to the system first."""
+def held() -> tuple[int, ...]:
+    """What this process holds, in the order of HELD; a tuple of numbers, which is none of the objects that are counted.
+
+    Garbage is collected first, and memory that is free, but still the process's own, given back to the system.
+    """
+    time.sleep(SETTLED_S)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     process = psutil.Process()
     things = gc.get_objects()
     tensors = sum(issubclass(type(thing), torch.Tensor) for thing in things)
-    return Held(process.memory_info().rss, process.num_fds(), process.num_threads(), tensors, len(things))
+    return (process.memory_info().rss, process.num_fds(), process.num_threads(), tensors, len(things))
 
 
-def last(config: Mapping[str, Any], steps: int, samples: int, folder: str, save: str = "", every: int = 20) -> list[Held]:
-    """Train, and say what was held at ``samples`` moments, equally far apart, the last one at the end.
+def last(
+    config: Mapping[str, Any], steps: int, folder: str, save: str = "", every: int = 20, samples: int = SAMPLES
+) -> list[tuple[int, ...]]:
+    """Train, and say what was held (`HELD`) at ``samples`` moments, equally far apart, the last one at the end.
 
     ``save``: "wait" or "background", for a checkpoint after each ``every`` steps, of which the two newest stay; "load" also
     loads it into the running engine. With "qk_clip" in the configuration the model is a Llama.
@@ -48,7 +47,7 @@ def last(config: Mapping[str, Any], steps: int, samples: int, folder: str, save:
     built = dict(config)
     engine = clipped.build(built, "llama") if with_attention else cases.build_engine(built, {"tied": True, "shapes": True})
     step: Callable[[Any, int, int], object] = clipped.run_steps if with_attention else cases.run_steps
-    found: list[Held] = []
+    found: list[tuple[int, ...]] = []
     writing: Future[None] | None = None
     for number in range(1, steps + 1):
         step(engine, number, 1)

@@ -36,33 +36,36 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {  # configuration, how it is save
 }
 
 
-def growth(found: list[lasting.Held], name: str) -> int:
-    """Between the first sample, which ends the warm-up, and the least of the last three.
-
-    The least, because threads of gloo may hold a buffer, and a thread that has ended is counted for a moment more.
-    """
-    values = [getattr(sample, name) for sample in found]
-    return int(min(values[-3:]) - values[0])
+# torch leaves an empty list in its table of tags for each process group that it destroys; a save makes two groups, a load one
+# (it is 56 bytes, and a name).
+LEFT_BY_TORCH = {"": 0, "background": 2, "load": 3}
 
 
-def assert_flat(found: list[lasting.Held], memory: int) -> None:
-    for name in ("files", "threads", "tensors", "objects"):
-        assert growth(found, name) <= 0, (name, found)
-    assert growth(found, "memory") <= memory, found
+def assert_flat(found: list[tuple[int, ...]], saves: int, left: int, memory: int) -> None:
+    """From the first moment, which ends the warm-up, to the last three: the least of them, as threads may be ending."""
+    held = {name: [sample[number] for sample in found] for number, name in enumerate(lasting.HELD)}
+    growth = {name: min(values[-3:]) - values[0] for name, values in held.items()}
+    allowed = {"memory": memory, "files": 0, "threads": 0, "tensors": 0, "objects": left * saves}
+    assert all(growth[name] <= allowed[name] for name in allowed), (growth, allowed, held)
 
 
-@pytest.mark.parametrize("run", ["muon, qk_clip, ZeRO-3", "normuon, saves in the background, ZeRO-3"])
+@pytest.mark.parametrize("run", ["normuon, telemetry, ZeRO-2", "normuon, saves in the background, ZeRO-3"])
 def test_a_training_holds_after_its_steps_what_it_held_after_the_first(run: str, pools: Pools, tmp_path: Path) -> None:
-    """The short version, which sees tensors, objects, files and threads of a step or a save; of memory only much."""
+    """The short version, which sees objects, files and threads of every step or save; of memory, where the allocator has not
+    found its size yet, only 100 KB a step."""
     config, save = RUNS[run]
-    for found in pools[2].run(lasting.last, config, 120, 6, str(tmp_path), save, every=10):
-        assert_flat(found, memory=8 * MIB)
+    for found in pools[2].run(lasting.last, config, 100, str(tmp_path), save, every=10, samples=5):
+        assert_flat(found, saves=8, left=LEFT_BY_TORCH[save], memory=8 * MIB)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_an_hour_of_steps_holds_what_the_first_minutes_held(run: str, pools: Pools, tmp_path: Path) -> None:
-    """3,600 steps, an hour at one a second; 180 of them with a save."""
+    """3,600 steps, an hour at one a second, of which 300 are the warm-up; with a save each 20.
+
+    2 MiB are 600 bytes a step: less than the smallest matrix (24 x 17), so that none can be left behind in each step. The
+    allocator's own unevenness is below 1 MiB.
+    """
     config, save = RUNS[run]
-    for found in pools[2].run(lasting.last, config, 3600, 12, str(tmp_path), save, timeout_s=3000.0):
-        assert_flat(found, memory=2 * MIB)
+    for found in pools[2].run(lasting.last, config, 3600, str(tmp_path), save, timeout_s=3000.0):
+        assert_flat(found, saves=165, left=LEFT_BY_TORCH[save], memory=2 * MIB)
