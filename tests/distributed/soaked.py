@@ -39,6 +39,9 @@ class Place:
     share: int = 1
     offload: bool = False
 
+    def __str__(self) -> str:
+        return f"ZeRO-{self.stage}{' offload' * self.offload}, {self.ranks} ranks, share {self.share}"
+
 
 @dataclass(frozen=True)
 class Fault:
