@@ -48,7 +48,10 @@ def wait_until_open(port: str, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.slow
 def test_when_a_node_is_lost_the_other_goes_on_from_the_newest_checkpoint(tmp_path: Path, text: Path) -> None:
-    """The node that does not keep the rendezvous loses its launcher and its rank in the tenth step."""
+    """The node that does not keep the rendezvous loses its launcher and its rank in the tenth step.
+
+    (With the one that keeps it the store is lost, and with it the job: torchrun then ends on the other node too.)
+    """
     both, job = Job(tmp_path / "both", text), Job(tmp_path / "job", text)
     undisturbed = both.launch()
     assert undisturbed.returncode == 0, undisturbed.stderr
@@ -67,4 +70,6 @@ def test_when_a_node_is_lost_the_other_goes_on_from_the_newest_checkpoint(tmp_pa
     assert len(job.losses) == STEPS
     assert job.losses[: 2 * EVERY] == both.losses[: 2 * EVERY]
     assert job.losses == pytest.approx(both.losses, rel=ACROSS_RANKS)
-    print(logs[0].read_text())
+    log = logs[0].read_text()
+    assert "by peer [127.0.0.1]" in log  # all that the rank which is left can know of the other one
+    assert "failed (exitcode: 1) local_rank: 0" in log
