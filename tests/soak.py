@@ -46,8 +46,9 @@ LAUNCHED_PLACES = places(dict.fromkeys((2, 1, 4), (1,)), (2, 1, 3))
 LENGTH, EVERY = 40, 5  # steps of one optimizer, and between checkpoints
 LIMIT_S = 600.0  # of one launch: a hang is an error
 GRACE_S = 5.0  # for the ranks that are left after a kill; then they are ended, as launchers do
-# Another order of sums is a difference of 1e-7, which training amplifies; CONTRIBUTING.md says how it was chosen.
-TOLERANCE = 1e-3
+# Relative differences of a loss, and of a weight at the end. Another order of sums is one of 1e-7, which training amplifies:
+# 3e-7 and 1e-6 were seen. A sign of almost 0 may turn, which moves a whole matrix by 1e-4 (`ds_optforge.testing.params`).
+OF_LOSSES, OF_WEIGHTS = 1e-4, 1e-3
 # Where a fault may be: the kind, the function at a call of which it comes, and the last call that is drawn.
 FAULTS = {
     "kill in a step": ("kill", "ds_optforge/optimizer.py", "step", LENGTH),  # ZeRO calls it group by group
@@ -263,9 +264,14 @@ def soak(lane: Lane, folder: Path, seed: int) -> dict[str, Any]:
     straight.train()
     disturbed.train()
     result = compare(straight, disturbed) | {"seconds": round(time.monotonic() - began)}
-    if max(result["loss"], result["weight"]) <= TOLERANCE:
+    if agrees(result):
         shutil.rmtree(folder)
     return result
+
+
+def agrees(result: Mapping[str, Any]) -> bool:
+    """Whether both trainings of a lane were one."""
+    return bool(result["loss"] <= OF_LOSSES and result["weight"] <= OF_WEIGHTS)
 
 
 def report(results: list[dict[str, Any]], args: argparse.Namespace, seconds: float) -> int:
@@ -288,13 +294,13 @@ def report(results: list[dict[str, Any]], args: argparse.Namespace, seconds: flo
         "largest relative difference of a loss, by rule": rules,
         "the same, by family": {r["family"]: max(s["loss"] for s in results if s["family"] == r["family"]) for r in results},
         "largest relative difference of a weight": max(result["weight"] for result in results),
-        "tolerance": TOLERANCE,
+        "tolerances": [OF_LOSSES, OF_WEIGHTS],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     print(json.dumps(summary, indent=1))
     if args.out:
         (args.out / "soak.json").write_text(json.dumps({**summary, "results": results}, indent=1) + "\n")
-    apart = [result["lane"] for result in results if not max(result["loss"], result["weight"]) <= TOLERANCE]
+    apart = [result["lane"] for result in results if not agrees(result)]
     if apart:
         print(f"lanes that differ: {apart}; repeat one with --seed {args.seed} --lane N")
     return 1 if apart else 0
