@@ -7,7 +7,7 @@
 # make choosing   every rule at its best rate, on two small models: the tables of docs/choosing.md, in an hour
 # make incumbent   what README says of DeepSpeed's built-in Muon, as tests on two ranks
 # make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
-# make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
+# make soak    ten minutes of kills, stops and changed topologies, against undisturbed runs, then the slow tests: MINUTES=60 SEED=7
 # make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
 # make test-frameworks   the recipes of docs/frameworks/ inside Lightning, Ray Train and others, each in an environment of its own
 # make venv    only the set-up that both begin with
@@ -69,8 +69,10 @@ bench-gpu: $(if $(filter $(CURDIR)/.venv,$(GPU_ENV)),venv)
 test-gpu: $(if $(filter $(CURDIR)/.venv,$(GPU_ENV)),venv)
 	PATH="$(GPU_ENV)/bin:$$PATH" pytest tests/gpu
 
+MINUTES ?= 10
+
 soak: venv
-	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py
+	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 	$(IN_VENV) pytest -m slow
 
 test-versions: venv

@@ -121,10 +121,20 @@ class Pool:
 
     ``python``: of another environment, in which the job's module can be imported too. ``nurseries``: the number of processes of
     which the ranks are forked; None for one each, which differ in the order of sets, but take 250 MB each.
+
+    ``grace_s``: how long the others may take to come back after a first failure.
     """
 
-    def __init__(self, size: int, log_directory: Path, python: str = sys.executable, nurseries: int | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        log_directory: Path,
+        python: str = sys.executable,
+        nurseries: int | None = None,
+        grace_s: float = GRACE_S,
+    ) -> None:
         self.size = size
+        self._grace_s = grace_s
         self._nurseries = nurseries or size
         self._python = python
         self._log_directory = log_directory
@@ -220,7 +230,7 @@ class Pool:
                 number = numbers[connection]  # type: ignore[index]
                 answers[number] = self._ranks[number].receive()
                 if isinstance(answers[number], Failed):
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + self._grace_s)
 
     def _hung(self, answers: Container[int], failures: dict[int, Failed], timeout_s: float) -> dict[int, Failed]:
         """Describe the ranks that gave no answer; they write their stacks to their output."""
@@ -232,7 +242,7 @@ class Pool:
             time.sleep(STACK_DUMP_S)
         if hung:
             time.sleep(STACK_DUMP_S)
-        after = f"{GRACE_S:.0f} s after the failure of another rank" if failures else f"after {timeout_s:g} s"
+        after = f"{self._grace_s:.0f} s after the failure of another rank" if failures else f"after {timeout_s:g} s"
         return {number: Failed("Hung", f"no answer {after}", "") for number in hung}
 
     def _outputs(self) -> dict[int, str]:
