@@ -11,8 +11,8 @@ touched. A mutant's tests run in a fork of a process that has imported torch and
 file that refuses to be imported by ranks. Then all tests of the chosen mutants must pass without any.
 
 A mutant is killed if one of its tests fails. Ranks that wait for each other for ever are noticed by the tests themselves: a
-collective ends after 60 s, a job on a pool after 120 s. A run that takes longer than `LIMIT_S` has hung, and counts as
-survived. The status is 1 if any has survived, or is no longer to be found in its file.
+collective ends after 30 s here (60 s in `make test`), a job on a pool after 120 s. A run that takes longer than `LIMIT_S` has
+hung, and counts as survived. The status is 1 if any has survived, or is no longer to be found in its file.
 """
 
 import argparse
@@ -34,11 +34,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "data" / "rank_mutants.yaml"
 LIMIT_S = 300.0  # of one mutant: twice what a job on a pool may take, and the start
+COLLECTIVES_S = 30  # after which a rank waits no longer for another one
 RANKS = 4  # numbers that a rank can have in a pool
 IMPORTED = ("pytest", "deepspeed", "tests.distributed.pool")  # what no mutant changes, and takes long
 CONTROL = "zero/exchange.py"  # which every rank imports with its first engine
 REFUSAL = 'import os\nif "RANK" in os.environ:\n    raise ImportError("a mutant")\n'
-OF_CONTROL = "tests/distributed/test_parity.py::test_every_stage_equals_one_process[2-2]"
+OF_CONTROL = "test_parity.py::test_every_stage_equals_one_process[2-2]"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Mutant:
         """The mutated file. Raises ValueError where the text does not occur exactly once."""
         found = (root / "ds_optforge" / self.file).read_text(encoding="utf-8")
         if found.count(self.original) != 1:
-            raise ValueError(f"{self.file} has {found.count(self.original)} times\n{self.original}\nallowed: once (mutant {self.number})")
+            raise ValueError(
+                f"{self.file} has {found.count(self.original)} times\n{self.original}\nallowed: once (mutant {self.number})"
+            )
         return found.replace(self.original, self.mutated)
 
 
@@ -114,7 +117,11 @@ class Host:
         os.chdir(copy.folder)
         os.environ["PYTHONPATH"] = str(copy.folder)
         os.environ["OMP_NUM_THREADS"] = "1"
-        sys.path[:] = [str(copy.folder), *(path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests"))]
+        os.environ["POOL_COLLECTIVES_S"] = str(COLLECTIVES_S)
+        sys.path[:] = [
+            str(copy.folder),
+            *(path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")),
+        ]
         for name in IMPORTED:
             importlib.import_module(name)
         assert not any(name.partition(".")[0] == "ds_optforge" for name in sys.modules)
@@ -132,11 +139,17 @@ class Host:
             def alive(self) -> bool:
                 return Path(f"/proc/{self.pid}").exists()
 
-        for old in nursery._NURSERIES.values():
-            os.kill(old.pid, signal.SIGTERM)
+        self.close()
         for rank in range(RANKS):
             started = Inherited(sys.executable, pool._common_environment(), self._logs / f"nursery{rank}.log")
             nursery._NURSERIES[sys.executable, rank] = started
+
+    def close(self) -> None:
+        """End the processes that ranks are forked of."""
+        nursery = sys.modules["tests.distributed.nursery"]
+        for pid in nursery.nursery_pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def run(self, tests: Sequence[str], name: str, limit_s: float = LIMIT_S) -> tuple[int | None, str]:
         """Run tests until one fails; return pytest's status, or None if the time was up, and the output."""
@@ -145,7 +158,10 @@ class Host:
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            self._become_pytest([*tests, "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={base}"], log)
+            self._become_pytest(
+                [*(f"tests/distributed/{test}" for test in tests), "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={base}"],
+                log,
+            )
         deadline = time.monotonic() + limit_s
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > deadline:
@@ -238,11 +254,14 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
         copy = Copy(Path(folder).resolve() / "copy")
         host = Host(copy, logs)
-        prove(host, copy)
-        if not options.no_baseline:
-            baseline(host, mutants)
-        left = judge(host, copy, mutants)
-        os.chdir(ROOT)
+        try:
+            prove(host, copy)
+            if not options.no_baseline:
+                baseline(host, mutants)
+            left = judge(host, copy, mutants)
+        finally:
+            host.close()
+            os.chdir(ROOT)
     print(f"{len(mutants) - left} of {len(mutants)} killed, in {(time.monotonic() - began) / 60:.0f} minutes")
     return int(left > 0)
 

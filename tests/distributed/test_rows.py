@@ -67,12 +67,16 @@ def test_other_settings_take_the_steps_of_one_process(stage: int, settings: dict
         assert_same(result["parameters"], reference(0.5, "normuon", **settings), 1e-3 if "state_dtype" in settings else 1e-5)
 
 
+@pytest.mark.parametrize("name", ["muon", "normuon"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_wire_of_bfloat16_changes_no_row_that_is_chosen(stage: int, pools: Pools) -> None:
-    """Rows are chosen by what ranks hold, not by what travels. 1e-2: what bfloat16 makes of five steps' updates, in 8 bits."""
-    config = cases.engine_config(stage, params(0.5, sharding={"wire_dtype": "bfloat16"}), train_batch_size=ROWS)
+def test_a_wire_of_bfloat16_changes_no_row_that_is_chosen(stage: int, name: str, pools: Pools) -> None:
+    """Rows are chosen by what ranks hold, not by what travels. 1e-2: what bfloat16 makes of five steps' updates, in 8 bits.
+
+    2e-2 with NorMuon, whose division by a row's mean square amplifies it where that is small.
+    """
+    config = cases.engine_config(stage, params(0.5, name, sharding={"wire_dtype": "bfloat16"}), train_batch_size=ROWS)
     for result in pools[2].run(cases.train, config, steps=5, model_options={"shapes": True}):
-        assert_same(result["parameters"], reference(0.5, "muon", steps=5), 1e-2)
+        assert_same(result["parameters"], reference(0.5, name, steps=5), 1e-2 if name == "muon" else 2e-2)
 
 
 LARGE = {
