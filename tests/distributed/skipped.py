@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ds_optforge
 from tests import models
@@ -19,13 +19,19 @@ def infinite_then_idle(config: dict[str, Any]) -> dict[str, Any]:
     engine = cases.build_engine(config, {"sometimes": True})
     try:
         engine.module.calls = USED
-        tokens, targets = models.batch(0)
-        engine.backward(engine(tokens, targets) * float("inf"))
+        hook = engine.module.sometimes.register_forward_hook(_make_infinite)
+        engine.backward(engine(*models.batch(0, size=1)))  # of a single sample, so that nothing adds up to NaN
         engine.step()
+        hook.remove()
         cases.run_steps(engine, 1, STEPS - 1)
         return {"parameters": cases.full_parameters(engine.module), "skipped": engine.skipped_steps}
     finally:
         engine.destroy()
+
+
+def _make_infinite(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    """Let the gradients of a layer be infinite, and those of all layers before it infinite or NaN."""
+    output.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
 
 
 def in_one_process(params: Mapping[str, Any]) -> dict[str, Tensor]:

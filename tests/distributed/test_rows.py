@@ -86,6 +86,24 @@ LARGE = {
     "second rank": [1, 1, 1, 1, 6, 7, 8, 9],
 }
 
+
+def test_statistics_arrive_whole_on_a_wire_of_bfloat16(pools: Pools, tmp_path: Path) -> None:
+    """A float32 value is two elements there. Of rows that were not chosen again nothing is lost; 0.1: as for the weights."""
+    given = params(0.5, "normuon", sharding={"wire_dtype": "bfloat16"})
+    pools[2].run(checkpoints.run_and_save, cases.engine_config(3, given, train_batch_size=ROWS), str(tmp_path / "saved"))
+    found = checkpoints.logical_tensors(tmp_path / "saved")
+    model = models.build()
+    optimizer = build_optimizer(model, given)
+    for step in range(checkpoints.HALF):
+        model(*models.batch(step, ROWS)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name in ("up.weight", "blocks.0.weight", "blocks.1.weight", "blocks.2.weight", "odd.weight", "down.weight"):
+        moments = optimizer.state[model.get_parameter(name)]["row_second_moment"].flatten()
+        error = found[f"optimizer/{name}/row_second_moment"] - moments
+        assert error.norm() < 0.1 * moments.norm(), name
+
+
 # Elements that each of two ranks sends for an 8x16 matrix, which the first one owns: those of the second rank's four rows
 # that are chosen, and a flag; of all rows, up to a multiple of 8. The first rank sends as many back.
 ELEMENTS = {
