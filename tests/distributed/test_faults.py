@@ -47,6 +47,16 @@ def test_a_kill_during_save_leaves_the_previous_checkpoint(rank: int, saved: Pat
     assert not (tmp_path / "next.incomplete").exists()
 
 
+def test_what_a_killed_save_of_more_ranks_left_is_no_part_of_the_next(pools: Pools, tmp_path: Path) -> None:
+    """Its files have other names than those of the save that takes its place."""
+    left = tmp_path / "next.incomplete" / "shard-00009-model-00001-of-00009.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half of it")
+    pools[2].run(checkpoints.run_and_save, CONFIG, str(tmp_path / "next"))
+    assert not (tmp_path / "next" / left.name).exists()
+    assert pools[2].run(checkpoints.resume, CONFIG, str(tmp_path / "next"))[0]["steps"] == checkpoints.HALF
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
