@@ -262,7 +262,7 @@ def evaluate_on_average(config: dict[str, Any], folder: str) -> dict[str, Any]:
     engine = build_engine(config, {})
     run_steps(engine, 0, 10, engine.gradient_accumulation_steps())
     before = full_parameters(engine.module)
-    saved = base_optimizer(engine).state_dict()
+    saved: dict[str, Any] = {"state": {}, "param_groups": []}  # is refused before anybody looks at it
     refused = []
     with ds_optforge.evaluation_weights(engine):
         inside = full_parameters(engine.module)

@@ -132,11 +132,12 @@ def idle_in_the_last_step(stage: int, shapes: Shapes, params: Mapping[str, Any])
 
 
 SEED = 1234  # of the first layer of a pipeline; each has its own
+LAYERS = 4
 
 
 def in_pipeline(params: Mapping[str, Any], size: int, steps: int) -> dict[str, Any]:
-    """Train a matrix on each of two stages of two ranks; this stage's, and the sizes of the teams that plans have."""
-    layers = [LayerSpec(nn.Linear, size, size, bias=False) for _ in range(2)]
+    """Train two layers on each of two stages of two ranks; this stage's, and the sizes of the teams that plans have."""
+    layers = [LayerSpec(nn.Linear, size, size, bias=False) for _ in range(LAYERS)]
     model = PipelineModule(
         layers, num_stages=2, loss_fn=_distance, seed_layers=True, base_seed=SEED, partition_method="uniform"
     )
@@ -162,7 +163,7 @@ def _distance(outputs: Tensor, wanted: Tensor) -> Tensor:
 def without_pipeline(params: Mapping[str, Any], size: int, steps: int) -> dict[str, Tensor]:
     """The same in one process, with the names of the pipeline's layers."""
     layers = []
-    for index in range(2):
+    for index in range(LAYERS):
         torch.manual_seed(SEED + index)
         layers.append(nn.Linear(size, size, bias=False))
     model = nn.Sequential(*layers)
