@@ -262,13 +262,15 @@ def evaluate_on_average(config: dict[str, Any], folder: str) -> dict[str, Any]:
     engine = build_engine(config, {})
     run_steps(engine, 0, 10, engine.gradient_accumulation_steps())
     before = full_parameters(engine.module)
+    saved: dict[str, Any] = {"state": {}, "param_groups": []}  # is refused before anybody looks at it
     refused = []
     with ds_optforge.evaluation_weights(engine):
         inside = full_parameters(engine.module)
         engine.eval()
         loss = engine(*models.batch(0)).item()
         optimizer = base_optimizer(engine)
-        actions = (optimizer.step, lambda: engine.save_checkpoint(folder)) if optimizer.averages_weights else ()
+        saves, loads = lambda: engine.save_checkpoint(folder), lambda: optimizer.load_state_dict(saved)
+        actions = (optimizer.step, saves, loads) if optimizer.averages_weights else ()
         for action in actions:
             try:
                 action()

@@ -287,7 +287,9 @@ def resume(
             assert ds_optforge.load_checkpoint(engine, folder, strict) in ({"next": HALF}, {})
         else:
             engine.load_checkpoint(folder)
-        return {"losses": advance(engine, HALF, HALF), "parameters": parameters(engine), "steps": engine.global_steps}
+        rates = [group["lr"] for group in cases.base_optimizer(engine).param_groups]
+        found = {"losses": advance(engine, HALF, HALF), "parameters": parameters(engine)}
+        return {**found, "steps": engine.global_steps, "rates": rates}
     finally:
         engine.destroy()
 

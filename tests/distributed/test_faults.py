@@ -3,6 +3,7 @@
 A NaN on one rank and an overflow of fp16 are in `test_precision` and `test_bad_input`.
 """
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ def test_a_kill_during_save_leaves_the_previous_checkpoint(rank: int, saved: Pat
     again = pools[2].run(checkpoints.run_and_save, CONFIG, str(tmp_path / "next"))[0]  # over what the killed one left
     assert again["losses"] == expected["losses"]
     assert not (tmp_path / "next.incomplete").exists()
+
+
+def test_what_a_killed_save_of_more_ranks_left_is_no_part_of_the_next(pools: Pools, tmp_path: Path) -> None:
+    """Its files have other names than those of the save that takes its place."""
+    left = tmp_path / "next.incomplete" / "shard-00009-model-00001-of-00009.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half of it")
+    pools[2].run(checkpoints.run_and_save, CONFIG, str(tmp_path / "next"))
+    assert not (tmp_path / "next" / left.name).exists()
+    assert pools[2].run(checkpoints.resume, CONFIG, str(tmp_path / "next"))[0]["steps"] == checkpoints.HALF
 
 
 @pytest.fixture
@@ -106,6 +117,38 @@ def test_a_damaged_file_is_refused_by_name(damage: str, saved: Path, pools: Pool
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     assert_refused(pools, saved, str(path))
+
+
+def test_every_file_of_a_checkpoint_is_checked_by_some_rank(saved: Path, pools: Pools) -> None:
+    """The ranks share the files out; here each in its turn has a bit too many."""
+    for path in sorted(saved.glob("*.safetensors")):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert_refused(pools, saved, f"{path}: its checksum is not that of what was written")
+        path.write_bytes(content)
+
+
+def test_a_changed_number_in_the_manifest_is_refused_on_all_ranks(saved: Path, pools: Pools) -> None:
+    """Which is JSON all the same, of the right form."""
+    path = saved / "checkpoint.json"
+    manifest = json.loads(path.read_text())
+    manifest["counters"]["global_steps"] += 1
+    path.write_text(json.dumps(manifest))
+    assert_refused(pools, saved, f"{path}: damaged: its checksum is not that of what was written")
+
+
+def test_a_foreign_file_is_refused_by_name(saved: Path, pools: Pools) -> None:
+    """It would be read as a part of the checkpoint."""
+    copied = saved / "shard-00009-model-00001-of-00009.safetensors"
+    copied.write_bytes(sorted(saved.glob("*.safetensors"))[0].read_bytes())
+    assert_refused(pools, saved, f"{copied}: is no part of the checkpoint")
+
+
+def test_a_checkpoint_holds_its_files_and_nothing_else(saved: Path) -> None:
+    """Two ranks' tensors, and the manifest: no lock, and nothing beside it that is not complete."""
+    suffixes = sorted(path.suffix for path in saved.iterdir())
+    assert suffixes == [".json", ".safetensors", ".safetensors"]
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
 def test_a_disk_that_fails_one_rank_is_an_error_on_all(saved: Path, pools: Pools) -> None:

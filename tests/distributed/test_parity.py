@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_optforge import build_optimizer, build_scheduler
 from tests import models
-from tests.distributed import cases
+from tests.distributed import cases, teams
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
 from tests.oracles import EXACT
@@ -112,6 +112,17 @@ def test_a_layer_without_gradient_in_some_steps(stage: int, offload: str, pools:
     zero = {"offload_optimizer": {"device": offload}}
     config = cases.engine_config(stage, MUON, gradient_clipping=0.5, zero_optimization=zero)
     check(pools[2], config, sometimes_reference(), model_options={"sometimes": True})
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_gradient_that_one_rank_alone_has_moves_the_matrix_on_all(stage: int, pools: Pools) -> None:
+    """Of 24 rows only the first two ever have a gradient; the second rank, which has the last 12, decays them all the same."""
+    shapes = [(24, 16)]
+    expected = teams.one_process(shapes, MUON, 2, few=1)
+    start = teams.build(shapes, few=1).layers[0].weight
+    for found in pools[2].run(teams.train, stage, shapes, MUON, 2, few=1):
+        assert_same(found["parameters"], expected)
+        assert not torch.equal(found["parameters"]["layers.0.weight"][12:], start[12:])
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -80,6 +80,14 @@ def test_a_pipeline_trains_as_one_process_does(
     record_errors("pipeline", stage, muon=error(ours, reference("muon")[1]), adamw=error(adamw, control()))
 
 
+def test_norms_of_matrices_are_summed_over_the_ranks_of_their_stage(pools: Pools) -> None:
+    """The first stage has two matrices, the second one, and ZeRO-1 cuts them over two ranks each."""
+    params = {"name": "muon_hyperball", "lr": 0.02, "adamw": ADAMW, **EXACT}
+    model = pipelines.whole()
+    expected = pipelines.one_process(ds_optforge.build_optimizer(model, params), model)
+    assert_same(pools[4].run(pipelines.train, pipelines.configuration(1, params), 2), expected)
+
+
 @pytest.mark.compatibility("pipeline", stages=("offload",), verdict="exact")
 def test_offload(pools: Pools) -> None:
     zero = {"stage": 1, "offload_optimizer": {"device": "cpu"}}

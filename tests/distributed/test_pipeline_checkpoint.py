@@ -92,6 +92,16 @@ def test_another_rule_takes_what_it_can_on_all_stages_alike(pools: Pools, tmp_pa
         assert result["losses"] == pytest.approx(expected, rel=TOLERANCE)
 
 
+def test_a_group_starts_afresh_on_all_stages(pools: Pools, tmp_path: Path) -> None:
+    """With this run's rate, also on the last stage, which has none of its matrices and so misses no state of theirs."""
+    before, after = ({**RULES["muon"], "nesterov": False, "lr": lr} for lr in (0.02, 0.01))
+    after["sharding"] = {**after["sharding"], "rows": 0.5}  # keeps another buffer
+    pools[3].run(pipelines.save, pipelines.configuration(1, before), 3, "plain", str(tmp_path))
+    options = {"kind": "plain", "folder": str(tmp_path / "portable"), "strict": False}
+    for result in pools[3].run(pipelines.resume, pipelines.configuration(1, after), 3, **options):
+        assert result["rates"] == [3e-3, 0.01, 3e-3, 3e-3]  # embedding, matrices, scalars, head
+
+
 def test_a_layer_of_which_not_everything_is_tied_is_refused(pools: Pools, tmp_path: Path) -> None:
     """Its bias is another one on each stage, under one name."""
     config = pipelines.configuration(1, RULES["adamw"])

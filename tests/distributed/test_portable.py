@@ -15,7 +15,7 @@ import torch
 
 from ds_optforge.rules import rule_names
 from ds_optforge.testing.params import formats_of, in_format, settings_of, usual
-from tests.distributed import cases, checkpoints, external
+from tests.distributed import cases, checkpoints, external, skipped
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
 from tests.oracles import EXACT
@@ -157,6 +157,35 @@ def test_state_of_another_kind_of_rule_starts_afresh(pools: Pools, tmp_path: Pat
     for found in pools[2].run(external.load_weights_alone, after, str(tmp_path / "saved")):
         assert found["steps"] == []
         assert found["losses"][-1] < found["losses"][0]
+
+
+def test_state_of_a_run_before_the_load_is_dropped(pools: Pools, tmp_path: Path) -> None:
+    """A group that starts afresh does so too in an engine that has taken steps."""
+    before, after = configuration(SAVED, params_of("sgd")), configuration(SAVED, params_of("muon"))
+    pools[2].run(checkpoints.run_and_save, before, str(tmp_path / "saved"))
+    assert pools[2].run(skipped.load_into_a_run, after, str(tmp_path / "saved")) == [[], []]
+
+
+def test_deepspeeds_counters_arrive(pools: Pools, tmp_path: Path) -> None:
+    """Three steps of 12 samples, and one that was skipped."""
+    config = configuration(SAVED, params_of("muon"))
+    pools[2].run(skipped.save, config, str(tmp_path / "saved"), 3)
+    for _, found in pools[2].run(skipped.load, config, str(tmp_path / "saved")):
+        assert found["global_steps"] == 4
+        assert found["global_samples"] == 48
+        assert found["skipped_steps"] == 1
+
+
+@pytest.mark.fp16
+def test_all_of_the_loss_scaler_arrives(pools: Pools, tmp_path: Path) -> None:
+    """Every number that DeepSpeed keeps of it, of which a new one has four otherwise."""
+    fp16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 2}
+    config = configuration(SAVED, params_of("muon"), fp16=fp16)
+    expected = pools[2].run(skipped.save, config, str(tmp_path / "saved"), 3)
+    for (fresh, found), saved in zip(pools[2].run(skipped.load, config, str(tmp_path / "saved")), expected, strict=True):
+        assert found == saved
+        different = {key for key, value in saved.items() if fresh[key] != value}
+        assert different >= {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
 
 def test_another_gradient_accumulation_goes_on(pools: Pools, tmp_path: Path) -> None:

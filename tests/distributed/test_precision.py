@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import cases
+from tests.distributed import cases, skipped
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import Pool
+from tests.distributed.test_parity import assert_same
+from tests.oracles import EXACT
 
 LOW_PRECISION = {
     "bf16": {"bf16": {"enabled": True}},
@@ -43,6 +45,27 @@ def test_a_nan_on_one_rank_reaches_no_buffer_on_any(stage: int, precision: str, 
     """DeepSpeed skips such a step on all ranks."""
     config = cases.engine_config(stage, cases.MUON, **LOW_PRECISION.get(precision, {}))
     assert pools[2].run(cases.nan_on_one_rank, config) == [True, True]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_a_skipped_step_leaves_never_reaches_an_idle_layer(stage: int, pools: Pools) -> None:
+    """As in one process that never saw that batch. With offload the infinite gradients are kept, and the layer gets no others.
+
+    (Without offload, ZeRO-3 takes what it has kept for another overflow, and skips steps until the layer has a part again.)
+    """
+    params = {**cases.MUON, **EXACT}
+    zero = {"offload_optimizer": {"device": "cpu"}}
+    expected = skipped.in_one_process(params)
+    for found in pools[2].run(skipped.infinite_then_idle, cases.engine_config(stage, params, zero_optimization=zero)):
+        assert found["skipped"] == 1
+        assert_same(found["parameters"], expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_rehearsal_of_stage_0_is_no_step(stage: int, pools: Pools) -> None:
+    """In bf16 DeepSpeed steps zero gradients when that engine is built; stage 1, with the same wrapper, does not."""
+    config = cases.engine_config(stage, cases.MUON, **LOW_PRECISION["bf16" if stage == 0 else "bf16, fp32 accumulation"])
+    assert pools[2].run(skipped.counts, config, steps=3) == [{3}, {3}]
 
 
 @pytest.mark.fp16

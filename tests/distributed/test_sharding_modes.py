@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests import models, oracles
-from tests.distributed import cases
+from tests.distributed import cases, teams
 from tests.distributed.conftest import Pools
 from tests.distributed.pool import RankFailure
 from tests.distributed.test_parity import assert_same, one_process
@@ -91,6 +91,17 @@ def test_on_zero_1_and_2_only_matrices_that_lie_on_two_ranks_differ(stage: int, 
         different = [name for name, weight in weights if not torch.allclose(weight, gathered[name], atol=1e-6)]
         assert len(different) == 1
         assert different[0] in MATRICES
+
+
+def test_a_fragment_without_gradient_stands_still(pools: Pools) -> None:
+    """NorMuon's second moments of its rows too, bit for bit; and in the same step, the other matrix moves.
+
+    25 rows: the second rank's fragment begins in the middle of one, whose moment the first rank keeps.
+    """
+    given = {**params("normuon"), "weight_decay": 0.1}
+    for found in pools[2].run(teams.idle_in_the_last_step, 3, [(25, 16), (25, 16)], given):
+        assert found["weights"] == [True, False]
+        assert found["moments"] == [True, False]
 
 
 def test_one_rank_holds_every_matrix_whole(pools: Pools) -> None:

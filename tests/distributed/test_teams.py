@@ -134,3 +134,19 @@ def test_a_gather_every_few_steps_has_teams_in_those(pools: Pools) -> None:
     apart, gathered = (pools[4].run(teams.train, 3, ONE, params, steps)[0] for steps in (1, 2))
     sent = [found["sent"].get("c10d::send", 0) for found in (apart, gathered)]
     assert sorted(map(bool, sent)) == [False, True]
+
+
+def test_teams_of_each_stage_of_a_pipeline(pools: Pools) -> None:
+    """The second stage has one matrix beside its head: its ranks, 2 and 3, are a team, within a group of their own.
+
+    1e-3: of 8 samples a gradient has 8 directions, and Newton-Schulz amplifies what micro-batches leave in the others.
+    """
+    params = {**MUON, **EXACT, "overrides": [{"match": r"^3\.weight$", "name": "adamw"}]}
+    expected = teams.without_pipeline(params, 512, 2)
+    results = pools[4].run(teams.in_pipeline, params, 512, 2)
+    for name, weight in expected.items():
+        holders = [found for found in results if name in found["parameters"]]
+        assert len(holders) == 2
+        assert name != "2.weight" or [found["members"] for found in holders] == [[2], [2]]
+        for found in holders:
+            assert_same({name: found["parameters"][name]}, {name: weight}, 1e-3)

@@ -32,7 +32,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from tests.distributed.channel import READY, RESET, Failed, Returned, dump, load
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+COLLECTIVE_TIMEOUT = timedelta(seconds=float(os.environ.get("POOL_COLLECTIVES_S", 60)))
 
 
 class CleanSlate:
