@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -54,6 +55,7 @@ TESTS = (
     "tests/test_state.py",
 )
 SLOWEST = 6
+A_DAY = 86400
 ARGUMENTS = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore")
 
 
@@ -78,7 +80,7 @@ class Recording:
     """Which tests run which lines of the package.
 
     Attributes:
-        seconds: of each test that passed.
+        seconds: of a processor, of each test that passed.
         lines: by test, then by file from the checkout's root.
     """
 
@@ -110,30 +112,31 @@ class Recording:
         return tests
 
 
-def forked(work: Callable[[], int], limit: float) -> int:
-    """Return what `work` returned in a fork of this process; 1 if it raised or died, or took longer than `limit` seconds."""
+def forked(work: Callable[[], int], seconds: int) -> int:
+    """Return what `work` returned in a fork of this process; 1 if it raised, died, or took more `seconds` of a processor.
+
+    (A busy machine must kill no mutant; ten times as long by the clock does, for one that waits for ever.)
+    """
     process = os.fork()
     if process == 0:
         status = 1
         try:
             os.setpgid(0, 0)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # a fork begins at 0
             status = work()
         finally:
             os._exit(status)
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + 10 * seconds
     while True:
         ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
+        if ended or time.monotonic() > deadline:
             break
-        if time.monotonic() > deadline:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            return 1
         time.sleep(0.01)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)  # what its tests had started
-    return os.waitstatus_to_exitcode(status)
+        os.killpg(process, signal.SIGKILL)  # and what its tests had started
+    if not ended:
+        _, status = os.waitpid(process, 0)
+    return 1 if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
 
 
 def silent() -> int:
@@ -161,7 +164,7 @@ def recorded_and_swapped(
     results = FOLDER / "swapped.jsonl"
     results.write_text("", encoding="utf-8")
     loop = _Loop(mutants, jobs_of, reuse and RECORD.exists(), results)
-    forked(lambda: silent() or int(pytest.main([*ARGUMENTS, *tests], plugins=[loop])), 86400)
+    forked(lambda: silent() or int(pytest.main([*ARGUMENTS, *tests], plugins=[loop])), A_DAY)
     return {tuple(json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()}
 
 
@@ -192,7 +195,7 @@ class _Loop:
         if not self.reuse:
             self.say(f"recording the lines of {len(session.items)} tests")
             self.recording = True
-            forked(lambda: record(session.items, self.say), 86400)
+            forked(lambda: record(session.items, self.say), A_DAY)
             self.recording = False
         by_name = {item.nodeid: item for item in session.items}
         functions = live_functions()
@@ -223,15 +226,16 @@ def record(items: list[pytest.Item], say: Callable[[str], None]) -> int:
         def called(frame: FrameType, event: str, _: Any, local: Any = local) -> Any:
             return local(frame, event, None) if frame.f_code.co_filename.startswith(package) else None
 
-        began, failed = time.monotonic(), item.session.testsfailed
+        began, failed = used(), item.session.testsfailed
         following = items[number + 1] if number + 1 < len(items) else None
         sys.settrace(called)
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         sys.settrace(None)
         if number % 200 == 0:
             say(f"{number} of {len(items)}")
-        if item.session.testsfailed == failed:
-            recording.seconds[item.nodeid] = round(time.monotonic() - began, 3)
+        seconds = round(used() - began, 3)
+        if item.session.testsfailed == failed and seconds <= SLOWEST:
+            recording.seconds[item.nodeid] = seconds
             recording.lines[item.nodeid] = {str(Path(n).relative_to(ROOT)): sorted(each) for n, each in lines.items()}
         else:
             say(f"left out: {item.nodeid}")
@@ -240,19 +244,24 @@ def record(items: list[pytest.Item], say: Callable[[str], None]) -> int:
     return 0
 
 
+def used() -> float:
+    """Seconds of a processor that this process and those that it started have taken."""
+    return sum(os.times()[:4])
+
+
 @contextlib.contextmanager
 def _limited(seconds: int) -> Iterator[None]:
-    """A test that takes longer fails."""
+    """A test that takes more of a processor fails."""
 
     def end(*_: object) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def place_of(code: CodeType) -> tuple[str, str, int]:

@@ -37,6 +37,7 @@ def test_the_threshold_is_students_quantile_times_the_error_of_a_difference() ->
 
 def test_the_standard_error_is_that_of_the_mean() -> None:
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)  # s = sqrt(2)
     assert standard_error([1.0]) == 0.0
 
 
@@ -53,6 +54,15 @@ def test_one_lucky_seed_does_not_win() -> None:
     assert not beats([0.1, 1.0, 1.0], [1.0, 1.0, 1.0])
     assert beats([0.1, 0.9, 1.0], [1.0, 1.0, 1.0])
     assert not beats([0.1, 0.5, 1.6], [1.0, 1.0, 1.0])
+
+
+def test_a_difference_of_exactly_the_threshold_neither_wins_nor_loses() -> None:
+    """s = 2 over eight seeds, whose squares sum up to 28, and t(95%, 7) = 1.895: the threshold is 1.895 x 2 x sqrt(2 / 8)."""
+    baseline = [0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
+    assert not beats([-1.895] * 8, baseline)
+    assert beats([-1.896] * 8, baseline)
+    assert not hopeless([1.895], baseline)
+    assert hopeless([1.896], baseline)
 
 
 def test_where_nothing_varies_the_same_is_neither_better_nor_hopeless() -> None:
