@@ -8,6 +8,7 @@
 # make incumbent   what README says of DeepSpeed's built-in Muon, as tests on two ranks
 # make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
 # make soak    ten minutes of kills, stops and changed topologies, against an undisturbed run
+# make mutants   small changes of the pure modules, one at a time: which of them no unit test notices, in 20 minutes or more
 # make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
 # make test-frameworks   the recipes of docs/frameworks/ inside Lightning, Ray Train and others, each in an environment of its own
 # make venv    only the set-up that both begin with
@@ -20,7 +21,7 @@ PYTHON ?= python3
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak test-versions test-frameworks venv clean
+.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak mutants test-versions test-frameworks venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -71,6 +72,9 @@ test-gpu: $(if $(filter $(CURDIR)/.venv,$(GPU_ENV)),venv)
 soak: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/soak.py
 	$(IN_VENV) pytest -m slow
+
+mutants: venv
+	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/mutation_score.py
 
 test-versions: venv
 	$(IN_VENV) python tests/versions.py

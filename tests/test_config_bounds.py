@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.config.schedule import ScheduleConfig
 from ds_optforge.config.sections import CommonSettings, Override, QKClipSettings, ShardingSettings, TelemetrySettings
 from ds_optforge.errors import ConfigError
@@ -119,6 +120,12 @@ def test_no_field_with_a_bound_is_missing_above() -> None:
 def test_no_infinite_rate_decay_or_size() -> None:
     for field in ("lr", "weight_decay", "eps"):
         assert not accepts(rule_settings("adamw"), {field: math.inf})
+
+
+def test_a_short_file_cannot_ask_for_the_memory_of_any_number_of_steps() -> None:
+    """The coefficients of all steps are in memory: of 10**12, they would be 8 TB."""
+    with pytest.raises(ConfigError, match=r"steps: got 1000000000000 \(int\); allowed: less than or equal to 100$"):
+        OptimizerConfig({"name": "muon", "orthogonalization": {"steps": 10**12}})
 
 
 @pytest.mark.parametrize("field", ["split", "heads"])
