@@ -198,6 +198,8 @@ class _Loop:
             forked(lambda: record(session.items, self.say), A_DAY)
             self.recording = False
         by_name = {item.nodeid: item for item in session.items}
+        for name in {module_of(mutant.file) for mutant in self.mutants}:
+            importlib.import_module(name)  # a rule's module otherwise when its name is first asked for
         functions = live_functions()
         jobs = [job for job in self.jobs_of(self.mutants, Recording.read()) if job.mutant.function]
         for number, job in enumerate(jobs):
@@ -206,8 +208,13 @@ class _Loop:
             if killed:
                 with self.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(job.mutant.key) + "\n")
-            if number % 20 == 0 or not killed:
-                self.say(f"{number + 1} of {len(jobs)}: {job.mutant.file}: {'killed' if killed else 'not by its code alone'}")
+            if number % 20 == 0:
+                self.say(f"{number + 1} of {len(jobs)}: {job.mutant.file}")
+            if not killed:
+                self.say(
+                    f"not by its code alone: {job.mutant.file}:{job.mutant.lines[0]} {job.mutant.function}, {len(items)} tests"
+                )
+                self.say(f"  - {job.mutant.original}\n  + {job.mutant.mutated}")
         return True
 
 
@@ -262,6 +269,11 @@ def _limited(seconds: int) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def module_of(file: str) -> str:
+    parts = Path(file).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def place_of(code: CodeType) -> tuple[str, str, int]:
@@ -321,8 +333,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the mutant's module, with its source in place of the file's."""
 
     def __init__(self, mutant: Mutant) -> None:
-        parts = Path(mutant.file).with_suffix("").parts
-        self.name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        self.name = module_of(mutant.file)
         self.mutant = mutant
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
