@@ -69,10 +69,11 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A mutant and its tests, in the order they run."""
+    """A mutant and its tests, in the order they run; `imported`: no test runs it, but its module's import may have."""
 
     mutant: Mutant
     tests: list[str]
+    imported: bool = False
 
 
 @dataclass(slots=True)
@@ -95,8 +96,11 @@ class Recording:
     def read(cls) -> Recording:
         return cls(**json.loads(RECORD.read_text(encoding="utf-8")))
 
-    def tests_of(self, mutant: Mutant) -> list[str]:
-        """Those of the changed lines, or of the function, or of the file; those named like the file first, then the fastest."""
+    def job_of(self, mutant: Mutant) -> Job:
+        """Those of the changed lines, or else of the function; those named like the file first, then the fastest.
+
+        What no test runs may have been run when its module was imported: then those of the file.
+        """
         first, last = mutant.lines
         ran = {test: files[mutant.file] for test, files in self.lines.items() if mutant.file in files}
         own = [test for test, lines in ran.items() if any(first <= line <= last for line in lines)] if mutant.function else []
@@ -109,7 +113,7 @@ class Recording:
             if left < 0 and tests:
                 break
             tests.append(test)
-        return tests
+        return Job(mutant, tests, imported=not own)
 
 
 def forked(work: Callable[[], int], seconds: int) -> int:
@@ -201,7 +205,7 @@ class _Loop:
         for name in {module_of(mutant.file) for mutant in self.mutants}:
             importlib.import_module(name)  # a rule's module otherwise when its name is first asked for
         functions = live_functions()
-        jobs = [job for job in self.jobs_of(self.mutants, Recording.read()) if job.mutant.function]
+        jobs = [job for job in self.jobs_of(self.mutants, Recording.read()) if not job.imported]
         for number, job in enumerate(jobs):
             items = [by_name[test] for test in job.tests if test in by_name]
             killed = bool(items) and forked(lambda: swap(job.mutant, functions) or run(items), 4 * SECONDS) == 1  # noqa: B023

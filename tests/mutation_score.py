@@ -69,8 +69,8 @@ def equivalents() -> dict[tuple[str, str, str, str], str]:
 
 
 def jobs_of(mutants: list[Mutant], recording: Recording) -> list[Job]:
-    """Each mutant with the tests that run its lines, or else its function, or else its file: the likeliest first."""
-    return [Job(mutant, recording.tests_of(mutant)) for mutant in mutants]
+    """Each mutant with its tests."""
+    return [recording.job_of(mutant) for mutant in mutants]
 
 
 def table(results: list[tuple[Mutant, Outcome]]) -> str:
