@@ -92,7 +92,7 @@ def room_of(mutant: Mutant) -> str:
 def main() -> int:
     """Run the sample that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--per-file", type=int, default=20, help="mutants of each file; 0 takes all (default: 20)")
+    parser.add_argument("--per-file", type=int, default=10, help="mutants of each file; 0 takes all (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--only", default="", help="files whose path has this text in it")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files and folders; all that need no ranks without any")
