@@ -104,7 +104,8 @@ class Recording:
     def job_of(self, mutant: Mutant) -> Job:
         """Those of the changed lines, or else of the function; those named like the file first, then the fastest.
 
-        What no test runs may have been run when its module was imported: then those of the file.
+        What no test runs may have been run when its module was imported, or is a constant or a field, which tests read
+        without running a line: then all tests of the files in which one runs the module.
         """
         first, last = mutant.lines
         ran = {test: files[mutant.file] for test, files in self.lines.items() if mutant.file in files}
@@ -112,8 +113,10 @@ class Recording:
         if mutant.function and not own:
             own = [test for test, lines in ran.items() if any(mutant.first_line <= line <= first for line in lines)]
         stem = Path(mutant.file).stem
+        beside = {test.partition("::")[0] for test in ran}
+        others = [test for test in self.seconds if test.partition("::")[0] in beside]
         tests, left = [], float(SECONDS)
-        for test in sorted(own or ran, key=lambda test: (f"test_{stem}" not in test, self.seconds[test])):
+        for test in sorted(own or others, key=lambda test: (f"test_{stem}" not in test, self.seconds[test])):
             left -= self.seconds[test]
             if left < 0 and tests:
                 break
