@@ -59,6 +59,8 @@ TESTS = (
     "tests/test_slices.py",
     "tests/test_state.py",
 )
+# They read the fields of every section, whose classes no test runs.
+READERS = {"tests/test_config_bounds.py", "tests/test_docs.py"}
 SLOWEST = 6
 A_DAY = 86400
 ARGUMENTS = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore")
@@ -113,7 +115,7 @@ class Recording:
         if mutant.function and not own:
             own = [test for test, lines in ran.items() if any(mutant.first_line <= line <= first for line in lines)]
         stem = Path(mutant.file).stem
-        beside = {test.partition("::")[0] for test in ran}
+        beside = {test.partition("::")[0] for test in ran} | READERS
         others = [test for test in self.seconds if test.partition("::")[0] in beside]
         tests, left = [], float(SECONDS)
         for test in sorted(own or others, key=lambda test: (f"test_{stem}" not in test, self.seconds[test])):
