@@ -9,6 +9,7 @@
 # make bench-gpu   benchmarks/gpu.py on all GPUs of this machine; make test-gpu   the tests that want one
 # make soak    ten minutes of kills, stops and changed topologies, against undisturbed runs, then the slow tests: MINUTES=60 SEED=7
 # make mutants-ranks   slips that only ranks show, put into a copy of the package: the distributed tests must notice each
+# make mutants   small changes of the pure modules, one at a time: which of them no unit test notices
 # make test-versions   a selection of tests on the oldest, a middle and the newest DeepSpeed of the range, and a table
 # make test-frameworks   the recipes of docs/frameworks/ inside Lightning, Ray Train and others, each in an environment of its own
 # make venv    only the set-up that both begin with
@@ -21,7 +22,7 @@ PYTHON ?= python3
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
 IN_TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak mutants-ranks test-versions test-frameworks venv clean
+.PHONY: train test quick docs bench evidence choosing incumbent bench-gpu test-gpu soak mutants mutants-ranks test-versions test-frameworks venv clean
 
 train: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 deepspeed --num_gpus 2 train.py --ds_config ds_configs/muon_zero2.json
@@ -78,6 +79,9 @@ soak: venv
 
 mutants-ranks: venv
 	$(IN_VENV) OMP_NUM_THREADS=1 python tests/rank_mutants.py
+
+mutants: venv
+	$(IN_VENV) OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" python tests/mutation_score.py
 
 test-versions: venv
 	$(IN_VENV) python tests/versions.py

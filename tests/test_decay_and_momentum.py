@@ -62,6 +62,20 @@ def test_cautious_decay_is_where_update_and_weight_have_the_same_sign(rule: str)
 
 
 @pytest.mark.promise("cautious-decay")
+@pytest.mark.parametrize("rule", ["adamw", "lion", "muon"])
+def test_cautious_decay_is_also_where_the_update_is_exactly_zero(rule: str) -> None:
+    """The first row has no gradient, and so no update: it only decays. 2e-6: float32 in another order."""
+    model = linears(0.3 * matrix(24, 40))
+    optimizer = build_optimizer(model, {**params_of(rule), "lr": LR, "weight_decay": DECAY, "cautious_weight_decay": True})
+    for step in range(STEPS):
+        set_gradients(model.parameters(), step)
+        model[0].weight.grad[0] = 0.0
+        optimizer.step()
+    expected = 0.3 * matrix(24, 40)[0] * (1 - LR * DECAY) ** STEPS
+    torch.testing.assert_close(model[0].weight.detach()[0], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.promise("cautious-decay")
 @pytest.mark.parametrize("rule", RULES)
 def test_decay_is_plain_when_that_is_off(rule: str) -> None:
     """The step is W <- (1 - lr wd) W - lr update. 2e-6: float32 in another order."""
@@ -183,6 +197,28 @@ def test_a_resumed_run_goes_on_with_the_decay_of_its_step() -> None:
         optimizer.step()
         scheduler.step()
     assert decays(second) == decays(first) == pytest.approx({"matrix": 0.2 * 0.6})
+
+
+@pytest.mark.promise("decay-schedule")
+@pytest.mark.parametrize("scheduler_first", [True, False])
+def test_a_run_that_resumes_with_another_decay_goes_on_from_the_checkpoints(scheduler_first: bool) -> None:
+    """As with every hyperparameter of a group. After four of ten steps 0.6 of 0.2 is left, whatever is built first."""
+    config = {"name": "adamw", "weight_decay": 0.2, "weight_decay_schedule": "linear"}
+    section = {"name": "linear", "total_num_steps": 10}
+    first = build_optimizer(linears(matrix(4, 4)), config)
+    schedule = build_scheduler(first, section)
+    for _ in range(3):
+        first.step()
+        schedule.step()
+    second = build_optimizer(linears(matrix(4, 4)), {**config, "weight_decay": 0.4})
+    resumed = build_scheduler(second, section) if scheduler_first else None
+    second.load_state_dict(first.state_dict())
+    resumed = resumed or build_scheduler(second, section)
+    resumed.load_state_dict(schedule.state_dict())
+    assert decays(second) == pytest.approx({"matrix": 0.2 * 0.7})
+    second.step()
+    resumed.step()
+    assert decays(second) == pytest.approx({"matrix": 0.2 * 0.6})
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -1,14 +1,15 @@
 """Curves of the step: exact at their ends, and moving all groups alike."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from ds_optforge import ConfigError, OptForge, OptForgeSchedule, build_optimizer
-from ds_optforge.config.schedule import schedule_config
-from ds_optforge.schedules import learning_rate_factor
+from ds_optforge.config.schedule import ScheduleConfig, schedule_config
+from ds_optforge.schedules import learning_rate_factor, weight_decay_factor
 
 CURVES = ["linear", "cosine"]
 
@@ -191,3 +192,35 @@ def test_its_state_is_plain_data(tmp_path) -> None:  # type: ignore[no-untyped-d
     state = OptForgeSchedule(optimizer(), name="linear", total_num_steps=11).state_dict()
     torch.save(state, tmp_path / "schedule.pt")
     assert torch.load(tmp_path / "schedule.pt", weights_only=True) == state
+
+
+@pytest.mark.promise("decay-schedule")
+def test_factors_of_the_decay_by_hand() -> None:
+    """After none, a quarter, half and all of eight steps, and beyond: cos(pi / 4) is the root of a half."""
+    assert [weight_decay_factor(step, "linear", 8) for step in (0, 2, 4, 8, 12)] == [1.0, 0.75, 0.5, 0.0, 0.0]
+    found = [weight_decay_factor(step, "cosine", 8) for step in (0, 2, 4, 8, 12)]
+    assert found == pytest.approx([1.0, 0.5 + math.sqrt(0.125), 0.5, 0.0, 0.0], abs=1e-15)
+
+
+def test_factors_of_the_rate_by_hand() -> None:
+    """Two of ten steps are the warm-up, and eight fall by a tenth each to a floor of 0.2, where the one beyond the end is."""
+    config = ScheduleConfig(name="linear", warmup_num_steps=2, total_num_steps=10, final_lr_fraction=0.2)
+    found = [learning_rate_factor(step, config) for step in range(11)]
+    assert found == pytest.approx([0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2])
+
+
+def test_factors_of_a_cool_down_by_hand() -> None:
+    """Four steps of cool-down behind six that are constant; the step before them is the sixth. 1 - sqrt(1 / 4) is a half."""
+    found = {}
+    for shape in ("linear", "1-sqrt"):
+        config = ScheduleConfig(name="wsd", cooldown_num_steps=4, cooldown_shape=shape, total_num_steps=10)
+        found[shape] = [learning_rate_factor(step, config) for step in range(4, 12)]
+    assert found["linear"] == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
+    assert found["1-sqrt"][:3] == [1.0, 1.0, 0.5]
+    assert found["1-sqrt"][5:] == [0.0, 0.0, 0.0]
+
+
+def test_a_cool_down_over_all_steps_begins_below_the_full_rate() -> None:
+    """Four steps: three quarters, a half, a quarter, nothing."""
+    config = ScheduleConfig(name="wsd", cooldown_num_steps=4, total_num_steps=4)
+    assert [learning_rate_factor(step, config) for step in range(4)] == [0.75, 0.5, 0.25, 0.0]

@@ -12,7 +12,7 @@ from ds_optforge.rules.base import Batch, Buffer, Hyperparameters, State, Sum, S
 from ds_optforge.rules.flat import decay, descend, side_by_side
 from ds_optforge.rules.muon import Muon, OrthogonalizationSettings, OrthogonalSettings
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import NonNegative, Positive
+from ds_optforge.rules.settings import Positive, Rate
 
 _SMALLEST_SQUARE = 1e-30  # a mean square of zeros
 
@@ -110,7 +110,7 @@ class AdaMuonSettings(OrthogonalSettings):
     signs = True
     summary = ("signs, orthogonalized, elements normalised", "Muon with second moments, at AdamW's learning rate and state")
 
-    lr: NonNegative = Field(1e-3, description="learning rate, of AdamW's size")
+    lr: Rate = Field(1e-3, description="learning rate, of AdamW's size")
     orthogonalization: AdaMuonOrthogonalizationSettings = AdaMuonOrthogonalizationSettings()
     eps: Positive = Field(1e-8, description="added to the root of the update's second moment")
 

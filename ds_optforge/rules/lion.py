@@ -9,7 +9,7 @@ from pydantic import Field
 from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors
 from ds_optforge.rules.flat import decay
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Betas, DecaySettings, NonNegative
+from ds_optforge.rules.settings import Betas, DecaySettings, Rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class LionSettings(DecaySettings):
     decay_rates = ("betas",)
     summary = ("elementwise", "one buffer, sign updates")
 
-    lr: NonNegative = Field(1e-4, description="learning rate; 3 to 10 times smaller than AdamW's")
+    lr: Rate = Field(1e-4, description="learning rate; 3 to 10 times smaller than AdamW's")
     betas: Betas = Field((0.9, 0.99), description="interpolation of the update, and decay rate of the momentum")
 
     def build(self) -> Lion:

@@ -28,7 +28,7 @@ from ds_optforge.rules.error_feedback import ErrorFeedback
 from ds_optforge.rules.flat import decay, descend
 from ds_optforge.rules.normalization import Normalization, NormalizationSettings
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, NonNegative, Positive, RuleSettings
+from ds_optforge.rules.settings import Beta, DecaySettings, DTypeName, Positive, Rate, RuleSettings
 from ds_optforge.validation import Section
 
 Scale = Literal["shape", "match_rms_adamw", "spectral", "none"]
@@ -235,7 +235,10 @@ class OrthogonalizationSettings(Section):
     coefficients: str | tuple[tuple[float, float, float], ...] = Field(
         "quintic", description="name of a coefficient set, or a list of triples [a, b, c]"
     )
-    steps: int | None = Field(None, ge=1, description="Newton-Schulz steps; null takes the set's own number (quintic: 5)")
+    # The triples of all steps are a tuple: without an end, a short file could ask for any amount of memory.
+    steps: int | None = Field(
+        None, ge=1, le=100, description="Newton-Schulz steps; null takes the set's own number (quintic: 5)"
+    )
     method: Method = Field("auto", description="standard, gram, or auto: the one with fewer FLOPs for the shape")
     dtype: DTypeName = Field("bfloat16", description="of the matrix products")
     scale: Scale = Field("shape", description="factor of the update, from the matrix's shape")
@@ -306,7 +309,7 @@ class MomentumSettings(RuleSettings):
 class OrthogonalSettings(MomentumSettings, DecaySettings):
     """Fields of the rules that orthogonalize a momentum and decay the weights."""
 
-    lr: NonNegative = Field(0.02, description="learning rate")
+    lr: Rate = Field(0.02, description="learning rate")
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments with which `Muon` and the rules with its decay are constructed."""

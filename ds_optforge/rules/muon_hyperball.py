@@ -11,7 +11,7 @@ from ds_optforge.rules.base import Hyperparameters, State, Statistic, Sum, Sums,
 from ds_optforge.rules.flat import combine, products
 from ds_optforge.rules.muon import MomentumSettings, Muon
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import NonNegative
+from ds_optforge.rules.settings import Rate
 
 _FACTORS = {"weight_square": "ww", "update_square": "uu", "product": "wu"}
 
@@ -69,7 +69,7 @@ class MuonHyperballSettings(MomentumSettings):
     decay_rates = ("momentum",)
     summary = ("orthogonalized, on a sphere", "as Muon, with steps that are a share of the weight's norm, which stays as it is")
 
-    lr: NonNegative = Field(0.018, description="size of a step as a share of the matrix's norm")
+    lr: Rate = Field(0.018, description="size of a step as a share of the matrix's norm")
 
     @model_validator(mode="after")
     def _without_scale(self) -> "MuonHyperballSettings":

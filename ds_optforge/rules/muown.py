@@ -12,7 +12,7 @@ from ds_optforge.rules.base import Buffer, Hyperparameters, State, Statistic, Su
 from ds_optforge.rules.flat import products
 from ds_optforge.rules.muon import MomentumSettings, Muon, OrthogonalizationSettings, Scale
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Betas, NonNegative, PlainDecaySettings, Positive
+from ds_optforge.rules.settings import Betas, PlainDecaySettings, Positive, Rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class MuownSettings(MomentumSettings, PlainDecaySettings):
     decay_rates = ("momentum",)
     summary = ("rows' directions orthogonalized, their norms by Adam", "as Muon, with the norm of every row learned by itself")
 
-    lr: NonNegative = Field(1e-3, description="learning rate, of directions and of magnitudes")
+    lr: Rate = Field(1e-3, description="learning rate, of directions and of magnitudes")
     betas: Betas = Field((0.9, 0.95), description="decay rates of Adam's averages, one value each per row")
     eps: Positive = Field(1e-8, description="added to Adam's divisor; the least norm of a row")
     orthogonalization: MatchingOrthogonalization = MatchingOrthogonalization()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Beta, NonNegative, Positive, RuleSettings
+from ds_optforge.rules.settings import Beta, NonNegative, Positive, Rate, RuleSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class ScheduleFreeAdamWSettings(RuleSettings):
     decay_rates = ("betas",)
     summary = ("elementwise", "runs whose length is not known in advance")
 
-    lr: NonNegative = Field(2.5e-3, description="learning rate; no schedule on top")
+    lr: Rate = Field(2.5e-3, description="learning rate; no schedule on top")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay, times the learning rate")
     betas: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Beta], Strict(False)] = Field(
         (0.9, 0.999), description="interpolation between average and descent point, and decay rate of the second moment"

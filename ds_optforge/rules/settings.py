@@ -18,6 +18,7 @@ DecaySchedule: TypeAlias = Literal["constant", "linear", "cosine"]
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]  # of learning; above 10 it is taken for a slip
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Strict(False)]
 
@@ -54,7 +55,7 @@ class RuleSettings(Section):
     signs: ClassVar[bool] = False
     summary: ClassVar[tuple[str, str]] = ("", "")
 
-    lr: NonNegative = Field(1e-3, le=10, description="learning rate; above 10 it is taken for a slip")
+    lr: Rate = Field(1e-3, description="learning rate; above 10 it is taken for a slip")
     state_dtype: StateDType = Field("float32", description="how the elementwise state is kept; 8bit needs bitsandbytes")
 
     @field_validator("state_dtype")

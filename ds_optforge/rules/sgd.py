@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ds_optforge.rules.base import Buffer, ElementwiseRule, Hyperparameters, State, Tensors
 from ds_optforge.rules.registry import register_rule
-from ds_optforge.rules.settings import Beta, NonNegative, RuleSettings
+from ds_optforge.rules.settings import Beta, NonNegative, Rate, RuleSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class SGDSettings(RuleSettings):
     decay_rates = ("momentum",)
     summary = ("elementwise", "a reference; convolutional networks")
 
-    lr: NonNegative = Field(0.01, description="learning rate")
+    lr: Rate = Field(0.01, description="learning rate")
     weight_decay: NonNegative = Field(0.0, description="added to the gradient, times the weight, as in torch.optim.SGD")
     momentum: Beta = Field(0.9, description="decay rate of the sum of gradients")
     dampening: float = Field(0.0, ge=0, lt=1, description="share of a gradient that does not enter the sum, after the first")

@@ -140,7 +140,7 @@ def split_evenly(indices: Sequence[int], matrices: Sequence[Matrix], limit: int)
     for index in indices:
         size = matrices[index].numel
         count = -(-left // limit)  # of the tuples still to come
-        # Cut if half of the matrix or more would lie beyond an equal share of what is left.
+        # Cut if more than half of the matrix would lie beyond an equal share of what is left.
         if taken and (numel + size > limit or (2 * numel + size) * count > 2 * left):
             yield tuple(taken)
             left -= numel

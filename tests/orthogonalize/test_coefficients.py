@@ -162,11 +162,44 @@ def test_quintic_is_torchs() -> None:
 
 
 def test_polar_express_is_the_papers() -> None:
-    """Amsel et al. 2025, 5 steps, safety factor 2e-2, cushion 2: its first and last triple."""
+    """Amsel et al. 2025, 5 steps, safety factor 2e-2, cushion 2."""
     chosen = COEFFICIENT_SETS["polar_express"]
-    assert chosen.triples[0] == (8.156554524902461, -22.48329292557795, 15.878769915207462)
-    assert chosen.triples[-1] == (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)
-    assert (len(chosen.triples), chosen.safety, chosen.eps) == (5, 1.02, 1e-6)
+    assert chosen.triples == (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    )
+    assert (chosen.repeats, chosen.safety, chosen.eps) == (False, 1.02, 1e-6)
+
+
+def test_you_is_the_one_that_was_published() -> None:
+    """https://x.com/YouJiacheng/status/1905861218138804534, and modded-nanogpt's record of that day."""
+    chosen = COEFFICIENT_SETS["you"]
+    assert chosen.triples == (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    )
+    assert (chosen.repeats, chosen.safety, chosen.eps) == (False, 1.0, 1e-7)
+
+
+def test_cans_is_the_papers_with_a_margin_of_2_percent_in_all_steps_but_the_last() -> None:
+    """Grishina et al. 2025. With x / 1.02 for x, a is divided by 1.02, b by its cube and c by its fifth power."""
+    chosen = COEFFICIENT_SETS["cans"]
+    papers = (
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+    )
+    for (a, b, c), expected in zip(chosen.triples, papers, strict=False):
+        assert (a * 1.02, b * 1.061208, c * 1.1040808032) == pytest.approx(expected, rel=1e-12)
+    assert chosen.triples[4:] == ((2.2737, -1.6447, 0.4162),)
+    assert (chosen.repeats, chosen.safety, chosen.eps) == (False, 1.0, 1e-7)
 
 
 def test_deepseek_v4_is_eight_quintic_steps_then_two_that_converge() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optforge.orthogonalize import COEFFICIENT_SETS
+from ds_optforge.rules import rule_settings
 from ds_optforge.rules.aurora import Aurora
 from ds_optforge.rules.base import Batch, ElementwiseRule, Hyperparameters, MatrixRule, works_in_teams
 from ds_optforge.rules.muon import Muon, MuonSettings, Orthogonalization, Scale
@@ -214,3 +215,9 @@ def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
         pytest.importorskip("bitsandbytes")
     config = {"name": "muon", "state_dtype": state_dtype}
     assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)
+
+
+def test_updates_are_as_large_as_adamws_with_one_scale_alone() -> None:
+    scales = ("shape", "spectral", "match_rms_adamw")
+    found = [rule_settings("muon")(orthogonalization={"scale": scale}).matches_adamw for scale in scales]
+    assert found == [False, False, True]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optforge import ConfigError, build_optimizer
+from ds_optforge.config.optimizer import OptimizerConfig
 from ds_optforge.rules.flat import combine
 from ds_optforge.step.health import PATIENCE
 from tests.layers import bytes_per_parameter, linears, matrix, set_gradients
@@ -235,3 +236,24 @@ def test_bytes_of_state_per_parameter(state_dtype: str, nbytes: float) -> None:
         pytest.importorskip("bitsandbytes")
     config = {"name": "muon_hyperball", "state_dtype": state_dtype}
     assert bytes_per_parameter(config) == pytest.approx(nbytes, abs=1e-3)
+
+
+def test_the_factors_of_four_matrices_by_hand() -> None:
+    """The first step of one, a step with an update of zero, and none without a gradient, before the first step and after it.
+
+    Of the first, R = 5 and the step is 0.1 x 5 / 2 of O: ||W - 0.25 O||^2 = 25 - 2 x 0.25 x 3 + 0.25^2 x 4 = 23.75.
+    """
+    given = {
+        "active": [1.0, 1.0, 0.0, 0.0],
+        "radius": [0.0, 0.5, 0.0, 3.0],
+        "weight_square": [25.0, 0.25, 9.0, 16.0],
+        "update_square": [4.0, 0.0, 4.0, 4.0],
+        "product": [3.0, 0.0, 1.0, 1.0],
+    }
+    values = {name: torch.tensor(each, dtype=torch.float64) for name, each in given.items()}
+    now = {"lr": 0.1, "momentum": 0.95}
+    found = OptimizerConfig(HYPERBALL).main.build().settle(True, values, now)
+    back = 5 / 23.75**0.5
+    assert found["radius"].tolist() == [5.0, 0.5, 0.0, 3.0]
+    assert found["of_weight"].tolist() == pytest.approx([back, 1.0, 1.0, 1.0])
+    assert found["of_step"].tolist() == pytest.approx([0.25 * back, 0.0, 0.0, 0.0])

@@ -63,6 +63,23 @@ def test_all_three_points_are_the_oracles(
     torch.testing.assert_close(weight.detach(), expected.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "rates", [(0.02, 0.01, 0.005, 0.01, 0.02, 0.03), (0.0, 0.0, 0.01, 0.02, 0.0)], ids=["falls", "begins at 0"]
+)
+def test_weights_follow_the_largest_rate_so_far(rates: tuple[float, ...]) -> None:
+    """A schedule on top changes the rate from step to step, and the oracle's with it. 1e-12: float64."""
+    ours, reference = linears(matrix(9, 5, dtype=torch.float64)), linears(matrix(9, 5, dtype=torch.float64))
+    optimizer, theirs = build_optimizer(ours, CONFIG), oracle(reference)
+    for step, rate in enumerate(rates):
+        set_gradients(ours.parameters(), step)
+        set_gradients(reference.parameters(), step)
+        for group in (*optimizer.param_groups, *theirs.param_groups):
+            group["lr"] = rate
+        optimizer.step()
+        theirs.step()
+        torch.testing.assert_close(ours[0].weight.detach(), reference[0].weight.detach(), rtol=0, atol=1e-12)
+
+
 @pytest.mark.promise("schedule-free-warm-up")
 @pytest.mark.parametrize("warmup_steps", [0, 4])
 def test_the_first_steps_ramp_up(warmup_steps: int) -> None:
