@@ -175,7 +175,7 @@ def _settings_of(name: Any, path: str) -> type[RuleSettings]:
     """Return the settings class of a rule. Raises ConfigError for a name that nothing offers."""
     found = rule_settings(name)
     if found is None:
-        close = get_close_matches(str(name), rule_names(), n=1)
+        close = get_close_matches(str(name), rule_names(), n=1, cutoff=0.7)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ConfigError(f"{path}.name: got {name!r}; {hint}allowed: {_names()}")
     return found

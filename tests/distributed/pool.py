@@ -134,7 +134,7 @@ class Pool:
         grace_s: float = GRACE_S,
     ) -> None:
         self.size = size
-        self._grace_s = grace_s
+        self.grace_s = grace_s
         self._nurseries = nurseries or size
         self._python = python
         self._log_directory = log_directory
@@ -230,7 +230,7 @@ class Pool:
                 number = numbers[connection]  # type: ignore[index]
                 answers[number] = self._ranks[number].receive()
                 if isinstance(answers[number], Failed):
-                    deadline = min(deadline, time.monotonic() + self._grace_s)
+                    deadline = min(deadline, time.monotonic() + self.grace_s)
 
     def _hung(self, answers: Container[int], failures: dict[int, Failed], timeout_s: float) -> dict[int, Failed]:
         """Describe the ranks that gave no answer; they write their stacks to their output."""
@@ -242,7 +242,7 @@ class Pool:
             time.sleep(STACK_DUMP_S)
         if hung:
             time.sleep(STACK_DUMP_S)
-        after = f"{self._grace_s:.0f} s after the failure of another rank" if failures else f"after {timeout_s:g} s"
+        after = f"{self.grace_s:.0f} s after the failure of another rank" if failures else f"after {timeout_s:g} s"
         return {number: Failed("Hung", f"no answer {after}", "") for number in hung}
 
     def _outputs(self) -> dict[int, str]:

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import pool as pool_module
 from tests.distributed.pool import IMPORT_ROOT, Pool, RankFailure
 from tests.processes import wait_until_gone
 
@@ -133,9 +132,9 @@ def leftovers() -> dict[str, Any]:
 
 
 @pytest.fixture
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_grace(pool2: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up on ranks soon after another one has failed."""
-    monkeypatch.setattr(pool_module, "GRACE_S", 5.0)
+    monkeypatch.setattr(pool2, "grace_s", 5.0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
