@@ -1,11 +1,10 @@
 """The DeepSpeed configurations that come with the package, to start from. Files and JSON only: no torch."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
-from ds_optforge.errors import ConfigError
+from ds_optforge.errors import ConfigError, did_you_mean
 
 # In the repository a link to ds_configs/; in an installed package a folder with copies of its files.
 FOLDER = Path(__file__).parent / "configs"
@@ -55,16 +54,14 @@ def write(name: str, folder: Path) -> Path:
     """
     name = name.removesuffix(".json")
     if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ConfigError(f"configuration: got '{name}'; {hint}allowed: {', '.join(names())}")
+        raise ConfigError(f"configuration: got '{name}'; {did_you_mean(name, names(), 0.6)}allowed: {', '.join(names())}")
     path = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            raise ConfigError(f"{path}: is there already; allowed: a folder without a file of that name")
         with path.open("x") as file:
             file.write(_path(name).read_text())
     except OSError as error:
+        if isinstance(error, FileExistsError) and folder.is_dir():
+            raise ConfigError(f"{path}: is there already; allowed: a folder without a file of that name") from None
         raise ConfigError(f"--out: got '{folder}' ({error.strerror}); allowed: a folder that can be written to") from None
     return path

@@ -1,12 +1,11 @@
 """Sections of the configuration, and their validation by one error that lists every problem."""
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ds_optforge.errors import ConfigError
+from ds_optforge.errors import ConfigError, did_you_mean
 
 
 class Section(BaseModel):
@@ -124,8 +123,7 @@ def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> Any:
 
 def _unknown_key(owner: type[Section], key: str, beside: Iterable[str]) -> str:
     allowed = [*owner.model_fields, *beside]
-    close = difflib.get_close_matches(key, allowed, n=1)
-    return f"{owner.refuse_key(key)}; " + (f"did you mean '{close[0]}'? " if close else "") + f"allowed: {', '.join(allowed)}"
+    return f"{owner.refuse_key(key)}; {did_you_mean(key, allowed, 0.6)}allowed: {', '.join(allowed)}"
 
 
 def refuse_auto(value: Any, path: str) -> None:

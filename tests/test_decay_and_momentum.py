@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_optforge import ConfigError, OptForge, build_optimizer, build_scheduler
+from ds_optforge import ConfigError, OptForge, OptForgeSchedule, build_optimizer, build_scheduler
 from ds_optforge.optimizer import groups_of
 from ds_optforge.rules import DecaySettings, rule_names
 from ds_optforge.testing.params import settings_of, usual
@@ -180,17 +180,24 @@ def test_only_the_groups_that_ask_for_it_follow_a_schedule() -> None:
     assert decays(optimizer) == pytest.approx({"embedding": 0.2, "matrix": 0.1})
 
 
+DECAYING = {"name": "adamw", "weight_decay": 0.2, "weight_decay_schedule": "linear"}
+TEN_STEPS = {"name": "linear", "total_num_steps": 10}
+
+
+def after_three_steps() -> tuple[OptForge, OptForgeSchedule]:
+    optimizer = build_optimizer(linears(matrix(4, 4)), DECAYING)
+    schedule = build_scheduler(optimizer, TEN_STEPS)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    return optimizer, schedule
+
+
 @pytest.mark.promise("decay-schedule")
 def test_a_resumed_run_goes_on_with_the_decay_of_its_step() -> None:
-    config = {"name": "adamw", "weight_decay": 0.2, "weight_decay_schedule": "linear"}
-    section = {"name": "linear", "total_num_steps": 10}
-    first = build_optimizer(linears(matrix(4, 4)), config)
-    schedule = build_scheduler(first, section)
-    for _ in range(3):
-        first.step()
-        schedule.step()
-    second = build_optimizer(linears(matrix(4, 4)), config)
-    resumed = build_scheduler(second, section)
+    first, schedule = after_three_steps()
+    second = build_optimizer(linears(matrix(4, 4)), DECAYING)
+    resumed = build_scheduler(second, TEN_STEPS)
     second.load_state_dict(first.state_dict())
     resumed.load_state_dict(schedule.state_dict())
     for optimizer, scheduler in ((first, schedule), (second, resumed)):
@@ -203,17 +210,11 @@ def test_a_resumed_run_goes_on_with_the_decay_of_its_step() -> None:
 @pytest.mark.parametrize("scheduler_first", [True, False])
 def test_a_run_that_resumes_with_another_decay_goes_on_from_the_checkpoints(scheduler_first: bool) -> None:
     """As with every hyperparameter of a group. After four of ten steps 0.6 of 0.2 is left, whatever is built first."""
-    config = {"name": "adamw", "weight_decay": 0.2, "weight_decay_schedule": "linear"}
-    section = {"name": "linear", "total_num_steps": 10}
-    first = build_optimizer(linears(matrix(4, 4)), config)
-    schedule = build_scheduler(first, section)
-    for _ in range(3):
-        first.step()
-        schedule.step()
-    second = build_optimizer(linears(matrix(4, 4)), {**config, "weight_decay": 0.4})
-    resumed = build_scheduler(second, section) if scheduler_first else None
+    first, schedule = after_three_steps()
+    second = build_optimizer(linears(matrix(4, 4)), {**DECAYING, "weight_decay": 0.4})
+    resumed = build_scheduler(second, TEN_STEPS) if scheduler_first else None
     second.load_state_dict(first.state_dict())
-    resumed = resumed or build_scheduler(second, section)
+    resumed = resumed or build_scheduler(second, TEN_STEPS)
     resumed.load_state_dict(schedule.state_dict())
     assert decays(second) == pytest.approx({"matrix": 0.2 * 0.7})
     second.step()

@@ -1,11 +1,10 @@
 """The "params" of an OptForge section, validated, and resolved for one parameter at a time."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from ds_optforge.config.sections import ROLES, CommonSettings, Override, Role
-from ds_optforge.errors import ConfigError
+from ds_optforge.errors import ConfigError, did_you_mean
 from ds_optforge.rules.around import KEYS, Around
 from ds_optforge.rules.base import MatrixRule
 from ds_optforge.rules.registry import rule_names, rule_settings
@@ -175,7 +174,5 @@ def _settings_of(name: Any, path: str) -> type[RuleSettings]:
     """Return the settings class of a rule. Raises ConfigError for a name that nothing offers."""
     found = rule_settings(name)
     if found is None:
-        close = get_close_matches(str(name), rule_names(), n=1, cutoff=0.7)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ConfigError(f"{path}.name: got {name!r}; {hint}allowed: {_names()}")
+        raise ConfigError(f"{path}.name: got {name!r}; {did_you_mean(str(name), rule_names())}allowed: {_names()}")
     return found

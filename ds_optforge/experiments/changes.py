@@ -1,13 +1,12 @@
 """Changes to a DeepSpeed configuration by dotted path, and the values of a configuration that comparisons and sweeps read."""
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_optforge.config.deepspeed import check
 from ds_optforge.config.schedule import schedule_config
-from ds_optforge.errors import ConfigError
+from ds_optforge.errors import ConfigError, did_you_mean
 from ds_optforge.schedules import OptForgeSchedule
 
 STEADY_WARMUPS, STEADY_STEPS = 3, 200  # steady state begins after three warm-ups, and after 200 steps
@@ -37,8 +36,7 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 def _no_section(path: str, name: str, owner: Mapping[str, Any]) -> str:
     sections = [key for key, value in owner.items() if isinstance(value, Mapping)]
-    close = difflib.get_close_matches(name, sections, n=1)
-    meant = f"did you mean '{close[0]}'? " if close else ""
+    meant = did_you_mean(name, sections, 0.6)
     return f"the configuration has no section '{path}'; {meant}allowed: {', '.join(sections) or 'none here'}"
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_optforge.errors import ConfigError
-from ds_optforge.migrate.documents import Fields, did_you_mean
+from ds_optforge.errors import ConfigError, did_you_mean
+from ds_optforge.migrate.documents import Fields
 from ds_optforge.migrate.schedules import of_deepspeed
 from ds_optforge.migrate.source import AUTO, Family, Given, OptimizerSettings, Schedule, Source
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_optforge import reading
-from ds_optforge.errors import ConfigError
+from ds_optforge.errors import ConfigError, did_you_mean
 from ds_optforge.migrate.source import AUTO, Given
 
 
@@ -60,12 +60,6 @@ def find(named: str, beside: Path) -> Path:
         if path.is_file():
             return path
     raise ConfigError(f"{beside}: names '{named}', which is neither in the current folder nor beside it; allowed: a file")
-
-
-def did_you_mean(key: str, known: Collection[str]) -> str:
-    """Return 'did you mean ...? ' for a near miss, or nothing."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f"did you mean '{close[0]}'? " if close else ""
 
 
 class Fields:

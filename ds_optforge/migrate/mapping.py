@@ -6,8 +6,7 @@ Everything that is a choice, and not arithmetic, is in `RECIPES` and the constan
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ds_optforge.errors import ConfigError
-from ds_optforge.migrate.documents import did_you_mean
+from ds_optforge.errors import ConfigError, did_you_mean
 from ds_optforge.migrate.source import AUTO, Given, OptimizerSettings, Purpose, Reason
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ds_optforge.errors import ConfigError
-from ds_optforge.migrate.documents import Fields, did_you_mean
+from ds_optforge.errors import ConfigError, did_you_mean
+from ds_optforge.migrate.documents import Fields
 from ds_optforge.migrate.source import AUTO, Given, Reason, Schedule
 from ds_optforge.reading import json_value
 
